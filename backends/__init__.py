@@ -1,0 +1,1 @@
+"""The dogpile backends of querycache, one file a store."""

@@ -1,0 +1,1 @@
+"""A second-level query cache for SQLAlchemy on dogpile.cache."""

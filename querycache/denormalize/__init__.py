@@ -1,0 +1,1 @@
+"""Denormalized columns that stay right."""
