@@ -37,32 +37,33 @@ def _entry_size(item: tuple[bytes, float | None, int]) -> int:
     return item[2]
 
 
+def _url_arguments(url: str, given: Mapping[str, object]) -> dict[str, object]:
+    parts = urlsplit(url)
+    if parts.netloc or parts.path:
+        raise ConfigurationError(f"{url!r}: the memory store has no address; write memory://?max_bytes=256mb")
+    return url_options(url, given)
+
+
 class MemoryBackend(StoreBackend):
     """A bounded store in this process.
 
-    :param arguments: ``max_bytes`` (int, or text such as ``"256mb"``; default 256 MiB).
+    :param arguments: ``max_bytes`` (int, or text such as ``"256mb"``; default 256 MiB), or ``url`` with it:
+        ``memory://?max_bytes=256mb``.
     :param clock: monotonic seconds, for the expiry of entries.
     :raises ConfigurationError: an argument is unknown or cannot work.
     """
 
     def __init__(self, arguments: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
-        options = parse_options("the memory store", {"max_bytes": size}, arguments)
+        given = dict(arguments)
+        if "url" in given:
+            given = _url_arguments(str(given.pop("url")), given)
+        options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: LRUCache[str, tuple[bytes, float | None, int]] = LRUCache(self.max_bytes, _entry_size)
         self._counters: OrderedDict[str, int] = OrderedDict()
         self._counter_bytes = 0
-
-    @classmethod
-    def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> MemoryBackend:
-        """``memory://?max_bytes=256mb``."""
-        parts = urlsplit(url)
-        if parts.netloc or parts.path:
-            raise ConfigurationError(
-                f"{url!r}: the memory store has no address; write memory://?max_bytes=256mb"
-            )
-        return cls(url_options(url, options or {}))
 
     @property
     def used_bytes(self) -> int:

@@ -111,7 +111,9 @@ class QueryCache:
                 _add_dogpile_key(table, name, table.pop(name))
         unknown = sorted(set(table).difference(_CONFIGURABLE))
         if unknown:
-            raise ConfigurationError(f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}")
+            raise ConfigurationError(
+                f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}"
+            )
         if isinstance(table.get("signing_key"), str):
             table["signing_key"] = table["signing_key"].encode()
         return cls(**table, **arguments)
@@ -188,7 +190,9 @@ class QueryCache:
         where: Iterable[Region] = self._regions if region is None else [self._regions.get(region)]
         if not named:
             if region is None:
-                raise ConfigurationError("invalidate(): name what is invalid: key, keys, tags, region or everything=True")
+                raise ConfigurationError(
+                    "invalidate(): name what is invalid: key, keys, tags, region or everything=True"
+                )
             named.append(region_tag(region))
         for each in where:
             each.invalidate(named)

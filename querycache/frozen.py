@@ -22,7 +22,16 @@ from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
 from querycache.sa_internals import Prepared
 
-__all__ = ["Entry", "FrozenStatement", "canonical_parameters", "discriminators", "fingerprint", "fits", "freeze", "merge_frozen_result"]
+__all__ = [
+    "Entry",
+    "FrozenStatement",
+    "canonical_parameters",
+    "discriminators",
+    "fingerprint",
+    "fits",
+    "freeze",
+    "merge_frozen_result",
+]
 
 
 class FrozenStatement(msgspec.Struct, array_like=True, frozen=True):
@@ -94,7 +103,9 @@ def fits(frozen: FrozenStatement, prepared: Prepared) -> bool:
     return [name for name, _ in frozen.columns] == prepared.column_names()
 
 
-def freeze(description: Sequence[Sequence[Any]], rows: Sequence[Sequence[object]], rowcount: int) -> FrozenStatement:
+def freeze(
+    description: Sequence[Sequence[Any]], rows: Sequence[Sequence[object]], rowcount: int
+) -> FrozenStatement:
     """Pack what a driver returned.
 
     Raises:

@@ -273,7 +273,9 @@ class Interceptor:
             )
         )
 
-    def _tags(self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis) -> list[str]:
+    def _tags(
+        self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis
+    ) -> list[str]:
         tags = [EVERYTHING, region_tag(region.name)]
         if isinstance(options.key, str):
             tags.append(key_tag(options.key))

@@ -135,7 +135,9 @@ def bind_identity(engine: Engine) -> str:
         if name and name != ":memory:" and not name.startswith("file:"):
             return f"sqlite:{os.path.abspath(name)}"
     elif url.host or url.database or url.query:
-        return f"{url.get_backend_name()}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)}"
+        return (
+            f"{url.get_backend_name()}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)}"
+        )
     identity = _private_databases.get(engine)
     if identity is None:
         identity = _private_databases.setdefault(engine, f"private:{secrets.token_hex(8)}")
@@ -173,7 +175,9 @@ def _walk(value: Any, update: Any) -> None:
     elif isinstance(value, Table):
         update(f"table {value.fullname}".encode())
     elif isinstance(value, Column):
-        update(f"column {value.table.fullname if isinstance(value.table, Table) else ''}.{value.name}".encode())
+        update(
+            f"column {value.table.fullname if isinstance(value.table, Table) else ''}.{value.name}".encode()
+        )
     elif isinstance(value, Mapper):
         update(f"mapper {value.class_.__module__}.{value.class_.__qualname__}".encode())
     elif isinstance(value, types.CodeType):

@@ -65,7 +65,9 @@ class CacheOptions:
         if not isinstance(self.exact, bool):
             raise ConfigurationError(f"cache_exact={self.exact!r}: give True or False")
         if self.exact and self.key is True:
-            raise ConfigurationError("cache_exact=True needs a string as cache_key: there is nothing else to go by")
+            raise ConfigurationError(
+                "cache_exact=True needs a string as cache_key: there is nothing else to go by"
+            )
 
     @classmethod
     def from_execution_options(cls, options: Mapping[str, Any]) -> CacheOptions | None:
@@ -110,7 +112,9 @@ def check_ttl(argument: str, value: object) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigurationError(f"{argument}={value!r}: give a positive number of seconds, or None for no expiry")
+        raise ConfigurationError(
+            f"{argument}={value!r}: give a positive number of seconds, or None for no expiry"
+        )
 
 
 class FromCache(UserDefinedOption):

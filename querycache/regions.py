@@ -190,7 +190,12 @@ class Regions:
                 raise ConfigurationError(f"region name {name!r}: give a non-empty string")
             cache, own_ttl = _dogpile_region(name, given)
             self._regions[name] = Region(
-                name, cache, namespace=namespace, codec=codec, lease=lease, ttl=ttl if own_ttl is None else own_ttl
+                name,
+                cache,
+                namespace=namespace,
+                codec=codec,
+                lease=lease,
+                ttl=ttl if own_ttl is None else own_ttl,
             )
         self._default = self._regions.get(DEFAULT_REGION) or next(iter(self._regions.values()))
 
@@ -217,12 +222,16 @@ def _dogpile_region(name: str, given: object) -> tuple[CacheRegion, float | None
     """The dogpile region for a configuration, and the time to live that it asks for."""
     if isinstance(given, CacheRegion):
         if not given.is_configured:
-            raise ConfigurationError(f"region {name!r}: the dogpile region is not configured; call configure() first")
+            raise ConfigurationError(
+                f"region {name!r}: the dogpile region is not configured; call configure() first"
+            )
         return given, _ttl(name, given.expiration_time)
     if isinstance(given, str):
         given = {"url": given}
     if not isinstance(given, Mapping):
-        raise ConfigurationError(f"region {name!r}: cannot use {given!r}; give a URL, a mapping or a dogpile region")
+        raise ConfigurationError(
+            f"region {name!r}: cannot use {given!r}; give a URL, a mapping or a dogpile region"
+        )
     settings = dict(given)
     ttl = _ttl(name, settings.pop("ttl", settings.pop("expiration_time", None)))
     if "url" in settings:
@@ -230,7 +239,9 @@ def _dogpile_region(name: str, given: object) -> tuple[CacheRegion, float | None
     elif "backend" in settings:
         backend, arguments = settings.pop("backend"), dict(settings.pop("arguments", {}))
     else:
-        raise ConfigurationError(f"region {name!r}: neither 'url' nor 'backend' among {sorted(map(str, given))}")
+        raise ConfigurationError(
+            f"region {name!r}: neither 'url' nor 'backend' among {sorted(map(str, given))}"
+        )
     if settings:
         raise ConfigurationError(
             f"region {name!r}: unknown setting {sorted(settings)[0]!r}; known are url, backend, arguments, ttl"
@@ -251,7 +262,9 @@ def _ttl(name: str, value: Any) -> float | None:
 
 def _from_url(name: str, url: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(url, str) or "://" not in url:
-        raise ConfigurationError(f"region {name!r}: {url!r} is no URL; give one such as 'redis://localhost:6379/0'")
+        raise ConfigurationError(
+            f"region {name!r}: {url!r} is no URL; give one such as 'redis://localhost:6379/0'"
+        )
     parts = urlsplit(url)
     if parts.scheme.startswith("dogpile+"):
         return parts.scheme.removeprefix("dogpile+"), dict(parse_qsl(parts.query))

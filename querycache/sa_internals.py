@@ -77,9 +77,7 @@ def later_handlers(state: ORMExecuteState) -> Sequence[Callable[[ORMExecuteState
     return state._remaining_events()
 
 
-def run_later_handlers(
-    state: ORMExecuteState, tail: Callable[[ORMExecuteState], Result[Any]]
-) -> Result[Any]:
+def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState], Result[Any]]) -> Result[Any]:
     """Run the handlers registered later than the current one, and then ``tail`` as the last of them.
 
     Handlers that rewrite the statement have done so when ``tail`` is called. Handlers that answer by
