@@ -73,7 +73,7 @@ def exact(value: Any) -> Any:
     if kind is ZoneInfo:
         return kind, value.key
     if kind is timezone:
-        return kind, value.utcoffset(None), value.tzname(None), value is timezone.utc
+        return kind, value.utcoffset(None), value.tzname(None)
     if kind is memoryview:
         return kind, value.tobytes()
     if kind is array:
@@ -102,6 +102,7 @@ zones: st.SearchStrategy[Any] = st.one_of(
     ),
     st.builds(timezone, offsets),
     st.builds(timezone, offsets, any_text),
+    st.builds(timezone, st.sampled_from([timedelta(0), timedelta(hours=1)]), st.sampled_from(["GMT", "UTC"])),
 )
 
 
@@ -247,8 +248,8 @@ def test_both_readings_of_an_ambiguous_local_time_stay_apart() -> None:
 def test_the_zone_of_a_datetime_is_the_same_object_in_this_process() -> None:
     for zone in (ZoneInfo("Asia/Tokyo"), timezone.utc):
         moment = datetime(2024, 1, 1, tzinfo=zone)
-        (value, inside) = through_bytes([(moment, [moment])], 2)[0]
-        assert value.tzinfo is zone and inside[0].tzinfo is zone
+        value, folded, inside = through_bytes([(moment, moment.replace(fold=1), [moment])], 3)[0]
+        assert value.tzinfo is folded.tzinfo is inside[0].tzinfo is zone
 
 
 def test_extreme_moments() -> None:
@@ -276,7 +277,7 @@ def test_only_what_nobody_can_change_is_called_immutable(kind: str) -> None:
         immutable = pack_rows([(1, value)], 2).immutable
         if isinstance(value, (list, dict, set, bytearray, memoryview, array, multirange.Multirange)):
             assert not immutable
-        elif type(value) in (NoneType, bool, float, bytes, Decimal, date, datetime, time, UUID):
+        elif kind in ZONED or type(value) in (NoneType, bool, float, bytes, Decimal, date, UUID):
             assert immutable
 
     holds()
@@ -550,17 +551,23 @@ def test_D8_row_sets_that_nobody_packed(width: int, columns: list[Any], special:
     rows_or_corrupt(reseal(msgspec.msgpack.encode(("l", (width, columns, special)))))
 
 
+def test_D8_columns_of_different_lengths_are_corrupt() -> None:
+    for rowset in (RowSet(2, [[1, 2], [1]], []), RowSet(3, [[1], [1]], []), RowSet(1, [[1], [1]], [])):
+        with pytest.raises(Corrupt, match="undecodable"):
+            unpack_rows(rowset)
+
+
 @pytest.mark.parametrize(
     "payload",
     [
         b"",
         b"\xdd\xff\xff\xff\xff",
-        b"\x93\xa1l\x93\x01\x91" + b"\xdd\x7f\xff\xff\xff" * 50,
-        b"\x93\xa1l\x93\x01\x91" + b"\x91" * 200_000,
-        b"\x93\xa1l\x93\x01\x91\x91\xc6\xff\xff\xff\xff",
-        b"\x93\xa1l\x93\x01\x91\x91\xdf\xff\xff\xff\xff",
-        b"\x93\xa1l\x93\x01\x91\x91\xc7\x01\x05x\x90",  # an extension type
-        b"\x93\xa1l\x93\x01\x91\x91\xa1\xff\x90",  # text that is not UTF-8
+        b"\x92\xa1l\x93\x01\x91" + b"\xdd\x7f\xff\xff\xff" * 50,
+        b"\x92\xa1l\x93\x01\x91" + b"\x91" * 200_000,
+        b"\x92\xa1l\x93\x01\x91\x91\xc6\xff\xff\xff\xff",
+        b"\x92\xa1l\x93\x01\x91\x91\xdf\xff\xff\xff\xff",
+        b"\x92\xa1l\x93\x01\x91\x91\xc7\x01\x05x\x90",  # an extension type
+        b"\x92\xa1l\x93\x01\x91\x91\xa1\xff\x90",  # text that is not UTF-8
     ],
 )
 def test_a_payload_that_promises_more_than_it_has_is_corrupt_and_cheap(payload: bytes) -> None:
@@ -617,8 +624,11 @@ def test_an_entry_belongs_to_its_context(codec: Codec[Entry]) -> None:
 
 
 def test_context_and_body_cannot_be_cut_elsewhere() -> None:
-    data = SIGNED.encode(SAMPLE, context=b"key")
-    assert reason(SIGNED, data, context=b"key" + data[:3]) == "signature"
+    # The header of an envelope that would hold all of the one that follows, its key stretched over it.
+    size = len(SIGNED.encode(SAMPLE)) - 16
+    header = HEADER.pack(b"\xc1qc", 1, 2, size, size)
+    data = SIGNED.encode(SAMPLE, context=b"key" + header)
+    assert reason(SIGNED, header + data, context=b"key") == "signature"
 
 
 @pytest.mark.parametrize("key", [b"", b"short"])
