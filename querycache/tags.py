@@ -6,7 +6,7 @@ name of a table.
 
 from __future__ import annotations
 
-__all__ = ["EVERYTHING", "key_tag", "region_tag", "table_tag", "user_tag"]
+__all__ = ["EVERYTHING", "bulk_tag", "key_tag", "region_tag", "slot_tag", "table_tag", "user_tag"]
 
 EVERYTHING = "*"
 """The tag on which every answer depends."""
@@ -30,3 +30,13 @@ def user_tag(name: str) -> str:
 def table_tag(table: str) -> str:
     """The tag of a whole table, named as ``schema.table`` or ``table``."""
     return f"table:{table}"
+
+
+def bulk_tag(table: str) -> str:
+    """The tag of writes to a table of which the rows are not known."""
+    return f"bulk:{table}"
+
+
+def slot_tag(table: str, column: str, slot: int) -> str:
+    """The tag of the rows whose value in a tracked column falls into a slot."""
+    return f"slot:{table}.{column}:{slot}"
