@@ -255,7 +255,7 @@ class ProcessServer(Server):
         self._process = None
 
     def _signal_family(self, number: signal.Signals) -> Sequence[int]:
-        """Signal the server and its children: PostgreSQL's are out of reach of killpg. Returns the children."""
+        """Signal the server and its children (PostgreSQL's leave its process group); returns those."""
         if self._process is None:
             raise RuntimeError(f"the {self.name} server is not running: call start() first")
         self._process.send_signal(number)
@@ -374,7 +374,7 @@ def _docker_trouble() -> str | None:
 
 def _install(kinds: Sequence[Kind]) -> str | None:
     """Install Debian's packages of these kinds. Returns why not, or None when that worked."""
-    if os.geteuid() != 0 or not Path("/etc/debian_version").exists():
+    if os.geteuid() != 0 or not Path("/etc/debian_version").exists() or shutil.which("apt-get") is None:
         return "apt-get (only as root on Debian)"
     packages = [package for kind in kinds for package in kind.packages]
     _say(f"installing Debian packages: {' '.join(packages)}")
