@@ -14,12 +14,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from cachetools import LRUCache
 
 from querycache import versions
-from querycache.backends.url import parse_options, size, url_options
+from querycache.backends.url import parse_options, size, split_url, url_options
 from querycache.errors import ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -57,7 +56,7 @@ class MemoryBackend(StoreBackend):
     @classmethod
     def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> MemoryBackend:
         """``memory://?max_bytes=256mb``."""
-        parts = urlsplit(url)
+        parts = split_url(url)
         if parts.netloc or parts.path:
             raise ConfigurationError(
                 f"{url!r}: the memory store has no address; write memory://?max_bytes=256mb"

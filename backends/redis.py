@@ -25,7 +25,15 @@ from urllib.parse import urlsplit, urlunsplit
 
 from querycache import versions
 from querycache.backends.breaker import CircuitBreaker
-from querycache.backends.url import flag, parse_options, positive_integer, seconds, text, url_options
+from querycache.backends.url import (
+    flag,
+    parse_options,
+    positive_integer,
+    seconds,
+    split_url,
+    text,
+    url_options,
+)
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -45,8 +53,22 @@ _COUNTER_TTL = 30 * 24 * 3600
 expires."""
 
 _REMOVING = frozenset(
-    "del unlink getdel flushall flushdb swapdb move rename renamenx copy restore restore-asking migrate debug "
-    "replicaof slaveof failover config config|resetstat".split()
+    {
+        *(
+            "del",
+            "unlink",
+            "getdel",
+            "move",
+            "rename",
+            "renamenx",
+            "copy",
+            "restore",
+            "restore-asking",
+            "migrate",
+        ),
+        *("flushall", "flushdb", "swapdb", "debug", "replicaof", "slaveof", "failover"),
+        *("config", "config|resetstat"),
+    }
 )
 """Commands by which counters can vanish or be replaced, or the server's statistics about that be wiped. This
 store itself uses none of them."""
@@ -115,7 +137,7 @@ class RedisBackend(StoreBackend):
             )
         self._breaker = CircuitBreaker(self._name)
         try:
-            self._pool = redis.BlockingConnectionPool.from_url(
+            self._pool: Any = redis.BlockingConnectionPool.from_url(
                 address,
                 max_connections=options.pop("max_connections", 50),
                 timeout=timeout,
@@ -133,7 +155,7 @@ class RedisBackend(StoreBackend):
     @classmethod
     def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> RedisBackend:
         """``redis://localhost:6379/0?timeout=0.5``, with the options of the class in the query."""
-        parts = urlsplit(url)
+        parts = split_url(url)
         given = url_options(url, options or {})
         database = {"db": given.pop("db")} if parts.scheme == "unix" and "db" in given else {}
         query = "&".join(f"{name}={value}" for name, value in database.items())

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from querycache.errors import ConfigurationError
 
-__all__ = ["flag", "parse_options", "positive_integer", "seconds", "size", "text", "url_options"]
+__all__ = ["flag", "parse_options", "positive_integer", "seconds", "size", "split_url", "text", "url_options"]
 
 _WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -83,13 +83,24 @@ def parse_options(
     return options
 
 
+def split_url(url: str) -> SplitResult:
+    """The parts of the URL of a store.
+
+    :raises ConfigurationError: it is no URL.
+    """
+    try:
+        return urlsplit(url)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{url!r} is no URL of a store: {error}") from error
+
+
 def url_options(url: str, given: Mapping[str, object]) -> dict[str, object]:
     """The options in the query of a URL, together with those that were given by name.
 
     :raises ConfigurationError: one is named twice.
     """
     options: dict[str, object] = {}
-    for name, value in [*parse_qsl(urlsplit(url).query, keep_blank_values=True), *given.items()]:
+    for name, value in [*parse_qsl(split_url(url).query, keep_blank_values=True), *given.items()]:
         if name in options:
             raise ConfigurationError(
                 f"option {name!r} of {url!r} is given twice: {options[name]!r} and {value!r}"
