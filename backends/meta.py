@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 from querycache.backends.breaker import CircuitBreaker
@@ -187,12 +187,11 @@ class Server:
         if self._pid != os.getpid():  # the connections belong to the process that this one was forked from
             inherited = self._pool.free
             self._make_pool()
-            for slot in inherited:
-                slot.close()
+            for foreign in inherited:
+                foreign.close()
         if not self._free.acquire(timeout=self._timeout):
             raise TimeoutError(f"none of {self._max_connections} connections became free")
-        slot: _Slot = self._pool.get()
-        return slot
+        return cast(_Slot, self._pool.get())
 
     def give_back(self, slot: _Slot) -> None:
         self._pool.release(slot)
