@@ -23,9 +23,11 @@ from hashlib import blake2b
 from typing import Any
 from urllib.parse import unquote
 
+from dogpile.cache.api import NO_VALUE, SerializedReturnType
+
 from querycache import versions
 from querycache.backends.meta import Pipeline, Reply, Server, UnsuitableServer, converse
-from querycache.backends.url import parse_options, positive_integer, seconds, split_url, url_options
+from querycache.backends.url import parse_options, positive_integer, seconds, split_arguments
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -70,30 +72,33 @@ _OPTIONS: dict[str, Callable[[object], Any]] = {
 class MemcachedBackend(StoreBackend):
     """A store on memcached.
 
-    :param arguments: ``servers``: addresses (``host``, ``host:port``, ``[v6]:port``, path of a Unix socket),
-        as a list or separated by commas; the first one holds the ledger. ``timeout``: seconds for connecting,
-        for each answer, and for a free connection (default 0.5). ``max_connections``: to each server; more
-        threads than that wait for a free one (default 50).
+    :param arguments: ``url``: ``memcached://h1:11211,h2:11211`` or ``memcached:///path/to.sock``, with the
+        options below in its query or beside it; or ``servers``: the addresses (``host``, ``host:port``,
+        ``[v6]:port``, path of a Unix socket), as a list or with commas between. The first holds the ledger.
+
+        ``timeout``: seconds for connecting, for each answer, and for a free connection (default 0.5).
+
+        ``max_connections``: to each server; more threads than that wait for a free one (default 50).
+
     :raises ConfigurationError: an argument is unknown, missing or cannot work.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        options = parse_options("the memcached store", _OPTIONS, arguments)
+        address, given = split_arguments(arguments)
+        if address is not None:
+            if bool(address.netloc) == bool(address.path.strip("/")):
+                raise ConfigurationError(
+                    f"the memcached store cannot use {address.geturl()!r}; write memcached://host:11211"
+                )
+            given["servers"] = address.netloc or unquote(address.path)
+        options = parse_options("the memcached store", _OPTIONS, given)
         if "servers" not in options:
-            raise ConfigurationError("the memcached store needs servers: write memcached://host:11211")
+            raise ConfigurationError("the memcached store needs an address: write memcached://host:11211")
         timeout = options.get("timeout", 0.5)
         most = options.get("max_connections", 50)
         self._servers = {address: Server(address, timeout, most) for address in options["servers"]}
         self._ledger = next(iter(self._servers.values()))
         self._hash = RendezvousHash(list(self._servers), hash_function=_score)
-
-    @classmethod
-    def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> MemcachedBackend:
-        """``memcached://h1:11211,h2:11211?timeout=0.5`` or ``memcached:///path/to.sock``."""
-        parts = split_url(url)
-        if bool(parts.netloc) == bool(parts.path.strip("/")):
-            raise ConfigurationError(f"the memcached store cannot use {url!r}; write memcached://host:11211")
-        return cls({"servers": parts.netloc or unquote(parts.path), **url_options(url, options or {})})
 
     # -- entries --------------------------------------------------------------------------------------------
 
@@ -108,7 +113,7 @@ class MemcachedBackend(StoreBackend):
                 batches.append((server, Pipeline()))
             batches[-1][1].add(b"mg %b v" % _encode(key))
         replies = [reply for batch in converse(batches) for reply in batch]
-        payload = _value(replies.pop()) if key is not None else None
+        payload = replies.pop().value if key is not None else None
         return payload, [_version(reply) for reply in replies]
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
@@ -127,6 +132,15 @@ class MemcachedBackend(StoreBackend):
         for key in keys:
             batches.setdefault(self._server_of(key), Pipeline()).add(b"ms %b 0 T-1" % _encode(key), b"")
         converse(list(batches.items()))
+
+    def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
+        names = list(keys)
+        batches: dict[Server, Pipeline] = {}
+        for key in names:
+            batches.setdefault(self._server_of(key), Pipeline()).add(b"mg %b v" % _encode(key))
+        replies = dict(zip(batches, map(iter, converse(list(batches.items()))), strict=True))
+        values = [next(replies[self._server_of(key)]).value for key in names]
+        return [NO_VALUE if value is None else value for value in values]
 
     # -- counters -------------------------------------------------------------------------------------------
 
@@ -280,10 +294,6 @@ def _encode(key: str) -> bytes:
     if _PLAIN_KEY.fullmatch(key):
         return key.encode()
     return b"~" + blake2b(key.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest().encode()
-
-
-def _value(reply: Reply) -> bytes | None:
-    return reply.value
 
 
 def _version(reply: Reply) -> int | None:

@@ -18,7 +18,7 @@ from typing import Any
 from cachetools import LRUCache
 
 from querycache import versions
-from querycache.backends.url import parse_options, size, split_url, url_options
+from querycache.backends.url import parse_options, size, split_arguments
 from querycache.errors import ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -39,29 +39,25 @@ def _entry_size(item: tuple[bytes, float | None, int]) -> int:
 class MemoryBackend(StoreBackend):
     """A bounded store in this process.
 
-    :param arguments: ``max_bytes`` (int, or text such as ``"256mb"``; default 256 MiB).
+    :param arguments: ``max_bytes`` (int, or text such as ``"256mb"``; default 256 MiB), or ``url`` with it:
+        ``memory://?max_bytes=256mb``.
     :param clock: monotonic seconds, for the expiry of entries.
     :raises ConfigurationError: an argument is unknown or cannot work.
     """
 
     def __init__(self, arguments: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
-        options = parse_options("the memory store", {"max_bytes": size}, arguments)
+        address, given = split_arguments(arguments)
+        if address is not None and (address.netloc or address.path):
+            raise ConfigurationError(
+                f"{address.geturl()!r}: the memory store has no address; write memory://?max_bytes=256mb"
+            )
+        options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: LRUCache[str, tuple[bytes, float | None, int]] = LRUCache(self.max_bytes, _entry_size)
         self._counters: OrderedDict[str, int] = OrderedDict()
         self._counter_bytes = 0
-
-    @classmethod
-    def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> MemoryBackend:
-        """``memory://?max_bytes=256mb``."""
-        parts = split_url(url)
-        if parts.netloc or parts.path:
-            raise ConfigurationError(
-                f"{url!r}: the memory store has no address; write memory://?max_bytes=256mb"
-            )
-        return cls(url_options(url, options or {}))
 
     @property
     def used_bytes(self) -> int:

@@ -1,9 +1,4 @@
-"""The exceptions of the public interface.
-
-Everything that this library raises by itself is a :class:`QueryCacheError`. A fault of a cache server never
-shows as an exception of the server's client: it is a :class:`CacheUnavailable`, and the read path answers it
-by asking the database.
-"""
+"""The errors that querycache raises."""
 
 from __future__ import annotations
 
@@ -11,21 +6,20 @@ __all__ = ["CacheMiss", "CacheUnavailable", "ConfigurationError", "QueryCacheErr
 
 
 class QueryCacheError(Exception):
-    """The base of every error that querycache raises by itself."""
+    """Base of all errors of this library."""
 
 
 class ConfigurationError(QueryCacheError, ValueError):
-    """A setting that cannot work. The message names the setting, the value that was given and what would
-    do."""
+    """An argument, option, URL or configuration file is not usable; the message names it and the remedy."""
 
 
 class UnknownRegion(ConfigurationError):
-    """A region was named that this cache does not have."""
+    """A statement or call names a region that was not configured."""
 
 
 class CacheMiss(QueryCacheError):
-    """A statement that was to be answered from the cache only (``cache_mode="only"``) was not in it."""
+    """A statement with ``cache_mode="only"`` has no answer in the cache."""
 
 
 class CacheUnavailable(QueryCacheError):
-    """The cache server did not answer in time, broke the connection, or refused the command."""
+    """The cache server did not answer in time, or answered with a fault."""

@@ -74,6 +74,20 @@ class Reading:
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
 
+    def union(self, other: Reading) -> Reading:
+        """This reading together with a later one of further tags, for an answer that depends on both."""
+        more = [
+            (tag, version)
+            for tag, version in zip(other.tags, other.versions, strict=True)
+            if tag not in self.tags
+        ]
+        return Reading(
+            (*self.tags, *(tag for tag, _ in more)),
+            (*self.versions, *(version for _, version in more)),
+            self.payload,
+            self.stale,
+        )
+
 
 class Ledger:
     """The versions of the tags of one namespace.
@@ -112,11 +126,20 @@ class Ledger:
         healed.
 
         :param entry: the key of the entry; None to read versions only.
-        :param tags: everything the answer depends on, always in the same order for the same entry.
+        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
+            others (those of statements that were only met while it was loaded) they are read in a second
+            round trip.
         """
         blob, found = self.store.fetch(entry, [*tags, self._witness])
         witness = found.pop()
-        payload = None if blob is None else _open(blob, found)
+        payload = None if blob is None else _open(blob, tags, found)
+        if blob is not None and payload is None:
+            others = [tag for tag in _tags_of(blob) if tag not in tags]
+            if others:
+                tags = [*tags, *others]
+                _, found = self.store.fetch(None, [*tags, self._witness])
+                witness = found.pop()
+                payload = _open(blob, tags, found)
         stale = blob is not None and payload is None
         if payload is None and not all(map(versions.is_clean, found)):
             found = self._tend(tags, found, witness)
@@ -130,7 +153,7 @@ class Ledger:
         :param ttl: seconds that the entry may be used at most; None for no limit.
         :returns: False if the reading is not fillable, or the store refused the entry.
         """
-        return reading.fillable and self.store.store(entry, _seal(payload, reading.versions), ttl)
+        return reading.fillable and self.store.store(entry, _seal(payload, reading), ttl)
 
     def _tend(self, tags: Sequence[str], found: list[int | None], witness: int | None) -> list[int | None]:
         """Create and clear what can be created and cleared now; give the versions that there are then."""
@@ -224,13 +247,49 @@ class Ledger:
             self.store.bump(counters)
 
 
-def _seal(payload: bytes, vector: Sequence[int | None]) -> bytes:
-    """An entry as it is stored: the number of versions, the versions, the payload."""
-    return struct.pack(f">H{len(vector)}Q", len(vector), *vector) + payload
+_HEADER = struct.Struct(">HI")
 
 
-def _open(blob: bytes, found: Sequence[int | None]) -> bytes | None:
-    """The payload of an entry, if its vector is what was found. (Only clean versions are ever stored.)"""
-    if None in found or not blob.startswith(struct.pack(f">H{len(found)}Q", len(found), *found)):
+def _seal(payload: bytes, reading: Reading) -> bytes:
+    """An entry as it is stored: number of tags, length of their names, versions, names, payload."""
+    return _header(reading.tags, reading.versions) + payload
+
+
+def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
+    names = "\0".join(tags).encode()
+    return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
+    """The payload of an entry, if all its tags are among those found, with the versions it was stored under.
+
+    (Only clean versions are ever stored.)
+    """
+    if None not in found:
+        header = _header(tags, found)
+        if blob.startswith(header):
+            return blob[len(header) :]
+    stored = _tags_of(blob)
+    if not stored:
         return None
-    return blob[2 + 8 * len(found) :]
+    known = dict(zip(tags, found, strict=True))
+    now = [known.get(tag) for tag in stored]
+    if None in now:
+        return None
+    header = _header(stored, now)
+    return blob[len(header) :] if blob.startswith(header) else None
+
+
+def _tags_of(blob: bytes) -> list[str]:
+    """The tags that an entry names; none where the bytes are no entry."""
+    if len(blob) < _HEADER.size:
+        return []
+    count, length = _HEADER.unpack_from(blob)
+    start = _HEADER.size + 8 * count
+    if count == 0 or start + length > len(blob):
+        return []
+    try:
+        names = blob[start : start + length].decode().split("\0")
+    except UnicodeDecodeError:
+        return []
+    return names if len(names) == count else []

@@ -1,0 +1,131 @@
+"""Freeze and replay: an answer as data, and the data as an answer.
+
+A *frozen statement* is what the database driver returned for one statement: the description of its columns
+and its rows, before any result processor has seen them. An *entry* is what is stored under one key: the
+frozen statement that was asked for, and those that SQLAlchemy ran to complete its objects (``selectinload``
+and its like), each found again by a fingerprint of its own SQL and parameters.
+
+:func:`merge_frozen_result` turns a frozen statement back into the result that the statement would have given,
+by feeding the rows to SQLAlchemy's own loader. It also takes SQLAlchemy's :class:`~sqlalchemy.engine.FrozenResult`
+of ORM objects, for results that no single statement gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from sqlalchemy.engine import Result
+
+from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
+from querycache.sa_internals import Prepared
+
+__all__ = [
+    "Entry",
+    "FrozenStatement",
+    "canonical_parameters",
+    "discriminators",
+    "fingerprint",
+    "fits",
+    "freeze",
+    "merge_frozen_result",
+]
+
+
+class FrozenStatement(msgspec.Struct, array_like=True, frozen=True):
+    """What the driver returned for one statement.
+
+    Attributes:
+        columns: (name, type code) of each column, as in a DBAPI cursor's description. Result processors of some
+            types are chosen by the code.
+        rowcount: the cursor's ``rowcount``, -1 where the driver does not tell.
+        rows: the rows.
+    """
+
+    columns: list[tuple[str, int | str | None]]
+    rowcount: int
+    rows: RowSet
+
+
+class Entry(msgspec.Struct, array_like=True, frozen=True):
+    """What is stored under a key.
+
+    Attributes:
+        created: seconds since 1970 by the clock of the process that stored it; shown to people, compared with
+            nothing.
+        main: the statement that was asked for.
+        loads: the statements that came with it, by fingerprint.
+    """
+
+    created: float
+    main: FrozenStatement
+    loads: dict[bytes, FrozenStatement]
+
+
+def fingerprint(prepared: Prepared) -> bytes:
+    """16 bytes that tell a statement, with its parameters and its database, from the others in an entry.
+
+    Raises:
+        UnkeyableValue: a parameter has no canonical form.
+    """
+    return digest(
+        (bind_identity(prepared.invocation.engine), prepared.sql, canonical_parameters(prepared)), size=16
+    )
+
+
+def canonical_parameters(prepared: Prepared) -> str:
+    """The statement's parameters, as given to the driver, in canonical form."""
+    parameters: Any = prepared.parameters
+    # drivers may ask for their own kind of sequence
+    return canonical(dict(parameters) if hasattr(parameters, "keys") else tuple(parameters))
+
+
+def discriminators(prepared: Prepared) -> str:
+    """Values that do not reach this statement but those that complete it: criteria on a post-load's target.
+
+    They only keep entries apart, so a value without a canonical form is represented by its type.
+    """
+    if len(prepared.extracted) <= len(prepared.compiled.binds):
+        return ""
+    values = []
+    for parameter in prepared.extracted:
+        try:
+            values.append(canonical(parameter.effective_value))
+        except UnkeyableValue as refusal:
+            values.append(refusal.reason)
+    return ",".join(values)
+
+
+def fits(frozen: FrozenStatement, prepared: Prepared) -> bool:
+    """True if the stored columns are those of the statement: same names in the same order."""
+    return [name for name, _ in frozen.columns] == prepared.column_names()
+
+
+def freeze(
+    description: Sequence[Sequence[Any]], rows: Sequence[Sequence[object]], rowcount: int
+) -> FrozenStatement:
+    """Pack what a driver returned.
+
+    Raises:
+        Unstorable: a value, or the type code of a column, cannot be stored as data.
+    """
+    columns: list[tuple[str, int | str | None]] = []
+    for column in description:
+        name, code = column[0], column[1]
+        if code is not None and type(code) is not int and type(code) is not str:
+            raise Unstorable(f"type code {type(code).__name__}")
+        columns.append((name, code))
+    return FrozenStatement(columns, rowcount, pack_rows(rows, len(columns)))
+
+
+def merge_frozen_result(prepared: Prepared, frozen: FrozenStatement) -> Result[Any]:
+    """The result of a statement from what was stored for it, its objects merged into the Session.
+
+    Args:
+        prepared: the statement that asks.
+        frozen: what was stored.
+    """
+    description = [(name, code, None, None, None, None, None) for name, code in frozen.columns]
+    return prepared.replay(description, unpack_rows(frozen.rows), frozen.rowcount)

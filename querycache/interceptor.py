@@ -1,0 +1,356 @@
+"""The read path, whole: decide, look up, replay or freeze.
+
+One handler of ``do_orm_execute`` answers every select for which somebody asked the cache:
+
+1. **Decide.** Options of the statement, or a policy of its entity, ask for the cache. Some statements are
+   never answered from it (row locks, refreshes, server-side cursors …): they are *bypassed*, with a reason.
+2. **Let the others speak.** Handlers registered later may still change the statement (tenant filters!), or
+   run it several times (shards). They are run first, and the cache answers each statement that comes out.
+3. **Look up**, in one round trip: the entry, and the versions of the tags on which it depends.
+4. **Replay** the entry if its versions still stand; otherwise ask the database, and **freeze** what it
+   returns under the versions that were read *before* it was asked.
+
+SQLAlchemy completes objects by further statements (``selectinload`` …). They reach this handler while the
+first one is being loaded, which a context variable tells, and are replayed from, or frozen into, its entry.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sqlalchemy.engine import Result
+from sqlalchemy.orm import ORMExecuteState, Session
+
+from querycache import sa_internals
+from querycache.codec import Unstorable
+from querycache.dependencies import Analysis, analyse
+from querycache.errors import CacheMiss
+from querycache.events import Outcome, Telemetry
+from querycache.frozen import (
+    Entry,
+    FrozenStatement,
+    canonical_parameters,
+    discriminators,
+    fingerprint,
+    fits,
+    freeze,
+    merge_frozen_result,
+)
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
+from querycache.ledger import Reading
+from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
+from querycache.regions import Region
+from querycache.sa_internals import Invocation, Prepared
+from querycache.tags import EVERYTHING, key_tag, region_tag, table_tag, user_tag
+
+__all__ = ["Interceptor", "Request"]
+
+# Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
+_DATABASE_ONLY = ("populate_existing", "yield_per", "stream_results")
+
+
+class _Bypass(Exception):
+    """The statement goes to the database, for the reason given."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A statement that asks for the cache, with all that is known before it is looked up."""
+
+    region: Region
+    options: CacheOptions
+    prepared: Prepared
+    analysis: Analysis
+    key: str
+    tags: list[str]
+
+    @property
+    def name(self) -> str:
+        """What to call it in events."""
+        return self.options.key if isinstance(self.options.key, str) else self.key[-40:-28]
+
+    @property
+    def session(self) -> Session:
+        return self.prepared.invocation.session
+
+
+@dataclass(slots=True)
+class _Load:
+    """A request whose rows are being loaded, and what is gathered for its entry meanwhile.
+
+    Attributes:
+        reading: versions of the tags, read before a statement that depends on them was run; None where the server
+            did not answer.
+        loads: the further statements by fingerprint: those of the entry on a hit, those recorded on a miss.
+        spoiled: why nothing of this may be stored; empty while it may.
+        grown: True once a further statement was recorded.
+    """
+
+    request: Request
+    reading: Reading | None
+    loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
+    spoiled: str = ""
+    grown: bool = False
+    _token: Token[_Load | None] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _loading.set(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _loading.reset(cast("Token[_Load | None]", self._token))
+
+    def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+        """Ask the database, freeze what it returns, and load that."""
+        description, rows, rowcount = prepared.execute()
+        frozen = None
+        if prepared.rewritten:
+            self.spoiled = "rewritten"
+        if not self.unfit:
+            try:
+                frozen = freeze(description, rows, rowcount)
+            except Unstorable as refusal:
+                self.spoiled = refusal.reason
+        return frozen, prepared.replay(description, rows, rowcount)
+
+    def observe(self, tags: Sequence[str]) -> None:
+        """Read the versions of tags not read yet, before the statement runs that depends on them."""
+        if self.reading is not None:
+            region = self.request.region
+            missing = set(region.tag_keys(tags)).difference(self.reading.tags)
+            if missing:
+                more = region.observe(tags)
+                self.reading = None if more is None else self.reading.union(more)
+
+    @property
+    def unfit(self) -> str:
+        """Why this cannot be stored, in a word or two; empty where it can."""
+        if self.spoiled:
+            return self.spoiled
+        if self.reading is None:
+            return "unavailable"
+        return "" if self.reading.fillable else "pending"
+
+
+# The load that runs around the current statement, in this thread or task.
+_loading: ContextVar[_Load | None] = ContextVar("querycache_loading", default=None)
+
+
+class Interceptor:
+    """The ``do_orm_execute`` handler of one QueryCache.
+
+    Args:
+        region_for: gives the region of a name, the default one for None.
+        telemetry: is told each decision.
+        scope: gives, for a session, a value that keeps answers apart (tenant, locale, role).
+        policies: what is cached without a word in the statement, by mapped class.
+    """
+
+    def __init__(
+        self,
+        region_for: Callable[[str | None], Region],
+        telemetry: Telemetry,
+        scope: Callable[[Session], object] | None,
+        policies: Mapping[type, Policy],
+    ) -> None:
+        self._region_for = region_for
+        self._telemetry = telemetry
+        self._scope = scope
+        self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
+
+    def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
+        """Answer the statement, or return None to leave it to SQLAlchemy."""
+        if self._surrounding(state) is None and self._wanted(state) is None:
+            return None
+        if sa_internals.later_handlers(state):
+            return sa_internals.run_later_handlers(state, self._last)
+        return self._answer(state)
+
+    def _last(self, state: ORMExecuteState) -> Result[Any]:
+        result = self._answer(state)
+        return state.invoke_statement() if result is None else result
+
+    def _answer(self, state: ORMExecuteState) -> Result[Any] | None:
+        surrounding = self._surrounding(state)
+        if surrounding is not None:
+            return self._complete(surrounding, state)
+        options = self._wanted(state)
+        if options is None:
+            return None
+        region = self._region_for(options.region)
+        try:
+            request = self._decide(state, region, options)
+        except (_Bypass, UnkeyableValue) as refusal:
+            name = options.key if isinstance(options.key, str) else ""
+            self._telemetry.emit("bypass", region.name, name, str(refusal))
+            return None
+        return self._look_up(request)
+
+    # --- decide ------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _surrounding(state: ORMExecuteState) -> _Load | None:
+        load = _loading.get()
+        return load if load is not None and load.request.session is state.session else None
+
+    def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
+        if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
+            return CacheOptions.from_execution_options(sa_internals.effective_options(state))
+        for option in sa_internals.statement_options(state.statement):
+            if isinstance(option, FromCache):
+                return option.cache_options
+            if isinstance(option, RelationshipCache) and state.is_relationship_load:
+                path: Any = state.loader_strategy_path
+                if option.applies_to(path[-2], path[-1].key):
+                    return option.cache_options
+        if self._policies and state.is_select and state.bind_mapper is not None:
+            for cls in state.bind_mapper.class_.__mro__:
+                if cls in self._policies:
+                    return self._policies[cls]
+        return None
+
+    def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        """All that is needed to look the statement up.
+
+        Raises:
+            _Bypass: no cache can answer this statement.
+            UnkeyableValue: a parameter, or the scope, has no canonical form.
+        """
+        if options.mode == "bypass":
+            raise _Bypass("mode")
+        self._refuse(state)
+        prepared = sa_internals.prepare(Invocation.take(state))
+        analysis = analyse(prepared)
+        if analysis.locks:
+            raise _Bypass("for update")
+        return Request(
+            region,
+            options,
+            prepared,
+            analysis,
+            self._key(region, options, prepared, analysis),
+            self._tags(region, options, prepared, analysis),
+        )
+
+    @staticmethod
+    def _refuse(state: ORMExecuteState, within: bool = False) -> None:
+        """Raise _Bypass for what no cache can answer, as far as it shows before the statement is compiled."""
+        options = sa_internals.effective_options(state)
+        if not (state.is_select or state.is_from_statement) or state.statement.is_dml:
+            raise _Bypass("not a select")
+        if state.is_executemany:
+            raise _Bypass("several parameter sets")
+        if sa_internals.is_refresh(options) or state.is_column_load:
+            raise _Bypass("refresh")
+        if "sa_top_level_orm_context" in options and not within:
+            raise _Bypass("part of another load")
+        if not state.session.is_active:
+            raise _Bypass("transaction failed")
+        for option in _DATABASE_ONLY:
+            if options.get(option) or sa_internals.load_option(options, option):
+                raise _Bypass(option)
+
+    def _key(self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis) -> str:
+        name = options.key if isinstance(options.key, str) else ""
+        scope = "" if self._scope is None else canonical(self._scope(prepared.invocation.session))
+        if options.exact:
+            return region.entry_key(digest((name, scope)))
+        return region.entry_key(
+            digest(
+                (
+                    analysis.structure,
+                    bind_identity(prepared.invocation.engine),
+                    prepared.sql,
+                    canonical_parameters(prepared),
+                    discriminators(prepared),
+                    name,
+                    scope,
+                )
+            )
+        )
+
+    def _tags(
+        self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis
+    ) -> list[str]:
+        tags = [EVERYTHING, region_tag(region.name)]
+        if isinstance(options.key, str):
+            tags.append(key_tag(options.key))
+        tags.extend(map(user_tag, options.tags))
+        tags.extend(map(table_tag, options.tables))
+        tags.extend(analysis.tags(prepared))
+        tags.extend(analysis.load_tags)
+        return tags
+
+    # --- look up -----------------------------------------------------------------------------------
+
+    def _look_up(self, request: Request) -> Result[Any]:
+        region = request.region
+        lookup = region.lookup(request.key, request.tags)
+        outcome: Outcome = lookup.outcome
+        reason = lookup.reason
+        if request.options.mode == "refresh":
+            outcome, reason = "miss", "refresh"
+        elif lookup.entry is not None:
+            if not request.options.exact or fits(lookup.entry.main, request.prepared):
+                self._telemetry.emit("hit", region.name, request.name)
+                return self._replay(request, lookup.entry, lookup.reading)
+            outcome, reason = "miss", "layout"
+        if request.options.mode == "only":
+            raise CacheMiss(
+                f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
+                "cache_mode='only' forbids to ask the database"
+            )
+        self._telemetry.emit(outcome, region.name, request.name, reason)
+        return self._ask_database(request, lookup.reading)
+
+    # --- replay, or ask the database and freeze ------------------------------------------------------
+
+    def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
+        load = _Load(request, reading, entry.loads)
+        sa_internals.autobegin(request.session)
+        with load:
+            result = merge_frozen_result(request.prepared, entry.main)
+        if load.grown:
+            self._fill(load, entry.main)
+        return result
+
+    def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
+        load = _Load(request, reading)
+        with load:
+            main, result = load.run(request.prepared)
+        self._fill(load, main)
+        return result
+
+    def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
+        """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
+        try:
+            self._refuse(state, within=True)
+            prepared = sa_internals.prepare(Invocation.take(state))
+            mark = fingerprint(prepared)
+        except (_Bypass, UnkeyableValue) as refusal:
+            load.spoiled = str(refusal)
+            return None
+        frozen = load.loads.get(mark)
+        if frozen is not None:
+            return merge_frozen_result(prepared, frozen)
+        tags = analyse(prepared).tags(prepared)
+        load.observe(tags)
+        frozen, result = load.run(prepared)
+        if frozen is not None:
+            load.loads[mark] = frozen
+            load.grown = True
+            load.request.analysis.learn(tags)
+        return result
+
+    def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
+        request = load.request
+        outcome, reason = "bypass", load.unfit
+        if main is not None and load.reading is not None and not reason:
+            entry = Entry(time.time(), main, load.loads)
+            reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
+            outcome = "error" if reason else "fill"
+        self._telemetry.emit(outcome, request.region.name, request.name, reason)
