@@ -126,8 +126,9 @@ class Ledger:
         healed.
 
         :param entry: the key of the entry; None to read versions only.
-        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names others
-            (those of statements that were only met while it was loaded) they are read in a second round trip.
+        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
+            others (those of statements that were only met while it was loaded) they are read in a second
+            round trip.
         """
         blob, found = self.store.fetch(entry, [*tags, self._witness])
         witness = found.pop()
