@@ -226,7 +226,9 @@ class Interceptor:
     def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
         given = tuple(
-            (name, type(options[name]), options[name]) for name in options if name.startswith("cache_")
+            (name, type(options[name]), options[name])
+            for name in options
+            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
         )
         try:
             known = self._known_options.get(given)
@@ -265,6 +267,7 @@ class Interceptor:
             if len(plan.memo) > 16:
                 plan.memo.clear()
             plan.memo[memo] = analysis, key, tags, analysis.load_tags
+        self._writes.notice_old_views(session)
         request = Request(region, options, prepared, analysis, key, tags, self._writes.transactions(session))
         if self._writes.owes(region.ledger):
             raise _Bypass("unavailable")
