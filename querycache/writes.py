@@ -388,6 +388,7 @@ class Writes:
     # --- the end of a transaction ------------------------------------------------------------------------
 
     def _begin(self, connection: Connection) -> None:
+        connection.info.pop(self._savepoint_key, None)
         transaction = self._of(connection)
         # One that is not marked goes on: two Connections can share what the driver calls a connection.
         if transaction is not None and transaction.marked is not None:
@@ -402,14 +403,13 @@ class Writes:
             return sa_internals.root_engine(connection.engine) in self._begun_by_hand
         return sa_internals.isolation_level(connection) in _SNAPSHOTS
 
-    def _savepoint(self, connection: Connection, name: str) -> None:
+    def _savepoint(self, connection: Connection, name: str | None) -> None:
         if connection.dialect.name == "sqlite" and not sa_internals.in_transaction(connection):
-            connection.info[self._savepoint_key] = name
+            connection.info[self._savepoint_key] = True
 
     def _release_savepoint(self, connection: Connection, name: str, context: None) -> None:
         # On SQLite a savepoint outside of a transaction begins one, and its release is the COMMIT.
-        if connection.info.get(self._savepoint_key) == name:
-            del connection.info[self._savepoint_key]
+        if connection.info.get(self._savepoint_key):
             self._phase_one_of_statement(connection)
 
     def _begin_twophase(self, connection: Connection, xid: Any) -> None:
