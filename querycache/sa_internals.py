@@ -497,6 +497,9 @@ def is_unit_of_work(context: Any) -> bool:
 def dml_tables(compiled: Any) -> set[Table] | None:
     """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
     tables = {_as_table(compiled.statement.table)}
+    # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
+    noted = compiled.statement._annotations
+    tables.update(noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted)
     for extra in getattr(compiled.compile_state, "_extra_froms", None) or ():
         tables.add(_as_table(extra))
     if getattr(compiled, "ctes", None):
@@ -526,12 +529,12 @@ def is_upsert(compiled: Any) -> bool:
     return bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
 
 
-def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
-    """The states that a flush has written, each with True if it was deleted."""
+def flushed(context: Any) -> Iterator[Any]:
+    """The states that a flush has written."""
     for state, (is_delete, list_only) in context.states.items():
         # one that was to be deleted, and is replaced by another under its primary key, is listed only
         if is_delete or not list_only:
-            yield state, is_delete
+            yield state
 
 
 UNKNOWN = object()

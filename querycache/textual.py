@@ -133,7 +133,9 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         )
     if not _PARSED.match(bare):
         return _ANYTHING
-    return _parsed(_PLACEHOLDER.sub("?", text), _DIALECTS.get(dialect, ""))
+    if dialect != "postgresql":  # where sqlglot knows them, and "?" is an operator
+        text = _PLACEHOLDER.sub("?", text)
+    return _parsed(text, _DIALECTS.get(dialect, ""))
 
 
 def first_word(sql: str) -> str:
@@ -192,6 +194,8 @@ def _targets(statement: Any, exp: Any) -> list[Any] | None:
     definitions = (exp.Create, exp.Drop, exp.Alter, exp.TruncateTable)
     if not isinstance(statement, (*kinds, *definitions)) or statement.find(exp.Command, exp.Copy):
         return None
+    if isinstance(statement, (exp.Drop, exp.TruncateTable)) and "CASCADE" in statement.sql().upper():
+        return None  # and all that refers to it, whatever its foreign keys say
     if isinstance(statement, definitions):
         return list(statement.find_all(exp.Table)) or None
     targets: list[Any] = []

@@ -268,9 +268,11 @@ class Writes:
         if tables is None:
             self._note(connection, [EVERYTHING])
         elif sa_internals.is_unit_of_work(context):
-            transaction = self._ensure(connection)
+            schemas = _schema_map(context)
             for table in tables:
-                transaction.unresolved[table] = _schema_map(context)
+                self._ensure(connection).unresolved[table] = schemas
+                if not context.isinsert:
+                    self._note_sets(connection, cascades(table, delete=context.isdelete), schemas)
         else:
             self._note_tables(connection, tables, context)
 
@@ -278,16 +280,18 @@ class Writes:
         # an upsert, or INSERT OR REPLACE, may do either
         upsert = context.isinsert and sa_internals.is_upsert(context.compiled)
         delete, update = context.isdelete or upsert, context.isupdate or upsert
-        schemas = _schema_map(context)
-        default = connection.dialect.default_schema_name
         for table in tables:
             changed = {table}
             if delete:
                 changed |= cascades(table, delete=True)
             if update:
                 changed |= cascades(table, delete=False)
-            for each in changed:
-                self._note(connection, set_write_tags(_name(each, schemas), default))
+            self._note_sets(connection, changed, _schema_map(context))
+
+    def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
+        default = connection.dialect.default_schema_name
+        for table in tables:
+            self._note(connection, set_write_tags(_name(table, schemas), default))
 
     def _note_ddl(self, connection: Connection, compiled: Any) -> None:
         element = getattr(compiled.statement, "element", None)
@@ -309,8 +313,7 @@ class Writes:
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default, anywhere=schema is None))
             for table in sa_internals.known_tables(name):
-                for each in cascades(table, delete=True) | cascades(table, delete=False):
-                    self._note(connection, set_write_tags((each.schema, each.name), default))
+                self._note_sets(connection, cascades(table, delete=True) | cascades(table, delete=False), {})
         return bool(text.writes) or not text.understood
 
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:
@@ -345,28 +348,16 @@ class Writes:
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         values: dict[Table, list[tuple[str, object]] | None] = {}
-        deleted: set[Table] = set()
-        for state, is_delete in sa_internals.flushed(context):
+        for state in sa_internals.flushed(context):
             for table in state.mapper.tables:
                 if not isinstance(table, Table):
                     continue
-                if is_delete:
-                    deleted.add(table)
                 rows = values.setdefault(table, [])
                 if rows is not None:
                     known = _row_values(state, table)
                     values[table] = None if known is None else rows + known
         for connection in sa_internals.connections(session):
-            default = connection.dialect.default_schema_name
-            written = self._of(connection)
-            unresolved = dict(written.unresolved) if written is not None else {}
             self._resolve(connection, values)
-            for table, schemas in unresolved.items():
-                changed = cascades(table, delete=False)
-                if table in deleted:
-                    changed |= cascades(table, delete=True)
-                for each in changed:
-                    self._note(connection, set_write_tags(_name(each, schemas), default))
 
     def _resolve(
         self, connection: Connection, values: Mapping[Table, list[tuple[str, object]] | None]
@@ -520,7 +511,8 @@ def _commits_itself(connection: Connection, sql: str) -> bool:
     """True if the database commits at a statement, whatever transaction SQLAlchemy thinks it is in."""
     if connection.dialect.name == "sqlite":
         # its driver begins a transaction before some kinds of statements only
-        return not (sa_internals.in_transaction(connection) or sa_internals.begins_transaction(connection, sql))
+        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(connection, sql)
+        return not open_after or commits(sql, "sqlite")
     return commits(sql, connection.dialect.name)
 
 
