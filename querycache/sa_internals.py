@@ -72,11 +72,18 @@ Row = Sequence[object]
 # --- the event: what a do_orm_execute handler is given -------------------------------------------
 
 
+def _untouched(state: ORMExecuteState) -> bool:
+    """True where no handler has replaced the statement or added options, so that what SQLAlchemy derived holds."""
+    return not state._update_execution_options and state.bind_arguments.get("clause") is state.statement
+
+
 def effective_options(state: ORMExecuteState) -> Mapping[str, Any]:
     """Execution options as they stand now, with what handlers before this one have added.
 
-    ``ORMExecuteState.execution_options`` is computed once and does not see ``update_execution_options``.
+    ``ORMExecuteState.execution_options`` is computed once and does not see what handlers change.
     """
+    if _untouched(state):
+        return state.execution_options
     return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[no-any-return]
 
 
@@ -191,9 +198,15 @@ class Plan:
     sql: str = ""
     parameters: Any = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    _template: Any = None
 
     def context(self) -> Any:
         """A new execution context over a replay connection."""
+        if self._template is not None:
+            context = object.__new__(type(self._template))
+            context.__dict__.update(self._template.__dict__)
+            context.cursor = _ReplayCursor()
+            return context
         dialect: Any = self.engine.dialect
         connection = _ReplayConnection(self.engine)
         return dialect.execution_ctx_cls._init_compiled(
@@ -298,7 +311,12 @@ class Invocation:
         bind_arguments = dict(state.bind_arguments)
         options: Any = state.local_execution_options
         compile_state_cls: Any = state._compile_state_cls
-        if compile_state_cls is not None:
+        if compile_state_cls is not None and _untouched(state):
+            # SQLAlchemy has interpreted the options ahead of the handlers; what is left is to flush
+            load_options = options.get("_sa_orm_load_options")
+            if load_options is None or load_options._autoflush:
+                session._autoflush()
+        elif compile_state_cls is not None:
             # 2.0 returns (statement, options), 2.1 (statement, options, parameters)
             statement, options, *rest = compile_state_cls.orm_pre_session_exec(
                 session, statement, parameters, options, bind_arguments, False
@@ -401,7 +419,9 @@ def prepare(invocation: Invocation) -> Prepared:
     plan.sql = context.statement
     plan.parameters = context.parameters[0]
     if plan.repeatable:
+        plan._template = context
         compiled.__dict__[_PLAN] = plan
+        context = None
     return Prepared(invocation, plan, _context=context)
 
 
