@@ -138,6 +138,22 @@ class _ReplayConnection:
         pass
 
 
+def _same_parameters(executed: Any, prepared: Any) -> bool:
+    """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
+    if executed == prepared:
+        return True
+    if len(executed) != len(prepared):
+        return False
+    if isinstance(executed, Mapping):
+        pairs = [(value, prepared.get(name)) for name, value in executed.items()]
+    else:
+        pairs = list(zip(executed, prepared, strict=True))
+    return all(
+        one == other or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        for one, other in pairs
+    )
+
+
 @dataclass(slots=True)
 class Prepared:
     """A statement that is ready to run: against the database, or over stored rows.
@@ -176,7 +192,7 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.sql or context.parameters[0] != self.parameters:
+        if context.statement != self.sql or not _same_parameters(context.parameters[0], self.parameters):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
             self.context = context
