@@ -25,12 +25,13 @@ A structure is analysed once and remembered on the compiled object, which lives 
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import Alias, BindParameter, Column, ColumnElement, Integer, Select, Table, Uuid
 from sqlalchemy.schema import UniqueConstraint
@@ -40,8 +41,9 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Groupin
 
 from querycache.functions import is_stable
 from querycache.keys import structure_digest
-from querycache.sa_internals import Prepared
+from querycache.sa_internals import Plan
 from querycache.tags import bulk_tag, slot_tag, table_tag
+from querycache.textual import read_text
 
 __all__ = [
     "MAX_PINNED_VALUES",
@@ -49,6 +51,7 @@ __all__ = [
     "Declarations",
     "TableName",
     "analyse",
+    "cascades",
     "row_write_tags",
     "set_write_tags",
     "slot_of",
@@ -81,7 +84,9 @@ class Declarations:
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""
-        self.sources[name.lower()] = self.sources.get(name.lower(), frozenset()) | {each.lower() for each in on}
+        self.sources[name.lower()] = self.sources.get(name.lower(), frozenset()) | {
+            each.lower() for each in on
+        }
 
     def closure(self, names: Iterable[str]) -> set[str]:
         """The names, and all that they are made from, step by step."""
@@ -155,7 +160,9 @@ class Analysis:
         tables: how often each table appears in its SQL.
         pins: tracked columns that it compares with parameters, for tables that appear once.
         functions: lower-case names of the functions it calls.
-        texts: fragments of textual SQL in it.
+        texts: pieces of textual SQL in it.
+        text_tables: tables that these name.
+        opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes.
         load_tags: tags of the further statements that completed its objects. They are only learned when those run;
@@ -167,6 +174,8 @@ class Analysis:
     pins: tuple[Pin, ...] = ()
     functions: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
+    text_tables: frozenset[TableName] = frozenset()
+    opaque: bool = False
     locks: bool = False
     writes: bool = False
     load_tags: tuple[str, ...] = ()
@@ -183,36 +192,39 @@ class Analysis:
                 return name
         return ""
 
-    def tags(self, prepared: Prepared, declared: Declarations) -> list[str]:
+    def tags(self, plan: Plan, declared: Declarations) -> list[str]:
         """The tags of the tables, for one execution with its parameters and schemas."""
-        translate = prepared.schema_translate_map
+        translate = plan.schema_translate_map
         tags: list[str] = []
         pinned = set()
         for pin in self.pins:
-            values = self._pinned_values(pin, prepared)
+            values = self._pinned_values(pin, plan)
             slots = {slot_of(value, declared.slots) for value in values} if values is not None else {None}
             if None in slots or pin.table in pinned:
                 continue
             pinned.add(pin.table)
             schema, name = _translated(pin.table, translate)
-            for label in _reader_labels(schema, name):
-                tags.append(bulk_tag(label))
+            tags.extend(map(bulk_tag, _reader_labels(schema, name)))
             label = _label(schema, name)
             tags.extend(slot_tag(label, pin.column, slot) for slot in sorted(slots))  # type: ignore[type-var, arg-type]
         whole = {_translated(table, translate) for table in self.tables if table not in pinned}
         for schema, name in whole:
             tags.extend(table_tag(label) for label in _reader_labels(schema, name))
+        for schema, name in self.text_tables:
+            labels = _reader_labels(schema, name) if schema else [_label(None, name), _label("?", name)]
+            tags.extend(map(table_tag, labels))
         if declared.sources:
             given = {_label(*_translated(table, translate)) for table in self.tables}
-            sources = declared.closure([*given, *(table[1] for table in self.tables), *self.functions])
+            named = [table[1] for table in (*self.tables, *self.text_tables)]
+            sources = declared.closure([*given, *named, *self.functions])
             tags.extend(table_tag(source) for source in sources.difference(self.functions, given))
         return sorted(set(tags))
 
     @staticmethod
-    def _pinned_values(pin: Pin, prepared: Prepared) -> Sequence[object] | None:
+    def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:
         values: list[object] = []
         for name in pin.parameters:
-            value = prepared.values.get(name)
+            value = plan.values.get(name)
             if isinstance(value, (list, tuple, set, frozenset)):
                 values.extend(value)
             else:
@@ -223,18 +235,20 @@ class Analysis:
 _MEMO = "_querycache_analysis"
 
 
-def analyse(prepared: Prepared) -> Analysis:
+def analyse(compiled: SQLCompiler) -> Analysis:
     """The analysis of a statement, made once for its structure."""
-    compiled = prepared.compiled
     memo: Analysis | None = compiled.__dict__.get(_MEMO)
     if memo is None:
         cache_key = compiled.cache_key
         memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None))
-        collector = _collector(type(compiled))
+        collector = _collector(cast("Any", type(compiled)))
         # The second compilation renders other statement objects than the first where the ORM makes them anew, so
         # parameters are found by name.
-        rendered = collector(compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys)
+        rendered = collector(
+            compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
+        )
         memo.pins = tuple(_pins(rendered, memo))
+        _read_texts(memo, compiled.dialect.name)
         compiled.__dict__[_MEMO] = memo
     return memo
 
@@ -261,6 +275,11 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             self.analysis.texts.append(textclause.text)
             return super().visit_textclause(textclause, *args, **kwargs)
 
+        def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
+            if column.is_literal:
+                self.analysis.texts.append(column.name)
+            return super().visit_column(column, *args, **kwargs)
+
         def visit_sequence(self, *args: Any, **kwargs: Any) -> Any:
             self.analysis.functions.add("nextval")
             return super().visit_sequence(*args, **kwargs)
@@ -284,13 +303,68 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
     return Collector
 
 
+_WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_CALL = re.compile(r"\b([a-z_]\w*)\s*\(", re.IGNORECASE)
+_NILADIC = re.compile(
+    r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
+    re.IGNORECASE,
+)
+_NOT_CALLED = frozenset(
+    [
+        "and",
+        "as",
+        "between",
+        "case",
+        "else",
+        "exists",
+        "filter",
+        "in",
+        "is",
+        "like",
+        "not",
+        "on",
+        "or",
+        "over",
+        "then",
+        "values",
+        "when",
+        "where",
+    ]
+)
+
+
+def _read_texts(analysis: Analysis, dialect: str) -> None:
+    """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
+    for text in analysis.texts:
+        if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
+            "select",
+            "with",
+            "values",
+            "table",
+        ):
+            statement = read_text(text, dialect)
+            analysis.opaque = analysis.opaque or not statement.understood
+            analysis.writes = analysis.writes or bool(statement.writes)
+            analysis.text_tables |= statement.reads
+            analysis.functions |= statement.functions
+        elif _WORDS_OF_QUERIES.search(text):
+            analysis.opaque = True
+        else:
+            calls = {name.lower() for name in _CALL.findall(text)}
+            analysis.functions |= calls - _NOT_CALLED
+            analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
+
+
 def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
     state = rendered.compile_state
     statement = getattr(state, "statement", None) if state is not None else rendered.statement
     if not isinstance(statement, Select) or statement.whereclause is None:
         return
     for conjunct in _conjuncts(statement.whereclause):
-        if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (operators.eq, operators.in_op):
+        if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (
+            operators.eq,
+            operators.in_op,
+        ):
             continue
         for column, value in ((conjunct.left, conjunct.right), (conjunct.right, conjunct.left)):
             table = _base_table(column)
@@ -310,7 +384,7 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
                 yield Pin(key, column.name, (name,))
 
 
-def _conjuncts(clause: ColumnElement[Any]) -> Iterator[ColumnElement[Any]]:
+def _conjuncts(clause: Any) -> Iterator[Any]:
     if isinstance(clause, Grouping):
         yield from _conjuncts(clause.element)
     elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
@@ -351,8 +425,9 @@ def _writer_labels(schema: str | None, name: str, default_schema: str | None) ->
     labels = [_label(schema, name)]
     if schema is None and default_schema:
         labels.append(_label(default_schema, name))
-    elif schema is not None and schema == default_schema:
-        labels.append(_label(None, name))
+    elif schema is not None:
+        # textual SQL elsewhere may reach it without naming the schema
+        labels.append(_label(None if schema == default_schema else "?", name))
     return labels
 
 
@@ -376,7 +451,11 @@ def set_write_tags(table: TableName, default_schema: str | None, *, anywhere: bo
 
 
 def row_write_tags(
-    table: Table, schema: str | None, values: Iterable[tuple[str, object]], default_schema: str | None, slots: int
+    table: Table,
+    schema: str | None,
+    values: Iterable[tuple[str, object]],
+    default_schema: str | None,
+    slots: int,
 ) -> Iterator[str]:
     """The tags that a write of one row changes.
 

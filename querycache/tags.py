@@ -6,7 +6,16 @@ name of a table.
 
 from __future__ import annotations
 
-__all__ = ["EVERYTHING", "bulk_tag", "key_tag", "region_tag", "slot_tag", "table_tag", "user_tag"]
+__all__ = [
+    "EVERYTHING",
+    "bulk_tag",
+    "key_tag",
+    "region_tag",
+    "slot_tag",
+    "statement_tag",
+    "table_tag",
+    "user_tag",
+]
 
 EVERYTHING = "*"
 """The tag on which every answer depends."""
@@ -20,6 +29,11 @@ def key_tag(key: str) -> str:
 def region_tag(region: str) -> str:
     """The tag of all answers in a region."""
     return f"region:{region}"
+
+
+def statement_tag(structure: bytes) -> str:
+    """The tag of the answers to one statement, whatever its parameters; named by the digest of its structure."""
+    return f"statement:{structure.hex()}"
 
 
 def user_tag(name: str) -> str:
