@@ -176,6 +176,22 @@ class _ReplayConnection:
         pass
 
 
+def _same_parameters(executed: Any, prepared: Any) -> bool:
+    """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
+    if executed == prepared:
+        return True
+    if len(executed) != len(prepared):
+        return False
+    if isinstance(executed, Mapping):
+        pairs = [(value, prepared.get(name)) for name, value in executed.items()]
+    else:
+        pairs = list(zip(executed, prepared, strict=True))
+    return all(
+        one == other or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        for one, other in pairs
+    )
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """A compiled statement with the values of its parameters: all of an execution that no session is needed for.
@@ -264,7 +280,9 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.plan.sql or context.parameters[0] != self.plan.parameters:
+        if context.statement != self.plan.sql or not _same_parameters(
+            context.parameters[0], self.plan.parameters
+        ):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
         cursor: Any = result.cursor
