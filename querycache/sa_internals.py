@@ -15,10 +15,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import util
-from sqlalchemy.engine import Connection, CursorResult, Dialect, Engine, Result
+from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
@@ -252,24 +253,26 @@ class Invocation:
         return self.bind.get_execution_options()
 
     def load(self, cursor_result: CursorResult[Any]) -> Result[Any]:
-        """From a Core result to the result that ``Session.execute`` returns.
+        """From a Core result to what ``Session.execute`` returns, with all its rows loaded already.
 
-        ``prebuffer_rows`` makes the ORM load all rows, post-loads included, before this returns.
+        The ORM loads, and runs post-loads, when the result is consumed. The option ``prebuffer_rows``
+        would make it do so at once, but post-loads inherit the option, and handlers see it.
         """
         if self._compile_state_cls is None:
             return cursor_result
-        options = util.immutabledict(self.options).union({"prebuffer_rows": True})
-        return cast(
-            "Result[Any]",
-            self._compile_state_cls.orm_setup_cursor_result(
-                self.session,
-                self.statement,
-                self.parameters or {},
-                options,
-                self.bind_arguments,
-                cursor_result,
-            ),
+        result: Result[Any] = self._compile_state_cls.orm_setup_cursor_result(
+            self.session,
+            self.statement,
+            self.parameters or {},
+            self.options,
+            self.bind_arguments,
+            cursor_result,
         )
+        if isinstance(result, ChunkedIteratorResult):
+            loaded = list(result.chunks(None))
+            result.chunks = lambda size: iter(loaded)
+            result.iterator = chain.from_iterable(loaded)
+        return result
 
 
 # An engine that never connected has a dialect that does not know its server yet. What it compiles must not

@@ -1,0 +1,88 @@
+"""What a replayed statement must have in common with one that the database has answered.
+
+Each of these was found by running SQLAlchemy's own tests on replayed rows (``tests/sqlalchemy_suite``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, StaticPool, create_engine, event, select
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    ORMExecuteState,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+)
+
+from querycache import QueryCache
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Author(Base):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    books: Mapped[list[Book]] = relationship(back_populates="author")
+
+
+class Book(Base):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
+
+
+@pytest.fixture
+def cache() -> QueryCache:
+    return QueryCache()
+
+
+@pytest.fixture
+def session(cache: QueryCache) -> Iterator[Session]:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Base.metadata.create_all(engine)
+    with Session(engine) as seed, seed.begin():
+        seed.add(Author(id=1, name="one", books=[Book(id=1), Book(id=2)]))
+    maker = sessionmaker(engine)
+    cache.attach(maker)
+    with maker() as session:
+        yield session
+    engine.dispose()
+
+
+AUTHORS_WITH_BOOKS = (
+    select(Author).options(selectinload(Author.books)).execution_options(cache_key="authors", mine=1)
+)
+
+
+@pytest.mark.parametrize("outcome", ["miss", "hit"])
+def test_post_loads_are_shown_to_handlers_with_the_options_that_were_given(
+    cache: QueryCache, session: Session, outcome: str
+) -> None:
+    if outcome == "hit":
+        session.scalars(AUTHORS_WITH_BOOKS).all()
+        session.expunge_all()
+    seen: list[dict[str, Any]] = []
+
+    @event.listens_for(session, "do_orm_execute")
+    def note(state: ORMExecuteState) -> None:
+        seen.append(dict(state.execution_options))
+
+    with cache.recording() as events:
+        session.scalars(AUTHORS_WITH_BOOKS).all()
+
+    assert events[0].outcome == outcome
+    for options in seen:
+        public = {name: value for name, value in options.items() if not name.startswith(("_", "sa_"))}
+        assert public == {"cache_key": "authors", "mine": 1}
+    assert len(seen) == 2
