@@ -200,6 +200,26 @@ class Prepared:
         return self.invocation.load(self.context._setup_result_proxy())
 
 
+def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
+    """The options given to one execution, to be interpreted anew after handlers have added theirs.
+
+    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
+    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
+    """
+    options = state.local_execution_options
+    # missing in versions that interpret the mixed options themselves
+    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
+    if added is None or "sa_top_level_orm_context" not in options:
+        return options
+    return util.immutabledict(
+        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
+    )
+
+
+# the execution options that QueryContext.default_load_options is made from
+_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
+
+
 @dataclass(slots=True)
 class Invocation:
     """One execution of a SELECT by a Session, taken over from SQLAlchemy at the ``do_orm_execute`` event.
@@ -222,7 +242,7 @@ class Invocation:
         statement: Any = state.statement
         parameters: Any = state.parameters
         bind_arguments = dict(state.bind_arguments)
-        options: Any = state.local_execution_options
+        options: Any = _uninterpreted_options(state)
         compile_state_cls: Any = state._compile_state_cls
         if compile_state_cls is not None:
             # 2.0 returns (statement, options), 2.1 (statement, options, parameters)

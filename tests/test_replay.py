@@ -86,3 +86,18 @@ def test_post_loads_are_shown_to_handlers_with_the_options_that_were_given(
         public = {name: value for name, value in options.items() if not name.startswith(("_", "sa_"))}
         assert public == {"cache_key": "authors", "mine": 1}
     assert len(seen) == 2
+
+
+def test_a_post_load_flushes_where_only_its_statement_was_told_not_to(session: Session) -> None:
+    statement = select(Author).options(selectinload(Author.books)).execution_options(autoflush=False)
+    flushed = []
+
+    for options in ({}, {"cache_key": True}):
+        author = session.get_one(Author, 1)
+        author.name = "changed"
+        session.expire(author, ["books"])
+        session.scalars(statement.execution_options(**options)).all()
+        flushed.append(author not in session.dirty)
+        session.rollback()
+
+    assert flushed[0] == flushed[1]
