@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Invocation",
     "Prepared",
+    "Unpreparable",
     "autobegin",
     "effective_options",
     "is_refresh",
@@ -312,8 +313,16 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
     return cache
 
 
+class Unpreparable(Exception):
+    """The parameters of a statement cannot be made ready for the driver. Running it will raise the reason."""
+
+
 def prepare(invocation: Invocation) -> Prepared:
-    """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do."""
+    """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do.
+
+    Raises:
+        Unpreparable: the code of the application that makes the parameters has failed.
+    """
     statement: Any = invocation.statement
     engine = invocation.engine
     dialect = engine.dialect
@@ -329,18 +338,21 @@ def prepare(invocation: Invocation) -> Prepared:
         linting=dialect.compiler_linting | WARN_LINTING,
     )
     connection = _ReplayConnection(engine)
-    context = cast("Any", dialect).execution_ctx_cls._init_compiled(
-        dialect,
-        connection,
-        connection,
-        options,
-        compiled,
-        [dict(parameters)] if parameters else [],
-        statement,
-        extracted,
-        cache_hit=cache_hit,
-        **({"param_dict": param_dict[0]} if param_dict else {}),
-    )
+    try:
+        context = cast("Any", dialect).execution_ctx_cls._init_compiled(
+            dialect,
+            connection,
+            connection,
+            options,
+            compiled,
+            [dict(parameters)] if parameters else [],
+            statement,
+            extracted,
+            cache_hit=cache_hit,
+            **({"param_dict": param_dict[0]} if param_dict else {}),
+        )
+    except Exception as error:
+        raise Unpreparable("parameters") from error
     return Prepared(invocation, compiled, context, context.statement, context.parameters[0], extracted or ())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import ForeignKey, StaticPool, create_engine, event, select
+from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -101,3 +102,19 @@ def test_a_post_load_flushes_where_only_its_statement_was_told_not_to(session: S
         session.rollback()
 
     assert flushed[0] == flushed[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_key": True}], ids=["uncached", "cached"])
+def test_parameters_that_cannot_be_resolved_raise_what_they_raise_uncached(
+    cache: QueryCache, session: Session, options: dict[str, Any]
+) -> None:
+    transient = Author()
+
+    with (
+        cache.recording() as events,
+        pytest.raises(StatementError, match=r"Can't resolve value for column author\.id") as raised,
+    ):
+        session.scalars(select(Book).where(Book.author == transient).execution_options(**options)).all()
+
+    assert raised.value.statement is not None
+    assert [(each.outcome, each.reason) for each in events] == [("bypass", "parameters")] * len(options)
