@@ -45,7 +45,7 @@ from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
 from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
-from querycache.sa_internals import Invocation, Plan, Prepared
+from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
 from querycache.writes import Transaction, Writes
 
@@ -193,7 +193,7 @@ class Interceptor:
         region = self._region_for(options.region)
         try:
             request = self._decide(state, region, options)
-        except (_Bypass, UnkeyableValue) as refusal:
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             name = options.key if isinstance(options.key, str) else ""
             self._telemetry.emit("bypass", region.name, name, str(refusal))
             return None
@@ -245,6 +245,7 @@ class Interceptor:
         Raises:
             _Bypass: no cache can answer this statement.
             UnkeyableValue: a parameter, or the scope, has no canonical form.
+            Unpreparable: a parameter has no value.
         """
         if options.mode == "bypass":
             raise _Bypass("mode")
@@ -408,7 +409,7 @@ class Interceptor:
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
             mark = fingerprint(prepared.plan)
-        except (_Bypass, UnkeyableValue) as refusal:
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
             return None
         frozen = load.loads.get(mark)
