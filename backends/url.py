@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from querycache.errors import ConfigurationError
 
-__all__ = ["flag", "parse_options", "positive_integer", "seconds", "size", "url_options"]
+__all__ = ["flag", "parse_options", "positive_integer", "seconds", "size", "text", "url_options"]
 
 _WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -42,6 +42,13 @@ def seconds(value: object) -> float:
     if not isinstance(number, float) or not math.isfinite(number) or number <= 0:
         raise ValueError
     return number
+
+
+def text(value: object) -> str:
+    """Text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
 
 
 def flag(value: object) -> bool:
