@@ -17,6 +17,7 @@ first one is being loaded, which a context variable tells, and are replayed from
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from querycache.frozen import (
     fingerprint,
     fits,
     freeze,
+    layout,
     merge_frozen_result,
 )
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
@@ -292,20 +294,29 @@ class Interceptor:
         lookup = region.lookup(request.key, request.tags)
         outcome: Outcome = lookup.outcome
         reason = lookup.reason
+        reading = lookup.reading
         if request.options.mode == "refresh":
             outcome, reason = "miss", "refresh"
         elif lookup.entry is not None:
-            if not request.options.exact or fits(lookup.entry.main, request.prepared):
+            if not request.options.exact or fits(lookup.entry, request.prepared):
                 self._telemetry.emit("hit", region.name, request.name)
                 return self._replay(request, lookup.entry, lookup.reading)
+            warnings.warn(
+                f"cache_exact: what is stored under {request.name!r} does not have the columns of the "
+                "statement that asks for it, so the database was asked. Give each kind of row its own cache_key",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             outcome, reason = "miss", "layout"
+            # valid by its own tags; those of this statement may never have been looked up
+            reading = region.observe(request.tags)
         if request.options.mode == "only":
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
                 "cache_mode='only' forbids to ask the database"
             )
         self._telemetry.emit(outcome, region.name, request.name, reason)
-        return self._ask_database(request, lookup.reading)
+        return self._ask_database(request, reading)
 
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
@@ -350,7 +361,8 @@ class Interceptor:
         request = load.request
         outcome, reason = "bypass", load.unfit
         if main is not None and load.reading is not None and not reason:
-            entry = Entry(time.time(), main, load.loads)
+            shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
+            entry = Entry(time.time(), main, load.loads, shape)
             reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
             outcome = "error" if reason else "fill"
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
