@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from querycache import versions
 from querycache.store import Mark, StoreBackend
@@ -260,8 +261,13 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
 
 
 def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
-    names = "\0".join(tags).encode()
+    names = _names(tuple(tags))
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+@lru_cache(maxsize=1024)
+def _names(tags: tuple[str, ...]) -> bytes:
+    return "\0".join(tags).encode()
 
 
 def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
