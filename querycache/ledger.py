@@ -256,7 +256,7 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
 
 
 def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
-    names = "\0".join(tags).encode()
+    names = "\0".join(tags).encode("utf-8", "surrogatepass")
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
 
 
@@ -289,7 +289,7 @@ def _tags_of(blob: bytes) -> list[str]:
     if count == 0 or start + length > len(blob):
         return []
     try:
-        names = blob[start : start + length].decode().split("\0")
+        names = blob[start : start + length].decode("utf-8", "surrogatepass").split("\0")
     except UnicodeDecodeError:
         return []
     return names if len(names) == count else []
