@@ -267,7 +267,7 @@ def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _names(tags: tuple[str, ...]) -> bytes:
-    return "\0".join(tags).encode()
+    return "\0".join(tags).encode("utf-8", "surrogatepass")
 
 
 def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
@@ -299,7 +299,7 @@ def _tags_of(blob: bytes) -> list[str]:
     if count == 0 or start + length > len(blob):
         return []
     try:
-        names = blob[start : start + length].decode().split("\0")
+        names = blob[start : start + length].decode("utf-8", "surrogatepass").split("\0")
     except UnicodeDecodeError:
         return []
     return names if len(names) == count else []
