@@ -39,13 +39,14 @@ from querycache.frozen import (
     fingerprint,
     fits,
     freeze,
+    layout,
     merge_frozen_result,
 )
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
 from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
-from querycache.sa_internals import Invocation, Plan, Prepared
+from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
 from querycache.writes import Transaction, Writes
 
@@ -193,7 +194,7 @@ class Interceptor:
         region = self._region_for(options.region)
         try:
             request = self._decide(state, region, options)
-        except (_Bypass, UnkeyableValue) as refusal:
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             name = options.key if isinstance(options.key, str) else ""
             self._telemetry.emit("bypass", region.name, name, str(refusal))
             return None
@@ -245,6 +246,7 @@ class Interceptor:
         Raises:
             _Bypass: no cache can answer this statement.
             UnkeyableValue: a parameter, or the scope, has no canonical form.
+            Unpreparable: a parameter has no value.
         """
         if options.mode == "bypass":
             raise _Bypass("mode")
@@ -341,31 +343,34 @@ class Interceptor:
     def _look_up(self, request: Request) -> Result[Any] | None:
         region, options = request.region, request.options
         lookup = region.lookup(request.key, request.tags)
-        outcome, reason, entry = lookup.outcome, lookup.reason, lookup.entry
-        if lookup.reading is not None:
-            distrust = self._distrust(request, lookup.reading)
+        outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
+        if reading is not None:
+            distrust = self._distrust(request, reading)
             if distrust:
                 self._telemetry.emit("bypass", region.name, request.name, distrust)
                 return None
         if options.mode == "refresh":
             outcome, reason, entry = "miss", "refresh", None
-        elif entry is not None and options.exact and not fits(entry.main, request.prepared):
+        elif entry is not None and options.exact and not fits(entry, request.prepared):
             warnings.warn(
-                f"cache_exact: what is stored for {request.name!r} has other columns than the statement; "
-                "asking the database",
+                f"cache_exact: what is stored under {request.name!r} does not have the columns of the "
+                "statement that asks for it, so the database was asked. Give each kind of row its own cache_key",
+                RuntimeWarning,
                 stacklevel=2,
             )
             outcome, reason, entry = "miss", "layout", None
-        if entry is not None and lookup.reading is not None:
+            # valid by its own tags; those of this statement may never have been looked up
+            reading = region.observe(request.tags)
+        if entry is not None and reading is not None:
             self._telemetry.emit("hit", region.name, request.name)
-            return self._replay(request, entry, lookup.reading)
+            return self._replay(request, entry, reading)
         if options.mode == "only":
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
                 "cache_mode='only' forbids to ask the database"
             )
         self._telemetry.emit(outcome, region.name, request.name, reason)
-        return self._ask_database(request, lookup.reading)
+        return self._ask_database(request, reading)
 
     @staticmethod
     def _distrust(request: Request, reading: Reading) -> str:
@@ -408,7 +413,7 @@ class Interceptor:
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
             mark = fingerprint(prepared.plan)
-        except (_Bypass, UnkeyableValue) as refusal:
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
             return None
         frozen = load.loads.get(mark)
@@ -428,7 +433,8 @@ class Interceptor:
         outcome: Outcome = "bypass"
         reason = load.unfit or self._unfit_transaction(request, load.reading)
         if main is not None and load.reading is not None and not reason:
-            entry = Entry(time.time(), main, load.loads)
+            shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
+            entry = Entry(time.time(), main, load.loads, shape)
             reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
             outcome = "error" if reason else "fill"
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
