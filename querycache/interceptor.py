@@ -171,7 +171,7 @@ class Interceptor:
 
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         result = self._answer(state)
-        return state.invoke_statement() if result is None else result
+        return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState) -> Result[Any] | None:
         surrounding = self._surrounding(state)
