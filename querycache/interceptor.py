@@ -234,7 +234,7 @@ class Interceptor:
             result = self._complete(load, state)
         else:
             result = self._answer(state, self._wanted(state))
-        return state.invoke_statement() if result is None else result
+        return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
         if _explaining.get():

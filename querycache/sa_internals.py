@@ -64,6 +64,7 @@ __all__ = [
     "reads_uncommitted",
     "root_engine",
     "run_later_handlers",
+    "run_statement",
     "statement_options",
     "tables_of",
     "written_in_ctes",
@@ -78,7 +79,7 @@ Row = Sequence[object]
 def _untouched(state: ORMExecuteState) -> bool:
     """True where no handler has replaced the statement or added options, so that what SQLAlchemy derived holds."""
     return (
-        not state._update_execution_options
+        not getattr(state, "_update_execution_options", True)
         and state.bind_arguments.get("clause") is state.statement
         and "sa_top_level_orm_context" not in state.local_execution_options
     )
@@ -135,6 +136,32 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
         if result:
             return cast("Result[Any]", result)
     raise AssertionError("the tail handler always returns a result")
+
+
+def run_statement(state: ORMExecuteState) -> Result[Any]:
+    """Run the statement as SQLAlchemy does after the last handler; for a handler that must return a result."""
+    state.local_execution_options = cast("Any", _uninterpreted_options(state))
+    return state.invoke_statement()
+
+
+def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
+    """The options given to one execution, to be interpreted anew after handlers have added theirs.
+
+    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
+    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
+    """
+    options = state.local_execution_options
+    # missing in versions that interpret the mixed options themselves
+    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
+    if added is None or "sa_top_level_orm_context" not in options:
+        return options
+    return util.immutabledict(
+        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
+    )
+
+
+# the execution options that QueryContext.default_load_options is made from
+_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
 
 
 def is_textual(statement: Any) -> bool:
@@ -313,26 +340,6 @@ class Prepared:
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
         return self.invocation.load(context._setup_result_proxy())
-
-
-def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
-    """The options given to one execution, to be interpreted anew after handlers have added theirs.
-
-    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
-    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
-    """
-    options = state.local_execution_options
-    # missing in versions that interpret the mixed options themselves
-    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
-    if added is None or "sa_top_level_orm_context" not in options:
-        return options
-    return util.immutabledict(
-        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
-    )
-
-
-# the execution options that QueryContext.default_load_options is made from
-_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
 
 
 @dataclass(slots=True)
