@@ -14,12 +14,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from cachetools import LRUCache
 
 from querycache import versions
-from querycache.backends.url import parse_options, size, url_options
+from querycache.backends.url import parse_options, size, split_arguments
 from querycache.errors import ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -37,13 +36,6 @@ def _entry_size(item: tuple[bytes, float | None, int]) -> int:
     return item[2]
 
 
-def _url_arguments(url: str, given: Mapping[str, object]) -> dict[str, object]:
-    parts = urlsplit(url)
-    if parts.netloc or parts.path:
-        raise ConfigurationError(f"{url!r}: the memory store has no address; write memory://?max_bytes=256mb")
-    return url_options(url, given)
-
-
 class MemoryBackend(StoreBackend):
     """A bounded store in this process.
 
@@ -54,9 +46,11 @@ class MemoryBackend(StoreBackend):
     """
 
     def __init__(self, arguments: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
-        given = dict(arguments)
-        if "url" in given:
-            given = _url_arguments(str(given.pop("url")), given)
+        address, given = split_arguments(arguments)
+        if address is not None and (address.netloc or address.path):
+            raise ConfigurationError(
+                f"{address.geturl()!r}: the memory store has no address; write memory://?max_bytes=256mb"
+            )
         options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
         self._clock = clock

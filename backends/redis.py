@@ -21,11 +21,21 @@ from functools import cache
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlunsplit
+
+from dogpile.cache.api import NO_VALUE, SerializedReturnType
 
 from querycache import versions
 from querycache.backends.breaker import CircuitBreaker
-from querycache.backends.url import flag, parse_options, positive_integer, seconds, text, url_options
+from querycache.backends.url import (
+    flag,
+    parse_options,
+    positive_integer,
+    seconds,
+    split_arguments,
+    text,
+    whole_number,
+)
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -44,16 +54,33 @@ _COUNTER_TTL = 30 * 24 * 3600
 """Seconds that a counter outlives the last write of its tag. Far longer than any transaction, so no mark
 expires."""
 
-_REMOVING = frozenset(
-    "del unlink getdel flushall flushdb swapdb move rename renamenx copy restore restore-asking migrate debug "
-    "replicaof slaveof failover config config|resetstat".split()
-)
+_REMOVING = {
+    "del",
+    "unlink",
+    "getdel",
+    "move",
+    "rename",
+    "renamenx",
+    "copy",
+    "restore",
+    "restore-asking",
+    "migrate",
+    "flushall",
+    "flushdb",
+    "swapdb",
+    "debug",
+    "replicaof",
+    "slaveof",
+    "failover",
+    "config",
+    "config|resetstat",
+}
 """Commands by which counters can vanish or be replaced, or the server's statistics about that be wiped. This
 store itself uses none of them."""
 
 _OPTIONS: dict[str, Callable[[object], Any]] = {
-    "url": text,
     "timeout": seconds,
+    "db": whole_number,
     "max_connections": positive_integer,
     "ssl_ca_certs": text,
     "ssl_certfile": text,
@@ -89,34 +116,39 @@ class RedisBackend(StoreBackend):
     """A store on one Redis server.
 
     :param arguments: ``url``: ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` for TLS,
-        ``unix:///path?db=``, or the same with ``valkey``. ``timeout``: seconds for connecting, for each
-        answer, and for a free connection (default 0.5). ``max_connections``: of this process; more threads
-        than that wait for a free one (default 50). ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
-        ``ssl_cert_reqs``, ``ssl_check_hostname``: as redis-py takes them, with ``rediss://`` only.
+        ``unix:///path?db=0``, or ``valkey://`` and ``valkeys://``, with these options in its query or beside
+        it:
+
+        ``timeout``: seconds for connecting, for each answer, and for a free connection (default 0.5).
+
+        ``max_connections``: of this process; more threads than that wait for a free one (default 50).
+
+        ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_cert_reqs``, ``ssl_check_hostname``: as
+        redis-py takes them, with TLS only.
+
     :raises ConfigurationError: an argument is unknown, missing or cannot work.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        options = parse_options("the Redis store", _OPTIONS, arguments)
-        url = options.pop("url", None)
-        timeout = options.pop("timeout", 0.5)
-        try:
-            parts = urlsplit(url)
-            address = urlunsplit(parts._replace(scheme=_SCHEMES[parts.scheme]))
-            self._name = f"Redis at {parts.hostname or parts.path}" + (f":{parts.port}" if parts.port else "")
-        except (KeyError, ValueError, TypeError) as error:
+        address, given = split_arguments(arguments)
+        options = parse_options("the Redis store", _OPTIONS, given)
+        if address is None or address.scheme not in _SCHEMES:
             raise ConfigurationError(
-                f"the Redis store cannot use the address {url!r}; write redis://host:6379/0"
-            ) from error
-        tls = [name for name in options if name.startswith("ssl_")]
-        if tls and not address.startswith("rediss:"):
-            raise ConfigurationError(
-                f"option {tls[0]!r} needs TLS: write rediss:// instead of {parts.scheme}://"
+                f"the Redis store cannot use the address {arguments.get('url')!r}; write redis://host:6379/0"
             )
+        scheme = _SCHEMES[address.scheme]
+        place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
+        self._name = f"Redis at {place or 'localhost'}"
+        tls = [name for name in options if name.startswith("ssl_")]
+        if tls and scheme != "rediss":
+            raise ConfigurationError(f"option {tls[0]!r} needs TLS: write rediss:// instead of {scheme}://")
+        if "db" in options and scheme != "unix":
+            raise ConfigurationError("option 'db' is for Unix sockets; write redis://host:6379/0")
+        timeout = options.pop("timeout", 0.5)
         self._breaker = CircuitBreaker(self._name)
         try:
-            self._pool = redis.BlockingConnectionPool.from_url(
-                address,
+            self._pool: Any = redis.BlockingConnectionPool.from_url(
+                urlunsplit(address._replace(scheme=scheme)),
                 max_connections=options.pop("max_connections", 50),
                 timeout=timeout,
                 socket_timeout=timeout,
@@ -128,16 +160,7 @@ class RedisBackend(StoreBackend):
                 **options,
             )
         except ValueError as error:
-            raise ConfigurationError(f"the Redis store cannot use {url!r}: {error}") from error
-
-    @classmethod
-    def from_url(cls, url: str, options: Mapping[str, object] | None = None) -> RedisBackend:
-        """``redis://localhost:6379/0?timeout=0.5``, with the options of the class in the query."""
-        parts = urlsplit(url)
-        given = url_options(url, options or {})
-        database = {"db": given.pop("db")} if parts.scheme == "unix" and "db" in given else {}
-        query = "&".join(f"{name}={value}" for name, value in database.items())
-        return cls({"url": urlunsplit(parts._replace(query=query)), **given})
+            raise ConfigurationError(f"the Redis store cannot use its address: {error}") from error
 
     # -- entries --------------------------------------------------------------------------------------------
 
@@ -159,6 +182,11 @@ class RedisBackend(StoreBackend):
         commands: list[_Command] = [("PEXPIRE", _encode(key), 0) for key in keys]
         if commands:
             self._exchange(lambda run: commands)
+
+    def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
+        names = [_encode(key) for key in keys]
+        [values] = self._exchange(lambda run: [("MGET", *names)]) if names else [[]]
+        return [NO_VALUE if value is None else value for value in values]
 
     # -- counters -------------------------------------------------------------------------------------------
 
@@ -289,7 +317,7 @@ def _converse(connection: Any, commands: list[_Command]) -> list[Any]:
         for _ in commands:
             try:
                 replies.append(connection.read_response())
-            except redis.ResponseError as refusal:  # noqa: PERF203 - each reply may be one
+            except redis.ResponseError as refusal:
                 replies.append(refusal)
     except BaseException:
         connection.disconnect()

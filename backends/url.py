@@ -9,11 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from querycache.errors import ConfigurationError
 
-__all__ = ["flag", "parse_options", "positive_integer", "seconds", "size", "text", "url_options"]
+__all__ = [
+    "flag",
+    "parse_options",
+    "positive_integer",
+    "seconds",
+    "size",
+    "split_arguments",
+    "text",
+    "whole_number",
+]
 
 _WORDS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
 _UNITS = {"": 1, "b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -28,10 +37,18 @@ def size(value: object) -> int:
     return positive_integer(value)
 
 
+def whole_number(value: object) -> int:
+    """A whole number from zero up, as a number or as text."""
+    number = int(value) if isinstance(value, str) else value
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+        raise ValueError
+    return number
+
+
 def positive_integer(value: object) -> int:
     """A whole number above zero, as a number or as text."""
-    number = int(value) if isinstance(value, str) else value
-    if not isinstance(number, int) or isinstance(number, bool) or number <= 0:
+    number = whole_number(value)
+    if number == 0:
         raise ValueError
     return number
 
@@ -83,16 +100,24 @@ def parse_options(
     return options
 
 
-def url_options(url: str, given: Mapping[str, object]) -> dict[str, object]:
-    """The options in the query of a URL, together with those that were given by name.
+def split_arguments(arguments: Mapping[str, object]) -> tuple[SplitResult | None, dict[str, object]]:
+    """Take the arguments of a store apart that may have a URL among them.
 
-    :raises ConfigurationError: one is named twice.
+    :returns: the address, which is the URL without its query (None if there is no URL), and the options:
+        those in the query together with those that were given by name.
+    :raises ConfigurationError: it is no URL, or an option is given twice.
     """
+    if "url" not in arguments:
+        return None, dict(arguments)
+    url = arguments["url"]
+    try:
+        parts = urlsplit(text(url))
+    except ValueError as error:
+        raise ConfigurationError(f"{url!r} is no URL of a store") from error
     options: dict[str, object] = {}
-    for name, value in [*parse_qsl(urlsplit(url).query, keep_blank_values=True), *given.items()]:
+    by_name = [(name, value) for name, value in arguments.items() if name != "url"]
+    for name, value in [*parse_qsl(parts.query, keep_blank_values=True), *by_name]:
         if name in options:
-            raise ConfigurationError(
-                f"option {name!r} of {url!r} is given twice: {options[name]!r} and {value!r}"
-            )
+            raise ConfigurationError(f"option {name!r} is given twice: {options[name]!r} and {value!r}")
         options[name] = value
-    return options
+    return parts._replace(query=""), options

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Result
 
 from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
-from querycache.sa_internals import Prepared
+from querycache.sa_internals import Plan, Prepared
 
 __all__ = [
     "Entry",
@@ -68,33 +68,31 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     layout: str = ""
 
 
-def fingerprint(prepared: Prepared) -> bytes:
+def fingerprint(plan: Plan) -> bytes:
     """16 bytes that tell a statement, with its parameters and its database, from the others in an entry.
 
     Raises:
         UnkeyableValue: a parameter has no canonical form.
     """
-    return digest(
-        (bind_identity(prepared.invocation.engine), prepared.sql, canonical_parameters(prepared)), size=16
-    )
+    return digest((bind_identity(plan.engine), plan.sql, canonical_parameters(plan)), size=16)
 
 
-def canonical_parameters(prepared: Prepared) -> str:
+def canonical_parameters(plan: Plan) -> str:
     """The statement's parameters, as given to the driver, in canonical form."""
-    parameters: Any = prepared.parameters
+    parameters: Any = plan.parameters
     # drivers may ask for their own kind of sequence
     return canonical(dict(parameters) if hasattr(parameters, "keys") else tuple(parameters))
 
 
-def discriminators(prepared: Prepared) -> str:
+def discriminators(plan: Plan) -> str:
     """Values that do not reach this statement but those that complete it: criteria on a post-load's target.
 
     They only keep entries apart, so a value without a canonical form is represented by its type.
     """
-    if len(prepared.extracted) <= len(prepared.compiled.binds):
+    if len(plan.extracted) <= len(plan.compiled.binds):
         return ""
     values = []
-    for parameter in prepared.extracted:
+    for parameter in plan.extracted:
         try:
             values.append(canonical(parameter.effective_value))
         except UnkeyableValue as refusal:

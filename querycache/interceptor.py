@@ -28,7 +28,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.codec import Unstorable
-from querycache.dependencies import Analysis, analyse
+from querycache.dependencies import Analysis, Declarations, analyse
 from querycache.errors import CacheMiss
 from querycache.events import Outcome, Telemetry
 from querycache.frozen import (
@@ -46,8 +46,9 @@ from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
 from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
-from querycache.sa_internals import Invocation, Prepared
-from querycache.tags import EVERYTHING, key_tag, region_tag, table_tag, user_tag
+from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
+from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
+from querycache.writes import Transaction, Writes
 
 __all__ = ["Interceptor", "Request"]
 
@@ -69,6 +70,7 @@ class Request:
     analysis: Analysis
     key: str
     tags: list[str]
+    transactions: Sequence[Transaction] = ()
 
     @property
     def name(self) -> str:
@@ -146,6 +148,8 @@ class Interceptor:
 
     Args:
         region_for: gives the region of a name, the default one for None.
+        writes: knows what the transactions of a session have written.
+        declared: what the application has said about views, triggers and functions.
         telemetry: is told each decision.
         scope: gives, for a session, a value that keeps answers apart (tenant, locale, role).
         policies: what is cached without a word in the statement, by mapped class.
@@ -154,14 +158,19 @@ class Interceptor:
     def __init__(
         self,
         region_for: Callable[[str | None], Region],
+        writes: Writes,
+        declared: Declarations,
         telemetry: Telemetry,
         scope: Callable[[Session], object] | None,
         policies: Mapping[type, Policy],
     ) -> None:
         self._region_for = region_for
+        self._writes = writes
+        self._declared = declared
         self._telemetry = telemetry
         self._scope = scope
         self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
+        self._known_options: dict[object, CacheOptions | None] = {}
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
@@ -185,7 +194,7 @@ class Interceptor:
         region = self._region_for(options.region)
         try:
             request = self._decide(state, region, options)
-        except (_Bypass, UnkeyableValue) as refusal:
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             name = options.key if isinstance(options.key, str) else ""
             self._telemetry.emit("bypass", region.name, name, str(refusal))
             return None
@@ -201,7 +210,7 @@ class Interceptor:
     def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
         if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
-            return CacheOptions.from_execution_options(sa_internals.effective_options(state))
+            return self._options_from(sa_internals.effective_options(state))
         for option in sa_internals.statement_options(state.statement):
             if isinstance(option, FromCache):
                 return option.cache_options
@@ -215,34 +224,65 @@ class Interceptor:
                     return self._policies[cls]
         return None
 
+    def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
+        """The checked form of execution options, the same object for the same values."""
+        given = tuple(
+            (name, type(options[name]), options[name]) for name in options if name.startswith("cache_")
+        )
+        try:
+            known = self._known_options.get(given)
+        except TypeError:  # a list among the values
+            return CacheOptions.from_execution_options(options)
+        if known is None:
+            known = CacheOptions.from_execution_options(options)
+            if len(self._known_options) > 1000:
+                self._known_options.clear()
+            self._known_options[given] = known
+        return known
+
     def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
         """All that is needed to look the statement up.
 
         Raises:
             _Bypass: no cache can answer this statement.
             UnkeyableValue: a parameter, or the scope, has no canonical form.
+            Unpreparable: a parameter has no value.
         """
         if options.mode == "bypass":
             raise _Bypass("mode")
         self._refuse(state)
+        session = state.session
         prepared = sa_internals.prepare(Invocation.take(state))
-        analysis = analyse(prepared)
-        if analysis.locks:
-            raise _Bypass("for update")
-        return Request(
-            region,
-            options,
-            prepared,
-            analysis,
-            self._key(region, options, prepared, analysis),
-            self._tags(region, options, prepared, analysis),
-        )
+        plan = prepared.plan
+        self._writes.watch(plan.engine)
+        scope = "" if self._scope is None else canonical(self._scope(session))
+        # For a statement that is executed again and again, all of this follows from its plan.
+        memo = (self, region, options, scope)
+        analysis, key, tags, learned = plan.memo.get(memo, (None, "", (), ()))
+        if analysis is None or analysis.load_tags is not learned:
+            analysis = analyse(plan.compiled)
+            self._refuse_content(analysis, plan, options)
+            key = self._key(region, options, plan, analysis, scope)
+            tags = self._tags(region, options, plan, analysis)
+            if len(plan.memo) > 16:
+                plan.memo.clear()
+            plan.memo[memo] = analysis, key, tags, analysis.load_tags
+        request = Request(region, options, prepared, analysis, key, tags, self._writes.transactions(session))
+        if self._writes.owes(region.ledger):
+            raise _Bypass("unavailable")
+        for transaction in request.transactions:
+            if transaction.hides(tags):
+                raise _Bypass("own write")
+        return request
 
     @staticmethod
     def _refuse(state: ORMExecuteState, within: bool = False) -> None:
         """Raise _Bypass for what no cache can answer, as far as it shows before the statement is compiled."""
         options = sa_internals.effective_options(state)
-        if not (state.is_select or state.is_from_statement) or state.statement.is_dml:
+        if (
+            not (state.is_select or state.is_from_statement or sa_internals.is_textual(state.statement))
+            or state.statement.is_dml
+        ):
             raise _Bypass("not a select")
         if state.is_executemany:
             raise _Bypass("several parameter sets")
@@ -252,71 +292,100 @@ class Interceptor:
             raise _Bypass("part of another load")
         if not state.session.is_active:
             raise _Bypass("transaction failed")
+        if sa_internals.is_flushing(state.session):
+            raise _Bypass("flushing")
         for option in _DATABASE_ONLY:
             if options.get(option) or sa_internals.load_option(options, option):
                 raise _Bypass(option)
 
-    def _key(self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis) -> str:
+    def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
+        """Raise _Bypass for what no cache can answer, as far as it shows in what the statement says."""
+        if analysis.locks:
+            raise _Bypass("for update")
+        if analysis.writes:
+            raise _Bypass("not a select")
+        if options.ttl is not None:
+            return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
+        unstable = analysis.unstable(self._declared)
+        if unstable:
+            raise _Bypass(f"function {unstable}")
+        if analysis.opaque and not options.tables:
+            raise _Bypass("text")
+
+    def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
         name = options.key if isinstance(options.key, str) else ""
-        scope = "" if self._scope is None else canonical(self._scope(prepared.invocation.session))
         if options.exact:
             return region.entry_key(digest((name, scope)))
-        return region.entry_key(
-            digest(
-                (
-                    analysis.structure,
-                    bind_identity(prepared.invocation.engine),
-                    prepared.sql,
-                    canonical_parameters(prepared),
-                    discriminators(prepared),
-                    name,
-                    scope,
-                )
-            )
+        identity = bind_identity(plan.engine)
+        parts = (
+            analysis.structure,
+            identity,
+            plan.sql,
+            canonical_parameters(plan),
+            discriminators(plan),
+            name,
+            scope,
         )
+        return region.entry_key(digest(parts))
 
-    def _tags(
-        self, region: Region, options: CacheOptions, prepared: Prepared, analysis: Analysis
-    ) -> list[str]:
-        tags = [EVERYTHING, region_tag(region.name)]
+    def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
+        tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
         if isinstance(options.key, str):
             tags.append(key_tag(options.key))
         tags.extend(map(user_tag, options.tags))
-        tags.extend(map(table_tag, options.tables))
-        tags.extend(analysis.tags(prepared))
-        tags.extend(analysis.load_tags)
+        tags.extend(map(table_tag, self._declared.closure(options.tables)))
+        tags.extend(analysis.tags(plan, self._declared))
+        tags.extend(tag for tag in analysis.load_tags if tag not in tags)
         return tags
 
     # --- look up -----------------------------------------------------------------------------------
 
-    def _look_up(self, request: Request) -> Result[Any]:
-        region = request.region
+    def _look_up(self, request: Request) -> Result[Any] | None:
+        region, options = request.region, request.options
         lookup = region.lookup(request.key, request.tags)
-        outcome: Outcome = lookup.outcome
-        reason = lookup.reason
-        reading = lookup.reading
-        if request.options.mode == "refresh":
-            outcome, reason = "miss", "refresh"
-        elif lookup.entry is not None:
-            if not request.options.exact or fits(lookup.entry, request.prepared):
-                self._telemetry.emit("hit", region.name, request.name)
-                return self._replay(request, lookup.entry, lookup.reading)
+        outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
+        if reading is not None:
+            distrust = self._distrust(request, reading)
+            if distrust:
+                self._telemetry.emit("bypass", region.name, request.name, distrust)
+                return None
+        if options.mode == "refresh":
+            outcome, reason, entry = "miss", "refresh", None
+        elif entry is not None and options.exact and not fits(entry, request.prepared):
             warnings.warn(
                 f"cache_exact: what is stored under {request.name!r} does not have the columns of the "
                 "statement that asks for it, so the database was asked. Give each kind of row its own cache_key",
                 RuntimeWarning,
                 stacklevel=2,
             )
-            outcome, reason = "miss", "layout"
+            outcome, reason, entry = "miss", "layout", None
             # valid by its own tags; those of this statement may never have been looked up
             reading = region.observe(request.tags)
-        if request.options.mode == "only":
+        if entry is not None and reading is not None:
+            self._telemetry.emit("hit", region.name, request.name)
+            return self._replay(request, entry, reading)
+        if options.mode == "only":
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
                 "cache_mode='only' forbids to ask the database"
             )
         self._telemetry.emit(outcome, region.name, request.name, reason)
         return self._ask_database(request, reading)
+
+    @staticmethod
+    def _distrust(request: Request, reading: Reading) -> str:
+        """Why this session's transaction must not be answered from the cache; empty where it may."""
+        ledger = request.region.ledger
+        for transaction in request.transactions:
+            if transaction.snapshot is not None and transaction.snapshot.get(ledger) != (
+                reading.witness or -1
+            ):
+                return "snapshot"
+            if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(
+                reading.tags
+            ):
+                return "own write"
+        return ""
 
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
@@ -341,14 +410,16 @@ class Interceptor:
         try:
             self._refuse(state, within=True)
             prepared = sa_internals.prepare(Invocation.take(state))
-            mark = fingerprint(prepared)
-        except (_Bypass, UnkeyableValue) as refusal:
+            analysis = analyse(prepared.plan.compiled)
+            self._refuse_content(analysis, prepared.plan, load.request.options)
+            mark = fingerprint(prepared.plan)
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
             return None
         frozen = load.loads.get(mark)
         if frozen is not None:
             return merge_frozen_result(prepared, frozen)
-        tags = analyse(prepared).tags(prepared)
+        tags = analysis.tags(prepared.plan, self._declared)
         load.observe(tags)
         frozen, result = load.run(prepared)
         if frozen is not None:
@@ -359,10 +430,21 @@ class Interceptor:
 
     def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
         request = load.request
-        outcome, reason = "bypass", load.unfit
+        outcome: Outcome = "bypass"
+        reason = load.unfit or self._unfit_transaction(request, load.reading)
         if main is not None and load.reading is not None and not reason:
             shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
             entry = Entry(time.time(), main, load.loads, shape)
             reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
             outcome = "error" if reason else "fill"
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
+
+    def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
+        """Why what this session's transaction has read must not be shared; empty where it may."""
+        request.transactions = self._writes.transactions(request.session)
+        for transaction in request.transactions:
+            if transaction.wrote:
+                return "after write"
+        if sa_internals.reads_uncommitted(request.session):
+            return "uncommitted"
+        return self._distrust(request, reading) if reading is not None else ""

@@ -95,7 +95,7 @@ def canonical(value: object) -> str:
     module = kind.__module__
     if module == "ipaddress":
         return f"{kind.__name__}({value})"
-    if module == "psycopg.types.json":
+    if module in ("psycopg.types.json", "psycopg.dbapi20"):  # Json, Jsonb, Binary
         return f"{kind.__name__}({canonical(value.obj)})"  # type: ignore[attr-defined]
     if module.startswith("psycopg.types.range"):
         bounds = (value.lower, value.upper, value.bounds)  # type: ignore[attr-defined]

@@ -69,6 +69,9 @@ class Reading:
     stale: bool
     """Whether an entry was found that is valid no more, or that could not be read."""
 
+    witness: int | None = None
+    """The version of the witness, read last: it differs from one reading to the next if anybody wrote between."""
+
     @property
     def fillable(self) -> bool:
         """Whether an answer read from the database from now on may be stored under these versions."""
@@ -86,6 +89,7 @@ class Reading:
             (*self.versions, *(version for _, version in more)),
             self.payload,
             self.stale,
+            self.witness if self.witness == other.witness else None,
         )
 
 
@@ -126,8 +130,9 @@ class Ledger:
         healed.
 
         :param entry: the key of the entry; None to read versions only.
-        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names others
-            (those of statements that were only met while it was loaded) they are read in a second round trip.
+        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
+            others (those of statements that were only met while it was loaded) they are read in a second
+            round trip.
         """
         blob, found = self.store.fetch(entry, [*tags, self._witness])
         witness = found.pop()
@@ -144,7 +149,7 @@ class Ledger:
             found = self._tend(tags, found, witness)
         elif self._unclean:
             self._forget(tags)
-        return Reading(tuple(tags), tuple(found), payload, stale)
+        return Reading(tuple(tags), tuple(found), payload, stale, witness)
 
     def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
         """Store an answer that was read from the database after the reading was taken.

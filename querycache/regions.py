@@ -68,36 +68,21 @@ class Region:
 
     Args:
         name: what statements call it.
-        cache: the dogpile region; its backend keeps entries and versions.
+        ledger: of the store that keeps entries and versions.
         namespace: stands before every key.
         codec: turns entries into bytes.
-        lease: seconds after which a writer is taken for dead.
         ttl: seconds until an answer expires whose statement does not say; None for never.
     """
 
     def __init__(
-        self,
-        name: str,
-        cache: CacheRegion,
-        *,
-        namespace: str,
-        codec: Codec[Entry],
-        lease: float,
-        ttl: float | None = None,
+        self, name: str, ledger: Ledger, *, namespace: str, codec: Codec[Entry], ttl: float | None = None
     ) -> None:
-        store = cache.actual_backend
-        if not isinstance(store, StoreBackend):
-            from querycache.backends.dogpile import DogpileBackend
-
-            store = DogpileBackend({"region": cache})
         self.name = name
-        self.cache = cache
-        self.store: StoreBackend = store
+        self.ledger = ledger
         self.ttl = ttl
         self._codec = codec
         self._entries = f"{namespace}:e:"
         self._tags = f"{namespace}:t:"
-        self.ledger = Ledger(store, f"{namespace}:writers", lease=lease)
 
     def entry_key(self, digest: bytes) -> str:
         """The key in the store for the digest that names an answer."""
@@ -184,23 +169,29 @@ class Regions:
                 f"regions={configuration!r}: give a URL such as 'memory://', or a mapping of names to URLs"
             )
         codec = Codec(Entry, signing_key=signing_key)
+        ledgers: dict[object, Ledger] = {}
         self._regions: dict[str, Region] = {}
         for name, given in configuration.items():
             if not isinstance(name, str) or not name:
                 raise ConfigurationError(f"region name {name!r}: give a non-empty string")
-            cache, own_ttl = _dogpile_region(name, given)
+            url, cache, own_ttl = _dogpile_region(name, given, known=ledgers)
+            if url not in ledgers:
+                ledgers[url] = Ledger(_store(cache), f"{namespace}:writers", lease=lease)
             self._regions[name] = Region(
-                name,
-                cache,
-                namespace=namespace,
-                codec=codec,
-                lease=lease,
-                ttl=ttl if own_ttl is None else own_ttl,
+                name, ledgers[url], namespace=namespace, codec=codec, ttl=ttl if own_ttl is None else own_ttl
             )
+        self.ledgers = tuple(ledgers.values())
+        self._tags = f"{namespace}:t:"
         self._default = self._regions.get(DEFAULT_REGION) or next(iter(self._regions.values()))
 
     def __iter__(self) -> Iterator[Region]:
         return iter(self._regions.values())
+
+    def tag_keys(self, tags: Iterable[str]) -> Iterator[tuple[Ledger, list[str]]]:
+        """For each store, the keys of the tags in it."""
+        keys = [self._tags + tag for tag in sorted(tags)]
+        for ledger in self.ledgers:
+            yield ledger, keys
 
     def get(self, name: str | None = None) -> Region:
         """The region of this name; the default one (or the first, where none is named so) for None.
@@ -218,14 +209,29 @@ class Regions:
             ) from None
 
 
-def _dogpile_region(name: str, given: object) -> tuple[CacheRegion, float | None]:
-    """The dogpile region for a configuration, and the time to live that it asks for."""
+def _store(cache: CacheRegion | None) -> StoreBackend:
+    """The store of a dogpile region; for a backend that is none, one that makes do with what dogpile offers."""
+    assert cache is not None
+    backend = cache.actual_backend
+    if not isinstance(backend, StoreBackend):
+        backend = make_region().configure("querycache.dogpile", arguments={"region": cache}).backend
+    assert isinstance(backend, StoreBackend)
+    return backend
+
+
+def _dogpile_region(
+    name: str, given: object, known: Mapping[object, object]
+) -> tuple[object, CacheRegion | None, float | None]:
+    """From a configuration: what identifies the store, its dogpile region, and the time to live.
+
+    Regions with the same URL share one store, and so one ledger; the dogpile region is None where it is known.
+    """
     if isinstance(given, CacheRegion):
         if not given.is_configured:
             raise ConfigurationError(
                 f"region {name!r}: the dogpile region is not configured; call configure() first"
             )
-        return given, _ttl(name, given.expiration_time)
+        return given, given, _ttl(name, given.expiration_time)
     if isinstance(given, str):
         given = {"url": given}
     if not isinstance(given, Mapping):
@@ -234,8 +240,10 @@ def _dogpile_region(name: str, given: object) -> tuple[CacheRegion, float | None
         )
     settings = dict(given)
     ttl = _ttl(name, settings.pop("ttl", settings.pop("expiration_time", None)))
+    identity: object = name
     if "url" in settings:
-        backend, arguments = _from_url(name, settings.pop("url"))
+        identity = settings.pop("url")
+        backend, arguments = _from_url(name, identity)
     elif "backend" in settings:
         backend, arguments = settings.pop("backend"), dict(settings.pop("arguments", {}))
     else:
@@ -244,10 +252,12 @@ def _dogpile_region(name: str, given: object) -> tuple[CacheRegion, float | None
         )
     if settings:
         raise ConfigurationError(
-            f"region {name!r}: unknown setting {sorted(settings)[0]!r}; known are url, backend, arguments, ttl"
+            f"region {name!r}: unknown setting {min(settings)!r}; known are url, backend, arguments, ttl"
         )
+    if identity in known:
+        return identity, None, ttl
     try:
-        return make_region(name).configure(backend, arguments=arguments), ttl
+        return identity, make_region(name).configure(backend, arguments=arguments), ttl
     except PluginNotFound:
         raise ConfigurationError(
             f"region {name!r}: no dogpile backend is registered as {backend!r}; is its package installed?"

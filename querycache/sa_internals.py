@@ -14,30 +14,58 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
+from uuid import UUID
 
-from sqlalchemy import util
-from sqlalchemy.engine import Connection, CursorResult, Dialect, Engine, Result
-from sqlalchemy.orm import ORMExecuteState, Session
+from sqlalchemy import Column, Table, inspect, util
+from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Engine, Result
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
-from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.sql.elements import BindParameter, TextClause
+
+from querycache.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
 
 __all__ = [
+    "UNKNOWN",
     "Invocation",
+    "Plan",
     "Prepared",
+    "Unpreparable",
     "autobegin",
+    "cache_key_of",
+    "connections",
+    "dml_tables",
     "effective_options",
+    "flushed",
+    "in_transaction",
+    "is_autocommit",
+    "is_flushing",
     "is_refresh",
+    "is_textual",
+    "is_unit_of_work",
+    "isolation_level",
+    "known_tables",
     "later_handlers",
     "load_option",
+    "old_and_new",
     "prepare",
+    "reads_uncommitted",
+    "root_engine",
     "run_later_handlers",
     "statement_options",
+    "tables_of",
+    "written_in_ctes",
 ]
 
 Row = Sequence[object]
@@ -46,12 +74,23 @@ Row = Sequence[object]
 # --- the event: what a do_orm_execute handler is given -------------------------------------------
 
 
+def _untouched(state: ORMExecuteState) -> bool:
+    """True where no handler has replaced the statement or added options, so that what SQLAlchemy derived holds."""
+    return (
+        not state._update_execution_options
+        and state.bind_arguments.get("clause") is state.statement
+        and "sa_top_level_orm_context" not in state.local_execution_options
+    )
+
+
 def effective_options(state: ORMExecuteState) -> Mapping[str, Any]:
     """Execution options as they stand now, with what handlers before this one have added.
 
-    ``ORMExecuteState.execution_options`` is computed once and does not see ``update_execution_options``.
+    ``ORMExecuteState.execution_options`` is computed once and does not see what handlers change.
     """
-    return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[attr-defined,no-any-return]
+    if _untouched(state):
+        return state.execution_options
+    return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[no-any-return]
 
 
 def statement_options(statement: Any) -> tuple[Any, ...]:
@@ -84,14 +123,19 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
     ``invoke_statement()``, once or once per shard, reach ``tail`` through each of these invocations. The
     caller must return the result, so that SQLAlchemy does not run the later handlers a second time.
     """
-    events = [*state._remaining_events(), tail]
-    state._events_todo = cast("list[Any]", events)
+    events: list[Any] = [*state._remaining_events(), tail]
+    state._events_todo = events
     for index, handler in enumerate(events):
         state._starting_event_idx = index
         result = handler(state)
         if result:
             return cast("Result[Any]", result)
     raise AssertionError("the tail handler always returns a result")
+
+
+def is_textual(statement: Any) -> bool:
+    """True for ``text("…")`` as a whole statement, of which the event does not tell whether it selects."""
+    return isinstance(statement, TextClause)
 
 
 # --- the statement: compiled, with its parameters, but not executed -------------------------------
@@ -138,29 +182,95 @@ class _ReplayConnection:
         pass
 
 
-@dataclass(slots=True)
-class Prepared:
-    """A statement that is ready to run: against the database, or over stored rows.
+def _same_parameters(executed: Any, prepared: Any) -> bool:
+    """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
+    if executed == prepared:
+        return True
+    if len(executed) != len(prepared):
+        return False
+    if isinstance(executed, Mapping):
+        pairs = [(value, prepared.get(name)) for name, value in executed.items()]
+    else:
+        pairs = list(zip(executed, prepared, strict=True))
+    return all(
+        one == other or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        for one, other in pairs
+    )
 
-    ``sql`` and ``parameters`` are what the driver would be given; together with the database they
-    determine the rows.
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """A compiled statement with the values of its parameters: all of an execution that no session is needed for.
+
+    Attributes:
+        values: parameters by name, as the application gave them.
+        sql, parameters: what the driver is given; together with the database they determine the rows.
+        memo: for callers, to remember what follows from the plan.
     """
 
-    invocation: Invocation
+    engine: Engine
+    statement: Any
     compiled: SQLCompiler
-    context: Any
-    sql: str
-    parameters: Any
+    options: Mapping[str, Any]
     extracted: Sequence[BindParameter[Any]]
-    rewritten: bool = False
+    cache_hit: Any
+    param_dict: Sequence[Any]
+    given: Mapping[str, Any]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    sql: str = ""
+    parameters: Any = None
+    memo: dict[Any, Any] = field(default_factory=dict)
+    _template: Any = None
+
+    def context(self) -> Any:
+        """A new execution context over a replay connection."""
+        if self._template is not None:
+            context = object.__new__(type(self._template))
+            context.__dict__.update(self._template.__dict__)
+            context.cursor = _ReplayCursor()
+            return context
+        dialect: Any = self.engine.dialect
+        connection = _ReplayConnection(self.engine)
+        return dialect.execution_ctx_cls._init_compiled(
+            dialect,
+            connection,
+            connection,
+            self.options,
+            self.compiled,
+            [dict(self.given)] if self.given else [],
+            self.statement,
+            self.extracted,
+            cache_hit=self.cache_hit,
+            **({"param_dict": self.param_dict[0]} if self.param_dict else {}),
+        )
 
     @property
     def schema_translate_map(self) -> Mapping[str | None, str | None]:
-        return self.context.execution_options.get("schema_translate_map") or {}
+        return self.options.get("schema_translate_map") or {}
+
+    @property
+    def repeatable(self) -> bool:
+        """True if executing the statement object once more gives the same values, whatever happened meanwhile."""
+        return not self.given and all(
+            parameter.callable is None and type(parameter.value) in _IMMUTABLE for parameter in self.extracted
+        )
+
+
+_IMMUTABLE = frozenset({int, str, float, bool, bytes, type(None), Decimal, date, datetime, UUID})
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A statement that is ready to run: against the database, or over stored rows."""
+
+    invocation: Invocation
+    plan: Plan
+    rewritten: bool = False
+    _context: Any = None
 
     def column_names(self) -> list[str]:
         """Names of the columns as rendered in the statement; empty where only the database knows them."""
-        return [entry[0] for entry in self.compiled._result_columns]
+        return [entry[0] for entry in self.plan.compiled._result_columns]
 
     def execute(self) -> tuple[Sequence[Sequence[Any]], list[Row], int]:
         """Run the statement on the session's connection, with SQLAlchemy's own events and errors.
@@ -176,11 +286,11 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.sql or context.parameters[0] != self.parameters:
+        if context.statement != self.plan.sql or not _same_parameters(
+            context.parameters[0], self.plan.parameters
+        ):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
-            self.context = context
-            self.compiled = context.compiled
         cursor: Any = result.cursor
         strategy: Any = result.cursor_strategy
         description = strategy.alternate_cursor_description or cursor.description
@@ -188,15 +298,37 @@ class Prepared:
         rows = list(strategy.fetchall(result, cursor))
         result.close()
         context.cursor = _ReplayCursor()
+        self._context = context
         return description, rows, rowcount
 
     def replay(self, description: Sequence[Sequence[Any]], rows: Iterable[Row], rowcount: int) -> Result[Any]:
         """The statement's result over stored rows, loaded as a result from the database is loaded."""
-        cursor = self.context.cursor
+        context = self._context or self.plan.context()
+        cursor = context.cursor
         cursor.description = description
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
-        return self.invocation.load(self.context._setup_result_proxy())
+        return self.invocation.load(context._setup_result_proxy())
+
+
+def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
+    """The options given to one execution, to be interpreted anew after handlers have added theirs.
+
+    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
+    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
+    """
+    options = state.local_execution_options
+    # missing in versions that interpret the mixed options themselves
+    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
+    if added is None or "sa_top_level_orm_context" not in options:
+        return options
+    return util.immutabledict(
+        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
+    )
+
+
+# the execution options that QueryContext.default_load_options is made from
+_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
 
 
 @dataclass(slots=True)
@@ -221,9 +353,14 @@ class Invocation:
         statement: Any = state.statement
         parameters: Any = state.parameters
         bind_arguments = dict(state.bind_arguments)
-        options: Any = state.local_execution_options
+        options: Any = _uninterpreted_options(state)
         compile_state_cls: Any = state._compile_state_cls
-        if compile_state_cls is not None:
+        if compile_state_cls is not None and _untouched(state):
+            # SQLAlchemy has interpreted the options ahead of the handlers; what is left is to flush
+            load_options = options.get("_sa_orm_load_options")
+            if load_options is None or load_options._autoflush:
+                session._autoflush()
+        elif compile_state_cls is not None:
             # 2.0 returns (statement, options), 2.1 (statement, options, parameters)
             statement, options, *rest = compile_state_cls.orm_pre_session_exec(
                 session, statement, parameters, options, bind_arguments, False
@@ -252,24 +389,26 @@ class Invocation:
         return self.bind.get_execution_options()
 
     def load(self, cursor_result: CursorResult[Any]) -> Result[Any]:
-        """From a Core result to the result that ``Session.execute`` returns.
+        """From a Core result to what ``Session.execute`` returns, with all its rows loaded already.
 
-        ``prebuffer_rows`` makes the ORM load all rows, post-loads included, before this returns.
+        The ORM loads, and runs post-loads, when the result is consumed. The option ``prebuffer_rows``
+        would make it do so at once, but post-loads inherit the option, and handlers see it.
         """
         if self._compile_state_cls is None:
             return cursor_result
-        options = util.immutabledict(self.options).union({"prebuffer_rows": True})
-        return cast(
-            "Result[Any]",
-            self._compile_state_cls.orm_setup_cursor_result(
-                self.session,
-                self.statement,
-                self.parameters or {},
-                options,
-                self.bind_arguments,
-                cursor_result,
-            ),
+        result: Result[Any] = self._compile_state_cls.orm_setup_cursor_result(
+            self.session,
+            self.statement,
+            self.parameters or {},
+            self.options,
+            self.bind_arguments,
+            cursor_result,
         )
+        if isinstance(result, ChunkedIteratorResult):
+            loaded = list(result.chunks(None))
+            result.chunks = lambda size: iter(loaded)
+            result.iterator = chain.from_iterable(loaded)
+        return result
 
 
 # An engine that never connected has a dialect that does not know its server yet. What it compiles must not
@@ -289,38 +428,227 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
     return cache
 
 
+_PLAN = "_querycache_plan"
+
+
+class Unpreparable(Exception):
+    """The parameters of a statement cannot be made ready for the driver. Running it will raise the reason."""
+
+
 def prepare(invocation: Invocation) -> Prepared:
-    """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do."""
+    """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do.
+
+    The compiled object remembers the plan of the statement object it was last asked for. A statement is never
+    changed once it is made, so one that is kept and executed again is planned once.
+
+    Raises:
+        Unpreparable: the code of the application that makes the parameters has failed.
+    """
     statement: Any = invocation.statement
     engine = invocation.engine
-    dialect = engine.dialect
     options = statement._execution_options.merge_with(invocation.connection_options(), invocation.options)
-    parameters = invocation.parameters
+    given = invocation.parameters or {}
+    dialect: Any = engine.dialect
     # 2.0 returns (compiled, extracted, cache hit), 2.1 (compiled, extracted, parameter dict, cache hit)
     compiled, extracted, *param_dict, cache_hit = statement._compile_w_cache(
         dialect=dialect,
         compiled_cache=_compiled_cache(engine, options),
-        column_keys=sorted(parameters) if parameters else [],
+        column_keys=sorted(given),
         for_executemany=False,
         schema_translate_map=options.get("schema_translate_map"),
         linting=dialect.compiler_linting | WARN_LINTING,
     )
-    connection = _ReplayConnection(engine)
-    context = cast("Any", dialect).execution_ctx_cls._init_compiled(
-        dialect,
-        connection,
-        connection,
-        options,
-        compiled,
-        [dict(parameters)] if parameters else [],
-        statement,
-        extracted,
-        cache_hit=cache_hit,
-        **({"param_dict": param_dict[0]} if param_dict else {}),
-    )
-    return Prepared(invocation, compiled, context, context.statement, context.parameters[0], extracted or ())
+    plan: Plan | None = compiled.__dict__.get(_PLAN)
+    if plan is not None and plan.statement is statement and plan.engine is engine and plan.options == options:
+        return Prepared(invocation, plan)
+    plan = Plan(engine, statement, compiled, options, extracted or (), cache_hit, param_dict, given)
+    try:
+        plan.values = compiled.construct_params(
+            given or None,
+            extracted_parameters=extracted,
+            escape_names=False,
+            **({"_collected_params": param_dict[0]} if param_dict else {}),
+        )
+        context = plan.context()
+    except Exception as error:
+        raise Unpreparable("parameters") from error
+    plan.sql = context.statement
+    plan.parameters = context.parameters[0]
+    if plan.repeatable:
+        plan._template = context
+        compiled.__dict__[_PLAN] = plan
+        context = None
+    return Prepared(invocation, plan, _context=context)
 
 
 def autobegin(session: Session) -> None:
     """Begin the Session's transaction as any statement would, without a connection."""
     session._autobegin_t()
+
+
+# --- connections and transactions ---------------------------------------------------------------------
+
+
+def root_engine(engine: Engine) -> Engine:
+    """The engine that ``Engine.execution_options`` has made others from; its events reach them all."""
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied
+    return engine
+
+
+def connections(session: Session) -> list[Connection]:
+    """The connections that a Session has checked out, of its savepoints and enclosing transactions as well."""
+    found: dict[Connection, None] = {}
+    transaction = session._transaction
+    while transaction is not None:
+        for entry in transaction._connections.values():
+            if not entry[0].closed and not entry[0].invalidated:
+                found[entry[0]] = None
+        transaction = transaction._parent
+    return list(found)
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """True if each statement of the connection commits itself."""
+    return connection._is_autocommit_isolation()
+
+
+def isolation_level(connection: Connection) -> str | None:
+    """The isolation level of a connection, in capitals and with spaces, without asking the database."""
+    level = (
+        connection.get_execution_options().get("isolation_level")
+        or cast("Any", connection.dialect)._on_connect_isolation_level
+        or connection.dialect.default_isolation_level
+    )
+    return level.replace("_", " ").upper() if level else None
+
+
+def reads_uncommitted(session: Session) -> bool:
+    """True if a connection of the session sees what others have not committed yet."""
+    return any(isolation_level(connection) == "READ UNCOMMITTED" for connection in connections(session))
+
+
+def in_transaction(connection: Connection) -> bool:
+    """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
+    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+# --- what was written ---------------------------------------------------------------------------------
+
+
+def is_flushing(session: Session) -> bool:
+    """True while the unit of work is sending statements."""
+    return session._flushing
+
+
+def is_unit_of_work(context: Any) -> bool:
+    """True if a statement was made by the unit of work, or by its relatives that write without objects.
+
+    They, and nobody else, compile into a cache of the mapper; ORM-enabled statements of the application are
+    told by their plugin.
+    """
+    cache = context.execution_options.get("compiled_cache")
+    if cache is None or cache is context.engine._compiled_cache:
+        return False
+    return not context.invoked_statement._propagate_attrs
+
+
+def dml_tables(compiled: Any) -> set[Table] | None:
+    """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
+    tables = {_as_table(compiled.statement.table)}
+    for extra in getattr(compiled.compile_state, "_extra_froms", None) or ():
+        tables.add(_as_table(extra))
+    if getattr(compiled, "ctes", None):
+        tables |= written_in_ctes(compiled)
+    return None if None in tables else cast("set[Table]", tables)
+
+
+def written_in_ctes(compiled: Any) -> set[Table]:
+    """The tables that the CTEs of a statement write to."""
+    tables = set()
+    for cte in compiled.ctes:
+        element = cte.element
+        if element.is_dml:
+            tables.add(_as_table(element.table))
+    return tables
+
+
+def _as_table(selectable: Any) -> Any:
+    while selectable is not None and not isinstance(selectable, Table):
+        selectable = getattr(selectable, "element", None)
+    return selectable
+
+
+def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
+    """The states that a flush has written, each with True if it was deleted."""
+    for state, (is_delete, list_only) in context.states.items():
+        if not list_only:
+            yield state, is_delete
+
+
+UNKNOWN = object()
+"""Stands for a value that only the database knows."""
+
+
+def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
+    """The value of a column before and after the flush that has just sent its statements.
+
+    A column that is not mapped, or whose value the server has made, is :data:`UNKNOWN`.
+    """
+    try:
+        key = state.mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        return UNKNOWN, UNKNOWN
+    if column.computed is not None or column.server_onupdate is not None:
+        return UNKNOWN, UNKNOWN
+    if state.key is not None and key not in state.dict and column in state.mapper.primary_key:
+        identity = state.key[1][state.mapper.primary_key.index(column)]
+        return identity, identity
+    if key in state.dict:
+        new = state.dict[key]
+    elif state.key is None and column.server_default is None and key not in state.expired_attributes:
+        new = None  # inserted without a value
+    else:
+        new = UNKNOWN
+    old = state.committed_state.get(key, new)
+    if old is LoaderCallableStatus.NO_VALUE:
+        # what was never set had no value before an INSERT; otherwise it was not loaded
+        old = None if state.key is None else UNKNOWN
+    return old, new
+
+
+def tables_of(entity: Any) -> list[Table]:
+    """The tables of a mapped class, those it inherits from included.
+
+    Raises:
+        ConfigurationError: it is not a mapped class.
+    """
+    mapper = inspect(entity, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise ConfigurationError(f"{entity!r} is not a mapped class")
+    return [table for table in mapper.tables if isinstance(table, Table)]
+
+
+def cache_key_of(statement: Any) -> Any:
+    """The key under which SQLAlchemy caches a statement's compiled form; None where it has none.
+
+    Raises:
+        ConfigurationError: it is not a statement.
+    """
+    if not isinstance(statement, ClauseElement):
+        raise ConfigurationError(f"{statement!r} is not a statement; give a select()")
+    key = statement._generate_cache_key()
+    return key.key if key is not None else None
+
+
+def known_tables(name: str) -> list[Table]:
+    """The mapped tables of a name, in any schema; textual SQL knows only names."""
+    found: set[Table] = set()
+    for registry in _all_registries():
+        for mapper in registry.mappers:
+            for table in mapper.tables:
+                if isinstance(table, Table):
+                    found.update(
+                        each for each in table.metadata.tables.values() if each.name.lower() == name.lower()
+                    )
+    return list(found)
