@@ -31,6 +31,7 @@ from typing import Any
 from sqlalchemy import Column, Table
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
+from sqlalchemy.types import TypeEngine
 
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
 
@@ -160,7 +161,11 @@ def _walk(value: Any, update: Any) -> None:
     # Objects are told apart by what names them in every process; never by repr() or hash(), which hold
     # addresses and random seeds.
     kind = type(value)
-    if kind is tuple or kind is list:
+    if kind is tuple and value and isinstance(value[0], type) and issubclass(value[0], TypeEngine):
+        # A type and its arguments, which SQLAlchemy takes from a set.
+        _walk(value[0], update)
+        _walk_unordered(value[1:], update)
+    elif kind is tuple or kind is list:
         update(b"(%d" % len(value))
         previous = None
         for item in value:

@@ -11,6 +11,7 @@ a miss that is not filled, a fill that fails is counted.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,12 @@ _SCHEMES = {
 _JITTER = 0.1
 """Part of the time to live by which entries expire early, at random, so that those filled together do not expire
 together."""
+
+
+_SMALL = 4096
+_RECENT = 512
+"""Entries of at most so many bytes, and at most so many of them, are kept decoded, where nothing in them can be
+changed. Between the same bytes and what they were decoded to there is nothing to go stale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,33 +90,54 @@ class Region:
         self._codec = codec
         self._entries = f"{namespace}:e:"
         self._tags = f"{namespace}:t:"
+        self._recent: dict[str, tuple[bytes, Entry]] = {}
+
+    @property
+    def promise(self) -> str:
+        """What invalidation in this region's store promises, in words."""
+        if self.ledger.store.atomic:
+            return "strict"
+        return (
+            "after commit: stale answers are possible while a commit returns, and where its writer dies then"
+        )
 
     def entry_key(self, digest: bytes) -> str:
         """The key in the store for the digest that names an answer."""
         return self._entries + digest.hex()
 
-    def tag_keys(self, tags: Iterable[str]) -> list[str]:
+    def tag_keys(self, tags: Iterable[str]) -> tuple[str, ...]:
         """The keys in the store of tags."""
         prefix = self._tags
-        return [prefix + tag for tag in tags]
+        return tuple(prefix + tag for tag in tags)
 
-    def lookup(self, key: str, tags: Iterable[str]) -> Lookup:
+    def lookup(self, key: str, tag_keys: tuple[str, ...]) -> Lookup:
         """Find an answer, and the versions of its tags, in one round trip."""
         try:
-            reading = self.ledger.lookup(key, self.tag_keys(tags))
+            reading = self.ledger.lookup(key, tag_keys)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:
             return Lookup(None, "stale" if reading.stale else "miss", "", reading)
         try:
-            return Lookup(self._codec.decode(reading.payload, context=key.encode()), "hit", "", reading)
+            return Lookup(self._decode(key, reading.payload), "hit", "", reading)
         except Corrupt as fault:
             return Lookup(None, "miss", fault.reason, reading)
 
-    def observe(self, tags: Iterable[str]) -> Reading | None:
+    def _decode(self, key: str, payload: bytes) -> Entry:
+        recent = self._recent.get(key)
+        if recent is not None and recent[0] == payload:
+            return recent[1]
+        entry = self._codec.decode(payload, context=key.encode())
+        if len(payload) <= _SMALL and entry.immutable:
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[key] = payload, entry
+        return entry
+
+    def observe(self, tag_keys: tuple[str, ...]) -> Reading | None:
         """The versions of tags now; None where the server does not answer."""
         try:
-            return self.ledger.lookup(None, self.tag_keys(tags))
+            return self.ledger.lookup(None, tag_keys)
         except CacheUnavailable:
             return None
 
@@ -180,6 +208,13 @@ class Regions:
             self._regions[name] = Region(
                 name, ledgers[url], namespace=namespace, codec=codec, ttl=ttl if own_ttl is None else own_ttl
             )
+            if not ledgers[url].store.atomic:
+                warnings.warn(
+                    f"region {name!r}: its backend cannot count atomically, so a lookup may be answered from before a "
+                    "commit that is just returning, or whose process died in that moment",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         self.ledgers = tuple(ledgers.values())
         self._tags = f"{namespace}:t:"
         self._default = self._regions.get(DEFAULT_REGION) or next(iter(self._regions.values()))

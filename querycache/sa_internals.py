@@ -12,6 +12,7 @@ own: result metadata, result processors, the ORM's loader.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,13 +52,13 @@ __all__ = [
     "in_transaction",
     "is_autocommit",
     "is_flushing",
-    "is_refresh",
     "is_textual",
     "is_unit_of_work",
     "isolation_level",
     "known_tables",
     "later_handlers",
-    "load_option",
+    "load_options",
+    "may_block",
     "old_and_new",
     "prepare",
     "reads_uncommitted",
@@ -98,17 +99,20 @@ def statement_options(statement: Any) -> tuple[Any, ...]:
     return getattr(statement, "_with_options", ())
 
 
-def load_option(options: Mapping[str, Any], name: str) -> Any:
-    """An option of the ORM's loading, as given to the legacy Query or interpreted from execution options."""
-    return getattr(options.get("_sa_orm_load_options"), f"_{name}", None)
+def load_options(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Options of the ORM's loading that are not the default: refresh_state, populate_existing, yield_per.
 
-
-def is_refresh(options: Mapping[str, Any]) -> bool:
-    """True for the statement that refreshes an object: never an answer to share.
-
-    Refreshes carry their object in the load options, also where no flag of the event tells of it.
+    They are given by the legacy Query, made from execution options, or set where an object is refreshed, which no
+    flag of the event tells of for every kind of statement.
     """
-    return load_option(options, "refresh_state") is not None
+    given = options.get("_sa_orm_load_options")
+    if given is None:
+        return None
+    return {
+        "refresh_state": given._refresh_state,
+        "populate_existing": given._populate_existing,
+        "yield_per": given._yield_per,
+    }
 
 
 def later_handlers(state: ORMExecuteState) -> Sequence[Callable[[ORMExecuteState], Any]]:
@@ -484,6 +488,12 @@ def prepare(invocation: Invocation) -> Prepared:
 def autobegin(session: Session) -> None:
     """Begin the Session's transaction as any statement would, without a connection."""
     session._autobegin_t()
+
+
+def may_block() -> bool:
+    """False where waiting would stop an event loop: in a greenlet that SQLAlchemy runs under asyncio."""
+    greenlet: Any = sys.modules.get("greenlet")
+    return greenlet is None or not getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
 
 
 # --- connections and transactions ---------------------------------------------------------------------
