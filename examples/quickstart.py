@@ -220,11 +220,10 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
         sys.stderr.flush()
 
 
+# --- Watching and timing --------------------------------------------------------------------------
+
 LEASE = 5.0
 """Seconds after which a writer that was killed is taken for dead. Here a commit takes milliseconds."""
-
-
-# --- Watching and timing --------------------------------------------------------------------------
 
 
 @dataclass
