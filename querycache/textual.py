@@ -56,6 +56,8 @@ _PARSED = re.compile(
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
     re.IGNORECASE,
 )
+# Parameters as drivers want them written, which the grammars of the databases do not know.
+_PLACEHOLDERS = re.compile(r"%%|%\(\w+\)s|%s")
 _DIALECTS = {"postgresql": "postgres", "mariadb": "mysql", "mysql": "mysql", "sqlite": "sqlite"}
 
 
@@ -89,6 +91,7 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         dialect: SQLAlchemy's name of the dialect.
     """
     text = _COMMENTS.sub(" ", sql).strip().rstrip(";").strip()
+    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     word = re.match(r"\(*\s*(\w+)", text)
     first = word.group(1).lower() if word else ""
     if first in _HARMLESS and ";" not in text and not (first == "explain" and _WRITING.search(text)):
