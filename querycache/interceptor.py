@@ -57,7 +57,16 @@ __all__ = ["Explanation", "Interceptor", "Request"]
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
 
 
-_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...], tuple[str, ...]] = (None, "", [], (), ())
+_NO_KEYS: tuple[str, ...] = ()
+_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...], tuple[str, ...], tuple[str, ...]] = (
+    None,
+    "",
+    [],
+    _NO_KEYS,
+    _NO_KEYS,
+    _NO_KEYS,
+)
+_MOST_REMEMBERED = 10_000
 
 
 class _Bypass(Exception):
@@ -66,7 +75,13 @@ class _Bypass(Exception):
 
 @dataclass(slots=True)
 class Request:
-    """A statement that asks for the cache, with all that is known before it is looked up."""
+    """A statement that asks for the cache, with all that is known before it is looked up.
+
+    Attributes:
+        tags: what the answer depends on as far as the statement itself shows.
+        own_keys: the keys of these in the store.
+        tag_keys: the same, and those of the further statements that completed its objects last time.
+    """
 
     region: Region
     options: CacheOptions
@@ -74,6 +89,7 @@ class Request:
     analysis: Analysis
     key: str
     tags: list[str]
+    own_keys: tuple[str, ...]
     tag_keys: tuple[str, ...]
     transactions: Sequence[Transaction] = ()
 
@@ -97,6 +113,7 @@ class _Load:
         loads: the further statements by fingerprint: those of the entry on a hit, those recorded on a miss.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once a further statement was recorded.
+        further: keys of the tags of these statements.
     """
 
     request: Request
@@ -104,6 +121,7 @@ class _Load:
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
+    further: set[str] = field(default_factory=set)
     _token: Token[_Load | None] | None = None
 
     def __enter__(self) -> None:
@@ -127,12 +145,12 @@ class _Load:
 
     def observe(self, tags: Sequence[str]) -> None:
         """Read the versions of tags not read yet, before the statement runs that depends on them."""
-        if self.reading is not None:
-            region = self.request.region
-            keys = region.tag_keys(tags)
-            if not set(keys).issubset(self.reading.tags):
-                more = region.observe(keys)
-                self.reading = None if more is None else self.reading.union(more)
+        region = self.request.region
+        keys = region.tag_keys(tags)
+        self.further.update(keys)
+        if self.reading is not None and not set(keys).issubset(self.reading.tags):
+            more = region.observe(keys)
+            self.reading = None if more is None else self.reading.union(more)
 
     @property
     def unfit(self) -> str:
@@ -212,6 +230,8 @@ class Interceptor:
         self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
         self._flights = Flights()
         self._known_options: dict[object, CacheOptions | None] = {}
+        # by the key of an entry: keys of the tags of the statements that completed its objects
+        self._further: dict[str, tuple[str, ...]] = {}
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
@@ -337,18 +357,20 @@ class Interceptor:
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
         memo = (self, region, options, scope)
-        analysis, key, tags, tag_keys, learned = plan.memo.get(memo, _NOTHING_KNOWN)
-        if analysis is None or analysis.load_tags is not learned:
+        analysis, key, tags, own_keys, tag_keys, further = plan.memo.get(memo, _NOTHING_KNOWN)
+        if analysis is None or further is not self._further.get(key, _NO_KEYS):
             analysis = analyse(plan.compiled)
             self._refuse_content(analysis, plan, options)
             key = self._key(region, options, plan, analysis, scope)
             tags = self._tags(region, options, plan, analysis)
             if len(plan.memo) > 16:
                 plan.memo.clear()
-            tag_keys = region.tag_keys(tags)
-            plan.memo[memo] = analysis, key, tags, tag_keys, analysis.load_tags
+            own_keys = region.tag_keys(tags)
+            further = self._further.get(key, _NO_KEYS)
+            tag_keys = own_keys + further
+            plan.memo[memo] = analysis, key, tags, own_keys, tag_keys, further
         transactions = self._writes.transactions(session)
-        request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
+        request = Request(region, options, prepared, analysis, key, tags, own_keys, tag_keys, transactions)
         if self._writes.owes(region.ledger):
             raise _Bypass("unavailable")
         for transaction in transactions:
@@ -423,7 +445,6 @@ class Interceptor:
         tags.extend(map(user_tag, options.tags))
         tags.extend(map(table_tag, self._declared.closure(options.tables)))
         tags.extend(analysis.tags(plan, self._declared))
-        tags.extend(tag for tag in analysis.load_tags if tag not in tags)
         return tags
 
     # --- look up -----------------------------------------------------------------------------------
@@ -451,6 +472,8 @@ class Interceptor:
             reading = region.observe(request.tag_keys)
         if entry is not None and reading is not None:
             self._telemetry.emit("hit", region.name, request.name)
+            if len(reading.tags) > len(request.tag_keys):
+                self._remember(request, reading.tags)
             return self._replay(request, entry, reading)
         if options.mode == "only":
             raise CacheMiss(
@@ -497,6 +520,9 @@ class Interceptor:
         load = _Load(request, reading)
         with load:
             main, result = load.run(request.prepared)
+        if load.reading is not None:
+            # of what was looked up, some may have concerned the further statements of an earlier answer
+            load.reading = load.reading.only((*request.own_keys, *sorted(load.further)))
         self._fill(load, main)
         return result
 
@@ -520,7 +546,6 @@ class Interceptor:
         if frozen is not None:
             load.loads[mark] = frozen
             load.grown = True
-            load.request.analysis.learn(tags)
         return result
 
     def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
@@ -532,7 +557,20 @@ class Interceptor:
             entry = Entry(time.time(), main, load.loads, shape)
             reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
             outcome = "error" if reason else "fill"
+            self._remember(request, load.reading.tags)
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
+
+    def _remember(self, request: Request, tag_keys: tuple[str, ...]) -> None:
+        """Look these up together with the entry from now on, which saves a round trip.
+
+        They differ with the parameters (rows of which parents?), so they are remembered by the entry's key.
+        """
+        own = set(request.own_keys)
+        further = tuple(key for key in tag_keys if key not in own)
+        if further != self._further.get(request.key, _NO_KEYS):
+            if len(self._further) > _MOST_REMEMBERED:
+                self._further.clear()
+            self._further[request.key] = further
 
     def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
         """Why what this session's transaction has read must not be shared; empty where it may."""
