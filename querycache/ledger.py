@@ -102,12 +102,6 @@ class Reading:
             self.witness if self.witness == other.witness else None,
         )
 
-    def only(self, tags: Iterable[str]) -> Reading:
-        """This reading without tags that the answer does not depend on after all."""
-        known = dict(zip(self.tags, self.versions, strict=True))
-        kept = tuple(dict.fromkeys(tags))
-        return Reading(kept, tuple(known[tag] for tag in kept), self.payload, self.stale, self.witness)
-
 
 class Ledger:
     """The versions of the tags of one namespace.
