@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from dogpile.cache import CacheRegion, make_region
+from dogpile.cache import CacheRegion, make_region, register_backend
 from dogpile.cache.exception import PluginNotFound
 
 from querycache.codec import Codec, Corrupt, Unstorable
@@ -40,6 +40,17 @@ _SCHEMES = {
     "rediss": "querycache.redis",
     "valkey": "querycache.redis",
 }
+
+# The package's entry points say the same, for dogpile regions that are made without this module. Here it is said
+# directly, because looking entry points up imports what every installed package registers.
+for _name, _class in (
+    ("dogpile", "DogpileBackend"),
+    ("memcached", "MemcachedBackend"),
+    ("memory", "MemoryBackend"),
+    ("null", "NullBackend"),
+    ("redis", "RedisBackend"),
+):
+    register_backend(f"querycache.{_name}", f"querycache.backends.{_name}", _class)
 
 _JITTER = 0.1
 """Part of the time to live by which entries expire early, at random, so that those filled together do not expire
