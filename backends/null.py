@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from querycache.backends.url import parse_options, url_options
+from querycache.backends.url import parse_options, split_arguments
 from querycache.store import Mark, StoreBackend
 
 __all__ = ["NullBackend"]
@@ -19,9 +19,8 @@ class NullBackend(StoreBackend):
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        given = dict(arguments)
-        url = given.pop("url", None)
-        parse_options("the null store", {}, given if url is None else url_options(str(url), given))
+        _, given = split_arguments(arguments)
+        parse_options("the null store", {}, given)
 
     def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
         return None, [None] * len(counters)

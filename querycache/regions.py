@@ -50,7 +50,7 @@ for _name, _class in (
     ("null", "NullBackend"),
     ("redis", "RedisBackend"),
 ):
-    register_backend(f"querycache.{_name}", f"querycache.backends.{_name}", _class)
+    register_backend(f"querycache.{_name}", f"querycache.backends.{_name}", _class)  # type: ignore[no-untyped-call]
 
 _JITTER = 0.1
 """Part of the time to live by which entries expire early, at random, so that those filled together do not expire
