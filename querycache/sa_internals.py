@@ -139,7 +139,7 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
 
 
 def run_statement(state: ORMExecuteState) -> Result[Any]:
-    """Run the statement as SQLAlchemy does after the last handler; for a handler that must return a result."""
+    """Run the statement as SQLAlchemy does after the last handler, for one that must return a result."""
     state.local_execution_options = cast("Any", _uninterpreted_options(state))
     return state.invoke_statement()
 
