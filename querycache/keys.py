@@ -170,8 +170,13 @@ def _walk(value: Any, update: Any) -> None:
         _walk_unordered(value, update)
     elif kind is tuple or kind is list:
         update(b"(%d" % len(value))
+        previous = None
         for item in value:
-            _walk(item, update)
+            # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
+            # them. Where they are no defaults, it shows in the SQL.
+            if previous != "_compile_options":
+                _walk(item, update)
+            previous = item
     elif kind in _CANONICAL:
         update(repr(value).encode("utf-8", "surrogatepass"))
     elif isinstance(value, Mapping):

@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from querycache import versions
 from querycache.store import Mark, StoreBackend
@@ -76,6 +77,15 @@ class Reading:
     def fillable(self) -> bool:
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
+
+    def of(self, tags: set[str]) -> Reading:
+        """This reading with these of its tags alone."""
+        if tags.issuperset(self.tags):
+            return self
+        kept = [pair for pair in zip(self.tags, self.versions, strict=True) if pair[0] in tags]
+        return Reading(
+            tuple(tag for tag, _ in kept), tuple(version for _, version in kept), None, False, self.witness
+        )
 
     def union(self, other: Reading) -> Reading:
         """This reading together with a later one of further tags, for an answer that depends on both."""
@@ -265,8 +275,13 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
 
 
 def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
-    names = "\0".join(tags).encode()
+    names = _names(tuple(tags))
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+@lru_cache(maxsize=1024)
+def _names(tags: tuple[str, ...]) -> bytes:
+    return "\0".join(tags).encode("utf-8", "surrogatepass")
 
 
 def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
@@ -298,7 +313,7 @@ def _tags_of(blob: bytes) -> list[str]:
     if count == 0 or start + length > len(blob):
         return []
     try:
-        names = blob[start : start + length].decode().split("\0")
+        names = blob[start : start + length].decode("utf-8", "surrogatepass").split("\0")
     except UnicodeDecodeError:
         return []
     return names if len(names) == count else []

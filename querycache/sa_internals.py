@@ -12,6 +12,7 @@ own: result metadata, result processors, the ORM's loader.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,18 +52,19 @@ __all__ = [
     "in_transaction",
     "is_autocommit",
     "is_flushing",
-    "is_refresh",
     "is_textual",
     "is_unit_of_work",
     "isolation_level",
     "known_tables",
     "later_handlers",
-    "load_option",
+    "load_options",
+    "may_block",
     "old_and_new",
     "prepare",
     "reads_uncommitted",
     "root_engine",
     "run_later_handlers",
+    "run_statement",
     "statement_options",
     "tables_of",
     "written_in_ctes",
@@ -77,7 +79,7 @@ Row = Sequence[object]
 def _untouched(state: ORMExecuteState) -> bool:
     """True where no handler has replaced the statement or added options, so that what SQLAlchemy derived holds."""
     return (
-        not state._update_execution_options
+        not getattr(state, "_update_execution_options", True)
         and state.bind_arguments.get("clause") is state.statement
         and "sa_top_level_orm_context" not in state.local_execution_options
     )
@@ -98,17 +100,20 @@ def statement_options(statement: Any) -> tuple[Any, ...]:
     return getattr(statement, "_with_options", ())
 
 
-def load_option(options: Mapping[str, Any], name: str) -> Any:
-    """An option of the ORM's loading, as given to the legacy Query or interpreted from execution options."""
-    return getattr(options.get("_sa_orm_load_options"), f"_{name}", None)
+def load_options(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Options of the ORM's loading that are not the default: refresh_state, populate_existing, yield_per.
 
-
-def is_refresh(options: Mapping[str, Any]) -> bool:
-    """True for the statement that refreshes an object: never an answer to share.
-
-    Refreshes carry their object in the load options, also where no flag of the event tells of it.
+    They are given by the legacy Query, made from execution options, or set where an object is refreshed, which no
+    flag of the event tells of for every kind of statement.
     """
-    return load_option(options, "refresh_state") is not None
+    given = options.get("_sa_orm_load_options")
+    if given is None:
+        return None
+    return {
+        "refresh_state": given._refresh_state,
+        "populate_existing": given._populate_existing,
+        "yield_per": given._yield_per,
+    }
 
 
 def later_handlers(state: ORMExecuteState) -> Sequence[Callable[[ORMExecuteState], Any]]:
@@ -131,6 +136,32 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
         if result:
             return cast("Result[Any]", result)
     raise AssertionError("the tail handler always returns a result")
+
+
+def run_statement(state: ORMExecuteState) -> Result[Any]:
+    """Run the statement as SQLAlchemy does after the last handler, for one that must return a result."""
+    state.local_execution_options = cast("Any", _uninterpreted_options(state))
+    return state.invoke_statement()
+
+
+def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
+    """The options given to one execution, to be interpreted anew after handlers have added theirs.
+
+    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
+    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
+    """
+    options = state.local_execution_options
+    # missing in versions that interpret the mixed options themselves
+    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
+    if added is None or "sa_top_level_orm_context" not in options:
+        return options
+    return util.immutabledict(
+        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
+    )
+
+
+# the execution options that QueryContext.default_load_options is made from
+_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
 
 
 def is_textual(statement: Any) -> bool:
@@ -311,26 +342,6 @@ class Prepared:
         return self.invocation.load(context._setup_result_proxy())
 
 
-def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
-    """The options given to one execution, to be interpreted anew after handlers have added theirs.
-
-    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
-    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
-    """
-    options = state.local_execution_options
-    # missing in versions that interpret the mixed options themselves
-    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
-    if added is None or "sa_top_level_orm_context" not in options:
-        return options
-    return util.immutabledict(
-        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
-    )
-
-
-# the execution options that QueryContext.default_load_options is made from
-_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
-
-
 @dataclass(slots=True)
 class Invocation:
     """One execution of a SELECT by a Session, taken over from SQLAlchemy at the ``do_orm_execute`` event.
@@ -484,6 +495,12 @@ def prepare(invocation: Invocation) -> Prepared:
 def autobegin(session: Session) -> None:
     """Begin the Session's transaction as any statement would, without a connection."""
     session._autobegin_t()
+
+
+def may_block() -> bool:
+    """False where waiting would stop an event loop: in a greenlet that SQLAlchemy runs under asyncio."""
+    greenlet: Any = sys.modules.get("greenlet")
+    return greenlet is None or not getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
 
 
 # --- connections and transactions ---------------------------------------------------------------------

@@ -16,6 +16,7 @@ from sqlalchemy.orm import (
     Mapped,
     ORMExecuteState,
     Session,
+    immediateload,
     mapped_column,
     relationship,
     selectinload,
@@ -102,6 +103,15 @@ def test_a_post_load_flushes_where_only_its_statement_was_told_not_to(session: S
         session.rollback()
 
     assert flushed[0] == flushed[1]
+
+
+def test_a_bypass_with_handlers_after_the_cache_loads_as_if_there_were_none(session: Session) -> None:
+    event.listen(session, "do_orm_execute", lambda state: None)
+    statement = select(Author).options(immediateload(Author.books)).execution_options(yield_per=1)
+
+    (author,) = session.scalars(statement.execution_options(cache_key=True))
+
+    assert len(author.__dict__["books"]) == 2
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_key": True}], ids=["uncached", "cached"])
