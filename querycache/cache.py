@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from querycache import sa_internals
 from querycache.dependencies import DEFAULT_SLOTS, Declarations, set_write_tags
 from querycache.errors import ConfigurationError
-from querycache.events import CacheEvent, CacheStats, Telemetry
-from querycache.interceptor import Explanation, Interceptor
+from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
+from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
 from querycache.options import Policy, check_ttl, names

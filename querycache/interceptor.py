@@ -30,7 +30,7 @@ from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
 from querycache.dependencies import Analysis, Declarations, analyse
 from querycache.errors import CacheMiss
-from querycache.events import Outcome, Telemetry
+from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
 from querycache.frozen import (
     Entry,
@@ -51,7 +51,7 @@ from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
 from querycache.writes import Transaction, Writes
 
-__all__ = ["Explanation", "Interceptor", "Request"]
+__all__ = ["Interceptor", "Request"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
@@ -148,31 +148,6 @@ class _Load:
         if self.reading is None:
             return "unavailable"
         return "" if self.reading.of(self.needed).fillable else "pending"
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the cache would do with a statement, and why.
-
-    Attributes:
-        cacheable: True if the cache would be asked.
-        reason: why it would not, or what it would find; in a few words.
-        region: name of the region; empty where nobody asked for the cache.
-        key: the key of the answer in the store.
-        tags: what the answer depends on, as far as it is known.
-        stored: True if there is a valid answer now.
-        age: seconds since that was stored, by the clocks of this process and the one that stored it.
-        promise: "strict", or what the store can promise instead.
-    """
-
-    cacheable: bool
-    reason: str
-    region: str = ""
-    key: str = ""
-    tags: tuple[str, ...] = ()
-    stored: bool = False
-    age: float | None = None
-    promise: str = ""
 
 
 class _Explained(Exception):
