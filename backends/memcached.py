@@ -27,7 +27,13 @@ from dogpile.cache.api import NO_VALUE, SerializedReturnType
 
 from querycache import versions
 from querycache.backends.meta import Pipeline, Reply, Server, UnsuitableServer, converse
-from querycache.backends.url import parse_options, positive_integer, seconds, split_arguments
+from querycache.backends.url import (
+    parse_options,
+    positive_integer,
+    seconds,
+    split_arguments,
+    without_password,
+)
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, StoreBackend
 
@@ -48,6 +54,9 @@ _ITEM_OVERHEAD = 512
 
 _ROUNDS = 100
 """Times that a contended counter is tried. In each round one of the writers gets through."""
+
+_NO_CAS = 2**64 - 1
+"""A CAS value that no item has. (With 0, memcached does not compare.)"""
 
 _PLAIN_KEY = re.compile(r"[!-}]{1,250}")
 
@@ -87,8 +96,9 @@ class MemcachedBackend(StoreBackend):
         address, given = split_arguments(arguments)
         if address is not None:
             if bool(address.netloc) == bool(address.path.strip("/")):
+                given_address = without_password(address.geturl())
                 raise ConfigurationError(
-                    f"the memcached store cannot use {address.geturl()!r}; write memcached://host:11211"
+                    f"the memcached store cannot use {given_address!r}; write memcached://host:11211"
                 )
             given["servers"] = address.netloc or unquote(address.path)
         options = parse_options("the memcached store", _OPTIONS, given)
@@ -177,7 +187,7 @@ class MemcachedBackend(StoreBackend):
     def end(self, marks: Mapping[str, Mark]) -> None:
         # The CAS value of the mark says whether anybody was here since; what is there is asked for in the
         # same round trip, for the case that somebody was.
-        tries = {counter: (mark.token, versions.GENERATION - 1) for counter, mark in marks.items()}
+        tries = {counter: (mark.token or _NO_CAS, versions.GENERATION - 1) for counter, mark in marks.items()}
         for _ in range(_ROUNDS):
             if not tries:
                 return

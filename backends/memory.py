@@ -13,23 +13,24 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from sys import getsizeof
 from typing import Any
 
 from cachetools import LRUCache
 
 from querycache import versions
-from querycache.backends.url import parse_options, size, split_arguments
+from querycache.backends.url import parse_options, size, split_arguments, without_password
 from querycache.errors import ConfigurationError
 from querycache.store import Mark, StoreBackend
 
 __all__ = ["MemoryBackend"]
 
 _DEFAULT_MAX_BYTES = 256 * 2**20
-# What CPython takes for an item beside the bytes of payload and key: their headers, the tuple and the float,
-# and the slots in the dictionaries of cachetools. Measured, averaged over the growth steps of the
-# dictionaries.
-_ENTRY_OVERHEAD = 520
-_COUNTER_OVERHEAD = 260
+# What CPython takes for an item beside payload and key: the tuple and its numbers, and the slots in the
+# dictionaries that hold it. Measured at the emptiest that the dictionaries get (just after they grew), so
+# that the bound is one.
+_ENTRY_OVERHEAD = 405
+_COUNTER_OVERHEAD = 135
 
 
 def _entry_size(item: tuple[bytes, float | None, int]) -> int:
@@ -49,7 +50,7 @@ class MemoryBackend(StoreBackend):
         address, given = split_arguments(arguments)
         if address is not None and (address.netloc or address.path):
             raise ConfigurationError(
-                f"{address.geturl()!r}: the memory store has no address; write memory://?max_bytes=256mb"
+                f"{without_password(address.geturl())!r}: the memory store has no address; write memory://?max_bytes=256mb"
             )
         options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
@@ -85,7 +86,7 @@ class MemoryBackend(StoreBackend):
             return payload, found
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
-        taken = len(payload) + len(key.encode()) + _ENTRY_OVERHEAD
+        taken = getsizeof(payload) + getsizeof(key) + _ENTRY_OVERHEAD
         deadline = None if ttl is None else self._clock() + ttl
         with self._lock:
             if taken + self._counter_bytes > self.max_bytes:
@@ -171,7 +172,7 @@ class MemoryBackend(StoreBackend):
 
     def _put(self, counter: str, version: int) -> None:
         if counter not in self._counters:
-            self._counter_bytes += len(counter.encode()) + _COUNTER_OVERHEAD
+            self._counter_bytes += getsizeof(counter) + _COUNTER_OVERHEAD
             self._drop_counters(self.max_bytes // 4)
         self._counters[counter] = version
         self._counters.move_to_end(counter)
@@ -184,7 +185,7 @@ class MemoryBackend(StoreBackend):
             attempts -= 1
             counter, version = self._counters.popitem(last=False)
             if versions.is_clean(version):
-                self._counter_bytes -= len(counter.encode()) + _COUNTER_OVERHEAD
+                self._counter_bytes -= getsizeof(counter) + _COUNTER_OVERHEAD
             else:
                 self._counters[counter] = version
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 from urllib.parse import urlsplit
 
 from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.url import without_password
 from querycache.errors import CacheUnavailable, ConfigurationError
 
 try:
@@ -289,6 +290,7 @@ def _parse_address(address: str) -> tuple[str, int] | str:
             return parts.hostname, parts.port or _PORT
     except ValueError:
         pass
+    shown = without_password(f"//{address}")[2:]
     raise ConfigurationError(
-        f"{address!r} is no address of a memcached server; write host, host:port or [v6]:port"
+        f"{shown!r} is no address of a memcached server; write host, host:port or [v6]:port"
     )

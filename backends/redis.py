@@ -35,6 +35,7 @@ from querycache.backends.url import (
     split_arguments,
     text,
     whole_number,
+    without_password,
 )
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, StoreBackend
@@ -133,8 +134,9 @@ class RedisBackend(StoreBackend):
         address, given = split_arguments(arguments)
         options = parse_options("the Redis store", _OPTIONS, given)
         if address is None or address.scheme not in _SCHEMES:
+            given_address = without_password(str(arguments.get("url")))
             raise ConfigurationError(
-                f"the Redis store cannot use the address {arguments.get('url')!r}; write redis://host:6379/0"
+                f"the Redis store cannot use the address {given_address!r}; write redis://host:6379/0"
             )
         scheme = _SCHEMES[address.scheme]
         place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
@@ -277,7 +279,7 @@ class RedisBackend(StoreBackend):
         """
         self._breaker.admit(essential=essential)
         try:
-            connection = self._pool.get_connection("_")
+            connection = self._pool.get_connection()
             try:
                 replies = _converse(connection, build(connection.querycache_run))
             finally:

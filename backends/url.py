@@ -7,6 +7,7 @@ it, because a misspelt option would otherwise be a default that nobody asked for
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
@@ -95,7 +96,7 @@ def parse_options(
         except (ValueError, KeyError) as error:
             expected = (known[name].__doc__ or "").partition("\n")[0]
             raise ConfigurationError(
-                f"{store} cannot use {value!r} for option {name!r}. Give {expected}"
+                f"{store} cannot use {value!r} for option {name!r}. give {expected[:1].lower()}{expected[1:]}"
             ) from error
     return options
 
@@ -113,7 +114,7 @@ def split_arguments(arguments: Mapping[str, object]) -> tuple[SplitResult | None
     try:
         parts = urlsplit(text(url))
     except ValueError as error:
-        raise ConfigurationError(f"{url!r} is no URL of a store") from error
+        raise ConfigurationError(f"{without_password(str(url))!r} is no URL of a store") from error
     options: dict[str, object] = {}
     by_name = [(name, value) for name, value in arguments.items() if name != "url"]
     for name, value in [*parse_qsl(parts.query, keep_blank_values=True), *by_name]:
@@ -121,3 +122,8 @@ def split_arguments(arguments: Mapping[str, object]) -> tuple[SplitResult | None
             raise ConfigurationError(f"option {name!r} is given twice: {options[name]!r} and {value!r}")
         options[name] = value
     return parts._replace(query=""), options
+
+
+def without_password(url: str) -> str:
+    """A URL for an error message or a log."""
+    return re.sub(r"//[^/@]*@", "//***@", url)

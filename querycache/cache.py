@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from querycache import sa_internals
 from querycache.dependencies import DEFAULT_SLOTS, Declarations, set_write_tags
 from querycache.errors import ConfigurationError
-from querycache.events import CacheEvent, CacheStats, Telemetry
+from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
@@ -277,6 +277,19 @@ class QueryCache:
             each.invalidate(named)
 
     # --- what it does --------------------------------------------------------------------------------
+
+    def explain(self, session: Session, statement: Any) -> Explanation:
+        """What the cache would do with a statement in a session, and why; the database is not asked.
+
+        Args:
+            session: a Session to which the cache is attached.
+            statement: as given to ``session.execute``.
+        Raises:
+            ConfigurationError: the cache is not attached to the session.
+        """
+        if self._interceptor not in list(session.dispatch.do_orm_execute):
+            raise ConfigurationError(f"explain({session!r}, …): the cache is not attached to this session")
+        return self._interceptor.explain(session, statement)
 
     def stats(self) -> CacheStats:
         """What the cache did in this process so far."""

@@ -166,8 +166,6 @@ class Analysis:
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes.
-        load_tags: tags of the further statements that completed its objects. They are only learned when those run;
-            looked up together with the entry from then on, they save a round trip.
     """
 
     structure: bytes
@@ -179,12 +177,6 @@ class Analysis:
     opaque: bool = False
     locks: bool = False
     writes: bool = False
-    load_tags: tuple[str, ...] = ()
-
-    def learn(self, tags: Iterable[str]) -> None:
-        """Remember the tags of a further statement."""
-        if not set(tags).issubset(self.load_tags):
-            self.load_tags = tuple(sorted({*self.load_tags, *tags}))
 
     def unstable(self, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from sqlalchemy import FromClause, inspect
 from sqlalchemy.engine import Result
 
 from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
@@ -30,6 +31,7 @@ __all__ = [
     "fingerprint",
     "fits",
     "freeze",
+    "layout",
     "merge_frozen_result",
 ]
 
@@ -57,11 +59,19 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
             nothing.
         main: the statement that was asked for.
         loads: the statements that came with it, by fingerprint.
+        layout: what each row holds, where the entry is found without its statement; empty elsewhere.
     """
 
     created: float
     main: FrozenStatement
     loads: dict[bytes, FrozenStatement]
+
+    @property
+    def immutable(self) -> bool:
+        """True if no value in it can be changed in place."""
+        return self.main.rows.immutable and all(each.rows.immutable for each in self.loads.values())
+
+    layout: str = ""
 
 
 def fingerprint(plan: Plan) -> bytes:
@@ -96,9 +106,36 @@ def discriminators(plan: Plan) -> str:
     return ",".join(values)
 
 
-def fits(frozen: FrozenStatement, prepared: Prepared) -> bool:
-    """True if the stored columns are those of the statement: same names in the same order."""
-    return [name for name, _ in frozen.columns] == prepared.column_names()
+def layout(statement: Any) -> str:
+    """What a row of a select is made of: the classes of entities, the types and owners of columns.
+
+    Where that and the names of the columns are equal, rows of one statement can be read as rows of the other.
+    """
+    parts = []
+    for column in getattr(statement, "column_descriptions", ()):
+        kind, owner = column["type"], column.get("entity")
+        if not isinstance(kind, type):
+            kind = type(kind)
+        if owner is None:
+            owner = getattr(column["expr"], "table", None)
+        parts.append(f"{kind.__module__}.{kind.__qualname__} of {_owner(owner)}")
+    return ", ".join(parts)
+
+
+def _owner(owner: Any) -> str:
+    """A name for a mapped class, an alias of one, or a table, the same in every process."""
+    if isinstance(owner, FromClause):
+        return str(getattr(owner, "fullname", owner.description))
+    if owner is None:
+        return "none"
+    cls = inspect(owner).mapper.class_
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def fits(entry: Entry, prepared: Prepared) -> bool:
+    """True if the rows of an entry that was found without its statement can be read as this statement's."""
+    names = [name for name, _ in entry.main.columns]
+    return names == prepared.column_names() and entry.layout == layout(prepared.invocation.statement)
 
 
 def freeze(

@@ -11,12 +11,13 @@ a miss that is not filled, a fill that fails is counted.
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from dogpile.cache import CacheRegion, make_region
+from dogpile.cache import CacheRegion, make_region, register_backend
 from dogpile.cache.exception import PluginNotFound
 
 from querycache.codec import Codec, Corrupt, Unstorable
@@ -37,12 +38,35 @@ _SCHEMES = {
     "null": "querycache.null",
     "redis": "querycache.redis",
     "rediss": "querycache.redis",
+    "unix": "querycache.redis",
     "valkey": "querycache.redis",
+    "valkeys": "querycache.redis",
 }
+
+# The package's entry points say the same, for dogpile regions that are made without this module. Here it is said
+# directly, because looking entry points up imports what every installed package registers.
+for _name, _class in (
+    ("dogpile", "DogpileBackend"),
+    ("memcached", "MemcachedBackend"),
+    ("memory", "MemoryBackend"),
+    ("null", "NullBackend"),
+    ("redis", "RedisBackend"),
+):
+    register_backend(f"querycache.{_name}", f"querycache.backends.{_name}", _class)  # type: ignore[no-untyped-call]
 
 _JITTER = 0.1
 """Part of the time to live by which entries expire early, at random, so that those filled together do not expire
 together."""
+
+
+_SMALL = 4096
+_RECENT = 512
+"""Entries of at most so many bytes, and at most so many of them, are kept decoded, where nothing in them can be
+changed. Between the same bytes and what they were decoded to there is nothing to go stale."""
+
+
+_REMEMBERED = 10_000
+"""The further tags of so many entries are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,47 +107,90 @@ class Region:
         self._codec = codec
         self._entries = f"{namespace}:e:"
         self._tags = f"{namespace}:t:"
+        self._further: dict[str, tuple[str, ...]] = {}
+        self._recent: dict[str, tuple[bytes, Entry]] = {}
+
+    @property
+    def promise(self) -> str:
+        """What invalidation in this region's store promises, in words."""
+        if self.ledger.store.atomic:
+            return "strict"
+        return (
+            "after commit: stale answers are possible while a commit returns, and where its writer dies then"
+        )
 
     def entry_key(self, digest: bytes) -> str:
         """The key in the store for the digest that names an answer."""
         return self._entries + digest.hex()
 
-    def tag_keys(self, tags: Iterable[str]) -> list[str]:
+    def tag_keys(self, tags: Iterable[str]) -> tuple[str, ...]:
         """The keys in the store of tags."""
         prefix = self._tags
-        return [prefix + tag for tag in tags]
+        return tuple(prefix + tag for tag in tags)
 
-    def lookup(self, key: str, tags: Iterable[str]) -> Lookup:
-        """Find an answer, and the versions of its tags, in one round trip."""
+    def lookup(self, key: str, tag_keys: tuple[str, ...]) -> Lookup:
+        """Find an answer, and the versions of its tags, in one round trip.
+
+        Statements that complete its objects have tags of their own, which the entry names. They are remembered,
+        so that only a process that has not seen the entry needs a second round trip.
+        """
+        further = self._further.get(key)
+        if further is not None:
+            tag_keys += further
         try:
-            reading = self.ledger.lookup(key, self.tag_keys(tags))
+            reading = self.ledger.lookup(key, tag_keys)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:
             return Lookup(None, "stale" if reading.stale else "miss", "", reading)
+        if len(reading.tags) > len(tag_keys):
+            self._remember(key, reading.tags[len(tag_keys) :])
         try:
-            return Lookup(self._codec.decode(reading.payload, context=key.encode()), "hit", "", reading)
+            return Lookup(self._decode(key, reading.payload), "hit", "", reading)
         except Corrupt as fault:
             return Lookup(None, "miss", fault.reason, reading)
 
-    def observe(self, tags: Iterable[str]) -> Reading | None:
+    def _remember(self, key: str, further: tuple[str, ...]) -> None:
+        if len(self._further) >= _REMEMBERED:
+            self._further.clear()
+        self._further[key] = self._further.get(key, ()) + further
+
+    def _decode(self, key: str, payload: bytes) -> Entry:
+        recent = self._recent.get(key)
+        if recent is not None and recent[0] == payload:
+            return recent[1]
+        entry = self._codec.decode(payload, context=key.encode())
+        if len(payload) <= _SMALL and entry.immutable:
+            if len(self._recent) >= _RECENT:
+                self._recent.clear()
+            self._recent[key] = payload, entry
+        return entry
+
+    def observe(self, tag_keys: tuple[str, ...]) -> Reading | None:
         """The versions of tags now; None where the server does not answer."""
         try:
-            return self.ledger.lookup(None, self.tag_keys(tags))
+            return self.ledger.lookup(None, tag_keys)
         except CacheUnavailable:
             return None
 
-    def fill(self, key: str, entry: Entry, reading: Reading, ttl: float | None) -> str:
+    def fill(
+        self, key: str, entry: Entry, reading: Reading, ttl: float | None, tag_keys: tuple[str, ...]
+    ) -> str:
         """Store an answer under the versions read before the database was asked.
 
         Args:
             ttl: seconds until it expires; None for the region's own.
+            tag_keys: those that the next lookup will ask for by itself.
         Returns:
             Why it was not stored, in a word or two; empty where it was.
         """
         seconds = self.ttl if ttl is None else ttl
         if seconds is not None:
             seconds *= 1 - _JITTER * random.random()
+        further = tuple(tag for tag in reading.tags if tag not in tag_keys)
+        if further or key in self._further:
+            self._further.pop(key, None)
+            self._remember(key, further)
         try:
             payload = self._codec.encode(entry, context=key.encode())
             return "" if self.ledger.fill(key, reading, payload, seconds) else "refused"
@@ -180,6 +247,13 @@ class Regions:
             self._regions[name] = Region(
                 name, ledgers[url], namespace=namespace, codec=codec, ttl=ttl if own_ttl is None else own_ttl
             )
+            if not ledgers[url].store.atomic:
+                warnings.warn(
+                    f"region {name!r}: its backend cannot count atomically, so a lookup may be answered from before a "
+                    "commit that is just returning, or whose process died in that moment",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
         self.ledgers = tuple(ledgers.values())
         self._tags = f"{namespace}:t:"
         self._default = self._regions.get(DEFAULT_REGION) or next(iter(self._regions.values()))

@@ -12,16 +12,18 @@ own: result metadata, result processors, the ORM's loader.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 from uuid import UUID
 
 from sqlalchemy import Column, Table, inspect, util
-from sqlalchemy.engine import Connection, CursorResult, Engine, Result
+from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
@@ -41,6 +43,7 @@ __all__ = [
     "Invocation",
     "Plan",
     "Prepared",
+    "Unpreparable",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
@@ -51,19 +54,20 @@ __all__ = [
     "in_transaction",
     "is_autocommit",
     "is_flushing",
-    "is_refresh",
     "is_textual",
     "is_unit_of_work",
     "is_upsert",
     "isolation_level",
     "known_tables",
     "later_handlers",
-    "load_option",
+    "load_options",
+    "may_block",
     "old_and_new",
     "prepare",
     "reads_uncommitted",
     "root_engine",
     "run_later_handlers",
+    "run_statement",
     "statement_options",
     "tables_of",
     "written_in_ctes",
@@ -75,11 +79,22 @@ Row = Sequence[object]
 # --- the event: what a do_orm_execute handler is given -------------------------------------------
 
 
+def _untouched(state: ORMExecuteState) -> bool:
+    """True where no handler has replaced the statement or added options, so that what SQLAlchemy derived holds."""
+    return (
+        not getattr(state, "_update_execution_options", True)
+        and state.bind_arguments.get("clause") is state.statement
+        and "sa_top_level_orm_context" not in state.local_execution_options
+    )
+
+
 def effective_options(state: ORMExecuteState) -> Mapping[str, Any]:
     """Execution options as they stand now, with what handlers before this one have added.
 
-    ``ORMExecuteState.execution_options`` is computed once and does not see ``update_execution_options``.
+    ``ORMExecuteState.execution_options`` is computed once and does not see what handlers change.
     """
+    if _untouched(state):
+        return state.execution_options
     return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[no-any-return]
 
 
@@ -88,17 +103,20 @@ def statement_options(statement: Any) -> tuple[Any, ...]:
     return getattr(statement, "_with_options", ())
 
 
-def load_option(options: Mapping[str, Any], name: str) -> Any:
-    """An option of the ORM's loading, as given to the legacy Query or interpreted from execution options."""
-    return getattr(options.get("_sa_orm_load_options"), f"_{name}", None)
+def load_options(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Options of the ORM's loading that are not the default: refresh_state, populate_existing, yield_per.
 
-
-def is_refresh(options: Mapping[str, Any]) -> bool:
-    """True for the statement that refreshes an object: never an answer to share.
-
-    Refreshes carry their object in the load options, also where no flag of the event tells of it.
+    They are given by the legacy Query, made from execution options, or set where an object is refreshed, which no
+    flag of the event tells of for every kind of statement.
     """
-    return load_option(options, "refresh_state") is not None
+    given = options.get("_sa_orm_load_options")
+    if given is None:
+        return None
+    return {
+        "refresh_state": given._refresh_state,
+        "populate_existing": given._populate_existing,
+        "yield_per": given._yield_per,
+    }
 
 
 def later_handlers(state: ORMExecuteState) -> Sequence[Callable[[ORMExecuteState], Any]]:
@@ -121,6 +139,32 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
         if result:
             return cast("Result[Any]", result)
     raise AssertionError("the tail handler always returns a result")
+
+
+def run_statement(state: ORMExecuteState) -> Result[Any]:
+    """Run the statement as SQLAlchemy does after the last handler, for one that must return a result."""
+    state.local_execution_options = cast("Any", _uninterpreted_options(state))
+    return state.invoke_statement()
+
+
+def _uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
+    """The options given to one execution, to be interpreted anew after handlers have added theirs.
+
+    SQLAlchemy has interpreted them once, for handlers to see, and that has given a post-load all options of
+    the surrounding statement. Those that say how to load must not be taken for the post-load's own now.
+    """
+    options = state.local_execution_options
+    # missing in versions that interpret the mixed options themselves
+    added: Mapping[str, Any] | None = getattr(state, "_update_execution_options", None)
+    if added is None or "sa_top_level_orm_context" not in options:
+        return options
+    return util.immutabledict(
+        {name: value for name, value in options.items() if name not in _INTERPRETED_OPTIONS or name in added}
+    )
+
+
+# the execution options that QueryContext.default_load_options is made from
+_INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
 
 
 def is_textual(statement: Any) -> bool:
@@ -172,6 +216,22 @@ class _ReplayConnection:
         pass
 
 
+def _same_parameters(executed: Any, prepared: Any) -> bool:
+    """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
+    if executed == prepared:
+        return True
+    if len(executed) != len(prepared):
+        return False
+    if isinstance(executed, Mapping):
+        pairs = [(value, prepared.get(name)) for name, value in executed.items()]
+    else:
+        pairs = list(zip(executed, prepared, strict=True))
+    return all(
+        one == other or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        for one, other in pairs
+    )
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """A compiled statement with the values of its parameters: all of an execution that no session is needed for.
@@ -194,9 +254,15 @@ class Plan:
     sql: str = ""
     parameters: Any = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    _template: Any = None
 
     def context(self) -> Any:
         """A new execution context over a replay connection."""
+        if self._template is not None:
+            context = object.__new__(type(self._template))
+            context.__dict__.update(self._template.__dict__)
+            context.cursor = _ReplayCursor()
+            return context
         dialect: Any = self.engine.dialect
         connection = _ReplayConnection(self.engine)
         return dialect.execution_ctx_cls._init_compiled(
@@ -254,7 +320,9 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.plan.sql or context.parameters[0] != self.plan.parameters:
+        if context.statement != self.plan.sql or not _same_parameters(
+            context.parameters[0], self.plan.parameters
+        ):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
         cursor: Any = result.cursor
@@ -299,9 +367,14 @@ class Invocation:
         statement: Any = state.statement
         parameters: Any = state.parameters
         bind_arguments = dict(state.bind_arguments)
-        options: Any = state.local_execution_options
+        options: Any = _uninterpreted_options(state)
         compile_state_cls: Any = state._compile_state_cls
-        if compile_state_cls is not None:
+        if compile_state_cls is not None and _untouched(state):
+            # SQLAlchemy has interpreted the options ahead of the handlers; what is left is to flush
+            load_options = options.get("_sa_orm_load_options")
+            if load_options is None or load_options._autoflush:
+                session._autoflush()
+        elif compile_state_cls is not None:
             # 2.0 returns (statement, options), 2.1 (statement, options, parameters)
             statement, options, *rest = compile_state_cls.orm_pre_session_exec(
                 session, statement, parameters, options, bind_arguments, False
@@ -330,24 +403,26 @@ class Invocation:
         return self.bind.get_execution_options()
 
     def load(self, cursor_result: CursorResult[Any]) -> Result[Any]:
-        """From a Core result to the result that ``Session.execute`` returns.
+        """From a Core result to what ``Session.execute`` returns, with all its rows loaded already.
 
-        ``prebuffer_rows`` makes the ORM load all rows, post-loads included, before this returns.
+        The ORM loads, and runs post-loads, when the result is consumed. The option ``prebuffer_rows``
+        would make it do so at once, but post-loads inherit the option, and handlers see it.
         """
         if self._compile_state_cls is None:
             return cursor_result
-        options = util.immutabledict(self.options).union({"prebuffer_rows": True})
-        return cast(
-            "Result[Any]",
-            self._compile_state_cls.orm_setup_cursor_result(
-                self.session,
-                self.statement,
-                self.parameters or {},
-                options,
-                self.bind_arguments,
-                cursor_result,
-            ),
+        result: Result[Any] = self._compile_state_cls.orm_setup_cursor_result(
+            self.session,
+            self.statement,
+            self.parameters or {},
+            self.options,
+            self.bind_arguments,
+            cursor_result,
         )
+        if isinstance(result, ChunkedIteratorResult):
+            loaded = list(result.chunks(None))
+            result.chunks = lambda size: iter(loaded)
+            result.iterator = chain.from_iterable(loaded)
+        return result
 
 
 # An engine that never connected has a dialect that does not know its server yet. What it compiles must not
@@ -370,11 +445,18 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
 _PLAN = "_querycache_plan"
 
 
+class Unpreparable(Exception):
+    """The parameters of a statement cannot be made ready for the driver. Running it will raise the reason."""
+
+
 def prepare(invocation: Invocation) -> Prepared:
     """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do.
 
     The compiled object remembers the plan of the statement object it was last asked for. A statement is never
     changed once it is made, so one that is kept and executed again is planned once.
+
+    Raises:
+        Unpreparable: the code of the application that makes the parameters has failed.
     """
     statement: Any = invocation.statement
     engine = invocation.engine
@@ -394,23 +476,34 @@ def prepare(invocation: Invocation) -> Prepared:
     if plan is not None and plan.statement is statement and plan.engine is engine and plan.options == options:
         return Prepared(invocation, plan)
     plan = Plan(engine, statement, compiled, options, extracted or (), cache_hit, param_dict, given)
-    plan.values = compiled.construct_params(
-        given or None,
-        extracted_parameters=extracted,
-        escape_names=False,
-        **({"_collected_params": param_dict[0]} if param_dict else {}),
-    )
-    context = plan.context()
+    try:
+        plan.values = compiled.construct_params(
+            given or None,
+            extracted_parameters=extracted,
+            escape_names=False,
+            **({"_collected_params": param_dict[0]} if param_dict else {}),
+        )
+        context = plan.context()
+    except Exception as error:
+        raise Unpreparable("parameters") from error
     plan.sql = context.statement
     plan.parameters = context.parameters[0]
     if plan.repeatable:
+        plan._template = context
         compiled.__dict__[_PLAN] = plan
+        context = None
     return Prepared(invocation, plan, _context=context)
 
 
 def autobegin(session: Session) -> None:
     """Begin the Session's transaction as any statement would, without a connection."""
     session._autobegin_t()
+
+
+def may_block() -> bool:
+    """False where waiting would stop an event loop: in a greenlet that SQLAlchemy runs under asyncio."""
+    greenlet: Any = sys.modules.get("greenlet")
+    return greenlet is None or not getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
 
 
 # --- connections and transactions ---------------------------------------------------------------------

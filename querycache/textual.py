@@ -71,7 +71,6 @@ _NOT_COMMITTING = frozenset(
         "with",
     ]
 )
-_PLACEHOLDER = re.compile(r"%\(\w+\)s|%s")
 _WRITING = re.compile(
     r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock)\b",
     re.IGNORECASE,
@@ -81,6 +80,8 @@ _PARSED = re.compile(
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
     re.IGNORECASE,
 )
+# Parameters as drivers want them written, which the grammars of the databases do not know.
+_PLACEHOLDERS = re.compile(r"%%|%\(\w+\)s|%s")
 _DIALECTS = {"postgresql": "postgres", "mariadb": "mysql", "mysql": "mysql", "sqlite": "sqlite"}
 
 
@@ -133,8 +134,7 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         )
     if not _PARSED.match(bare):
         return _ANYTHING
-    if dialect != "postgresql":  # where sqlglot knows them, and "?" is an operator
-        text = _PLACEHOLDER.sub("?", text)
+    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     return _parsed(text, _DIALECTS.get(dialect, ""))
 
 
