@@ -21,7 +21,8 @@ from redis import Redis
 from sqlalchemy import (
     Column,
     Engine,
-    ForeignKey,
+    ForeignKeyConstraint,
+    Integer,
     Table,
     create_engine,
     delete,
@@ -59,11 +60,9 @@ LEASE = 0.3
 deferred = Table(
     "deferred",
     Base.metadata,
-    Column(
-        "author_id",
-        ForeignKey("author.id", deferrable=True, initially="DEFERRED"),
-        primary_key=True,
-        autoincrement=False,
+    Column("author_id", Integer, primary_key=True, autoincrement=False),
+    ForeignKeyConstraint(["author_id"], ["author.id"], deferrable=True, initially="DEFERRED").ddl_if(
+        dialect="postgresql"
     ),
 )
 
