@@ -19,7 +19,7 @@ from sqlalchemy.orm import ORMExecuteState, Session, sessionmaker
 from benchmarks.documented_recipe import FromRegion, Recipe
 from benchmarks.forum import Case
 from querycache import QueryCache
-from querycache.sa_internals import Invocation, prepare
+from querycache.sa_internals import Invocation, autobegin, prepare
 
 __all__ = ["Arm", "Servers", "arms"]
 
@@ -113,7 +113,10 @@ def _library(name: str, url: str, cache_url: str) -> Arm:
 
 
 def _limit(name: str, url: str) -> Arm:
-    """SQLAlchemy's loader over rows that are in memory already: what no cache of rows can beat."""
+    """SQLAlchemy's loader over rows that are in memory already: what no cache of rows can beat.
+
+    As after any statement, the Session is in a transaction then; there is just no connection in it.
+    """
     factory = sessionmaker(create_engine(url))
     held: dict[object, tuple[Any, list[Any], int]] = {}
 
@@ -124,6 +127,7 @@ def _limit(name: str, url: str) -> Arm:
         answer = held.get(key)
         if answer is None:
             answer = held[key] = prepared.execute()
+        autobegin(state.session)
         return prepared.replay(*answer)
 
     event.listen(factory, "do_orm_execute", replay)
