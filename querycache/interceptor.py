@@ -30,7 +30,7 @@ from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
 from querycache.dependencies import Analysis, Declarations, analyse
 from querycache.errors import CacheMiss
-from querycache.events import Outcome, Telemetry
+from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
 from querycache.frozen import (
     Entry,
@@ -51,7 +51,7 @@ from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
 from querycache.writes import Transaction, Writes
 
-__all__ = ["Explanation", "Interceptor", "Request"]
+__all__ = ["Interceptor", "Request"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
@@ -148,31 +148,6 @@ class _Load:
         if self.reading is None:
             return "unavailable"
         return "" if self.reading.of(self.needed).fillable else "pending"
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the cache would do with a statement, and why.
-
-    Attributes:
-        cacheable: True if the cache would be asked.
-        reason: why it would not, or what it would find; in a few words.
-        region: name of the region; empty where nobody asked for the cache.
-        key: the key of the answer in the store.
-        tags: what the answer depends on, as far as it is known.
-        stored: True if there is a valid answer now.
-        age: seconds since that was stored, by the clocks of this process and the one that stored it.
-        promise: "strict", or what the store can promise instead.
-    """
-
-    cacheable: bool
-    reason: str
-    region: str = ""
-    key: str = ""
-    tags: tuple[str, ...] = ()
-    stored: bool = False
-    age: float | None = None
-    promise: str = ""
 
 
 class _Explained(Exception):
@@ -312,7 +287,9 @@ class Interceptor:
     def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
         given = tuple(
-            (name, type(options[name]), options[name]) for name in options if name.startswith("cache_")
+            (name, type(options[name]), options[name])
+            for name in options
+            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
         )
         try:
             known = self._known_options.get(given)
@@ -353,6 +330,7 @@ class Interceptor:
                 plan.memo.clear()
             tag_keys = region.tag_keys(tags)
             plan.memo[memo] = analysis, key, tags, tag_keys
+        self._writes.notice_old_views(session)
         transactions = self._writes.transactions(session)
         request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
         if self._writes.owes(region.ledger):

@@ -38,7 +38,9 @@ _SCHEMES = {
     "null": "querycache.null",
     "redis": "querycache.redis",
     "rediss": "querycache.redis",
+    "unix": "querycache.redis",
     "valkey": "querycache.redis",
+    "valkeys": "querycache.redis",
 }
 
 # The package's entry points say the same, for dogpile regions that are made without this module. Here it is said
