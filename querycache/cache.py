@@ -247,7 +247,8 @@ class QueryCache:
         named.extend(map(user_tag, names("tags", tags)))
         for given in names("tables", tables):
             schema, _, name = given.rpartition(".")
-            named.extend(set_write_tags((schema or None, name), None, anywhere=not schema))
+            # a schema that is given may be the default one, which statements need not name
+            named.extend(set_write_tags((schema or None, name), schema or None, anywhere=not schema))
         for entity in entities:
             for table in sa_internals.tables_of(entity):
                 named.extend(set_write_tags((table.schema, table.name), None, anywhere=not table.schema))

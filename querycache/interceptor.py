@@ -287,7 +287,9 @@ class Interceptor:
     def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
         given = tuple(
-            (name, type(options[name]), options[name]) for name in options if name.startswith("cache_")
+            (name, type(options[name]), options[name])
+            for name in options
+            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
         )
         try:
             known = self._known_options.get(given)
@@ -328,6 +330,7 @@ class Interceptor:
                 plan.memo.clear()
             tag_keys = region.tag_keys(tags)
             plan.memo[memo] = analysis, key, tags, tag_keys
+        self._writes.notice_old_views(session)
         transactions = self._writes.transactions(session)
         request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
         if self._writes.owes(region.ledger):

@@ -70,6 +70,9 @@ class _Writes(Writes):
     def transactions(self, session: Session) -> list[Transaction]:
         return []
 
+    def notice_old_views(self, session: Session) -> None:
+        pass
+
 
 class _Replay(Interceptor):
     """Answers every select from the store, filling it just before."""
