@@ -480,7 +480,7 @@ def explore(world: World, protocol: Protocol) -> tuple[int, list[str] | None]:
     [
         (World(((A, B), (B,)), readers=2, losses=1, heals=1), Protocol(), 50_000),
         (World(((A, B),), readers=2, losses=3, heals=2), Protocol(), 10_000),
-        (World(((A, B), (B,)), readers=2, losses=1, heals=1, keeps_marks=True), MEMORY, 10_000),
+        (World(((A, B), (B,)), readers=2, losses=1, heals=0, keeps_marks=True), MEMORY, 9_000),
     ],
     ids=["two writers", "many losses", "memory"],
 )

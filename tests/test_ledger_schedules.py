@@ -99,6 +99,7 @@ class Run:
         self.random = random.Random(seed)
         self.now = 0.0
         self.respects_lease = True
+        self.loss_rate = 0.005
         self.committed = dict.fromkeys(TAGS, 0)
         self.at_work: dict[greenlet, float] = {}
         self.doomed: set[greenlet] = set()
@@ -118,7 +119,7 @@ class Run:
         try:
             for _ in range(steps):
                 event = self.random.random()
-                if event < 0.005:
+                if event < self.loss_rate:
                     self.lose()
                 elif event < 0.04:
                     self.pass_time()
@@ -271,7 +272,9 @@ def test_a_broken_step_gives_a_stale_hit(
     monkeypatch.setattr(versions, step, broken)
     with pytest.raises(Stale):
         for seed in range(400):
-            on_memcached(seed, monkeypatch).go(STEPS)
+            run = on_memcached(seed, monkeypatch)
+            run.loss_rate = 0.01
+            run.go(STEPS)
 
 
 def test_a_lease_shorter_than_a_commit_gives_a_stale_hit(monkeypatch: pytest.MonkeyPatch) -> None:
