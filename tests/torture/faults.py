@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from tests.servers import Server
-from tests.torture.worker import AFTER_COMMIT, BEFORE_COMMIT
+from tests.torture.worker import AFTER_COMMIT, BEFORE_COMMIT, FLUSH_IN_COMMIT
 
 if TYPE_CHECKING:
     from tests.torture.round import Workers
@@ -23,7 +23,7 @@ STARVATION = 1.5
 
 KILLS = ("kill", "kill before COMMIT", "kill after COMMIT")
 LOSSES = ("restart", "crash")
-REDIS_LOSSES = ("flush", "evict")
+REDIS_LOSSES = ("flush", "evict", "flush before COMMIT, kill after")
 # What makes a server fail for one and not for the other, if only because one was served just before: commits must be
 # refused then.
 PARTIAL = ("pause",)
@@ -64,6 +64,8 @@ class Faults:
 
     def inject(self) -> None:
         """One fault, all kinds in turn in an order of chance."""
+        if not self._kinds:
+            return
         if not self._todo:
             self._todo = self._random.sample(self._kinds, len(self._kinds))
         kind = self._todo.pop()
@@ -71,6 +73,7 @@ class Faults:
             "kill": self._kill,
             "kill before COMMIT": lambda: self._kill_at(BEFORE_COMMIT),
             "kill after COMMIT": lambda: self._kill_at(AFTER_COMMIT),
+            "flush before COMMIT, kill after": lambda: self._kill_at(FLUSH_IN_COMMIT),
             "restart": self._restart,
             "crash": self._crash,
             "flush": self._flush,
@@ -114,9 +117,9 @@ class Faults:
         return True
 
     def _evict(self) -> bool:
-        """Half of all keys are lost, entries and versions alike."""
+        """Some of all keys are lost, entries and versions alike."""
         with redis.Redis.from_url(self._store.url) as client:
-            keys = [key for key in client.scan_iter(count=1000) if self._random.random() < 0.5]
+            keys = [key for key in client.scan_iter(count=1000) if self._random.random() < 0.2]
             if keys:
                 client.delete(*keys)
         return bool(keys)

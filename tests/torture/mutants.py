@@ -25,14 +25,14 @@ class Mutant:
     Attributes:
         what: the protocol without it.
         apply: replaces the piece.
-        faults: kinds of faults that it takes to show; all that the round injects if empty.
+        faults: kinds of faults that it takes to show.
         isolation: of the transactions.
         consistency: as given to the cache.
     """
 
     what: str
     apply: Callable[[], None] = lambda: None
-    faults: tuple[str, ...] = ("kill after COMMIT",)
+    faults: tuple[str, ...] = ()
     isolation: str = "READ COMMITTED"
     consistency: str = "strict"
 
@@ -176,13 +176,13 @@ def _one_mark_for_all() -> None:
 
 
 MUTANTS = {
-    "no-marks": Mutant("no phase one: versions only change after COMMIT", consistency="commit"),
+    "no-marks": Mutant("no phase one: versions only change after COMMIT", faults=("kill after COMMIT",), consistency="commit"),
     "late-versions": Mutant("an entry is stored under versions read after the database was asked", _late_versions),
     "missing-valid": Mutant("a version that is missing counts as unchanged", _missing_is_valid, ("evict",)),
     "no-quarantine": Mutant(
         "a version that was lost starts clean, although marks may be lost with it",
         _no_quarantine,
-        ("flush", "kill after COMMIT"),
+        ("flush before COMMIT, kill after",),
     ),
     "early-bump": Mutant("marks are taken off before COMMIT instead of after", _early_bump),
     "bump-before": Mutant("one new generation before COMMIT, and no marks", _plain_bump),

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
@@ -45,6 +45,7 @@ class Report:
         rows: rows looked at in them.
         commits: commits that took place.
         refused: calls of commit that raised.
+        slowest: seconds of the longest call of commit; it must be shorter than the lease.
         faults: faults injected, by kind.
         cache: what the caches counted, by outcome and reason.
         illegal: reads that nothing explains.
@@ -55,6 +56,7 @@ class Report:
     rows: int = 0
     commits: int = 0
     refused: int = 0
+    slowest: float = 0.0
     faults: Counter[str] = field(default_factory=Counter)
     shapes: Counter[str] = field(default_factory=Counter)
     cache: Counter[str] = field(default_factory=Counter)
@@ -71,6 +73,7 @@ class Report:
         self.rows += other.rows
         self.commits += other.commits
         self.refused += other.refused
+        self.slowest = max(self.slowest, other.slowest)
         self.faults += other.faults
         self.shapes += other.shapes
         self.cache += other.cache
@@ -96,12 +99,17 @@ class Workers:
 
     def _start(self) -> None:
         number, self._next = self._next, self._next + 1
-        order = RawArray("i", 2)
+        order = RawArray("i", 3)
         process = _CONTEXT.Process(
             target=worker.main, args=(replace(self._settings, number=number), order), daemon=True
         )
         process.start()
         self._running[number] = (process, order)
+
+    def wait(self) -> None:
+        """Until all have begun to work."""
+        while not all(order[2] for _, order in self._running.values()) and not self.ended():
+            time.sleep(0.02)
 
     def kill(self, random: Random) -> None:
         """Kill one now."""
@@ -159,9 +167,7 @@ def run_round(
     every: float = 2.0,
     lease: float = 3.0,
     mutant: str = "",
-    enough: int = 0,
     seed: str = "",
-    say: Callable[[str], None] = lambda text: None,
 ) -> Report:
     """Let workers read and write for some seconds, inject faults, and judge what they have read.
 
@@ -172,9 +178,7 @@ def run_round(
         every: seconds from one fault to the next.
         lease: as given to the cache.
         mutant: the protection to switch off.
-        enough: stop as soon as this many illegal reads are found (looked for once a second); 0 for never.
         seed: what the random choices begin with.
-        say: is told what goes on.
     """
     seed = seed or uuid4().hex[:8]
     random = Random(seed)
@@ -208,8 +212,9 @@ def run_round(
             mutant=mutant,
             seed=seed,
         )
-        start = time.monotonic()
         workers = Workers(settings, processes, database)
+        workers.wait()
+        start = time.monotonic()
         faults = Faults(workers, store, kinds, random)
         next_fault = start + min(every, seconds / 3)
         while time.monotonic() < start + seconds and not workers.ended():
@@ -260,5 +265,7 @@ def _judge(directory: Path, workers: Workers, database: Engine) -> Report:
         report.rows += sum(len(part.rows) for parts in read.statements for part in parts)
     report.reads = len(reads)
     report.commits = judge.commits
+    calls = {intent.txn: intent.time for intent in intents}
+    report.slowest = max((each.time - calls[each.txn] for each in outcomes.values()), default=0) / 1e9
     report.refused = sum(bool(outcome.raised) for outcome in outcomes.values())
     return report

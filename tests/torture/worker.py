@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import redis
 from sqlalchemy import create_engine, event, insert
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DBAPIError
@@ -29,10 +30,13 @@ from tests.torture.schema import State, log
 from tests.torture.shapes import choose
 from tests.torture.writing import Writing
 
-__all__ = ["AFTER_COMMIT", "BEFORE_COMMIT", "SNAPSHOT_LEVEL", "Settings", "connect", "main"]
+__all__ = ["AFTER_COMMIT", "BEFORE_COMMIT", "FLUSH_IN_COMMIT", "SNAPSHOT_LEVEL", "Settings", "connect", "main"]
 
 BEFORE_COMMIT = 1
 AFTER_COMMIT = 2
+FLUSH_IN_COMMIT = 3
+"""The points of a commit at which a worker can be told to die; at the last one it first makes Redis lose everything
+before COMMIT, and dies after."""
 
 SNAPSHOT_LEVEL = "REPEATABLE READ"
 
@@ -85,7 +89,7 @@ def main(settings: Settings, order: Any) -> None:
 
     Args:
         order: shared memory: `order[0]` is set to 1 to stop; `order[1]` names the point of a commit at which the
-            process is to kill itself.
+            process is to kill itself; it sets `order[2]` to 1 when it begins to work.
     """
     _Worker(settings, order).run()
 
@@ -119,6 +123,7 @@ class _Worker:
         ]
         for thread in threads:
             thread.start()
+        self.order[2] = 1
         history = History(self.settings.directory / f"{self.settings.number:04}-stats")
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.2)
@@ -150,10 +155,17 @@ class _Worker:
     # --- the points of a commit -------------------------------------------------------------------------
 
     def _reached(self, point: int) -> None:
-        if getattr(self._current, "committing", False):
-            if self.order[1] == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(self._current.hesitation)
+        current = self._current
+        if not getattr(current, "committing", False):
+            return
+        if self.order[1] == FLUSH_IN_COMMIT and point == BEFORE_COMMIT:
+            with redis.Redis.from_url(self.settings.store_url.partition("?")[0]) as client:
+                client.flushall()
+            current.doomed = True
+            time.sleep(0.1)
+        elif self.order[1] == point or getattr(current, "doomed", False):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(current.hesitation)
 
     def _before_commit(self, connection: Connection) -> None:
         self._reached(BEFORE_COMMIT)
