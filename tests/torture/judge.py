@@ -41,8 +41,9 @@ class Illegal:
     """A read that no write explains.
 
     Attributes:
-        kind: "stale" (older than it may be), "dirty" (never committed), "early" (committed later), "own" (not what its
-            own transaction wrote), "torn" (rows of one statement that never were there together) or "count".
+        kind: "stale" (older than it may be), "early" (committed later), "dirty" (never committed), "misplaced" (it does not
+            belong into this answer), "own" (not what its own transaction wrote), "torn" (rows of one statement that
+            never were there together) or "count".
     """
 
     kind: str
@@ -195,14 +196,12 @@ class Judge:
             yield Illegal("count", read.shape, f"{part.count} for {part.argument}, not {must} to {may}")
 
     def _kind(self, part: Part, row: int, state: State | None, first: int, last: int) -> str:
-        states = self._rows[row].states
-        if state is not None and state not in self._of_stamp[row]:
-            return "dirty"
-        if state is None:
-            older = any(_within(part, each) is None for each in states[:first])
-        else:
-            older = state in states[:first]
-        return "stale" if older else "early"
+        if state is not None and _within(part, state) is None:
+            return "misplaced"
+        shown = [_within(part, each) for each in self._rows[row].states]
+        if state in shown[:first]:
+            return "stale"
+        return "early" if state in shown[last + 1 :] else "dirty"
 
     def _illegal(
         self, kind: str, read: Read, row: int, state: State | None, first: int, last: int
