@@ -128,7 +128,8 @@ def initial_state(row: int) -> State | None:
     if row < LOCKS:
         book = row - SHELVES
         return (INITIAL, book % SHELVES, book % COLOURS)
-    return None
+    book, mark = divmod(row - LOCKS, MARKS)
+    return () if mark == book % MARKS else None
 
 
 def _initial_books() -> Iterator[dict[str, int]]:
@@ -148,3 +149,5 @@ def create(engine: Engine) -> None:
         )
         connection.execute(insert(Mark), [{"id": number} for number in range(MARKS)])
         connection.execute(insert(Book), list(_initial_books()))
+        marked = [{"book_id": book, "mark_id": book % MARKS} for book in range(BOOKS)]
+        connection.execute(insert(links), marked)

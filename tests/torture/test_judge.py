@@ -122,11 +122,11 @@ def test_rows_of_one_statement_were_there_together() -> None:
 
 
 def test_marks_are_judged_by_being_there() -> None:
-    link = link_row(3, 1)
+    link, other = link_row(3, 1), link_row(3, 0)
     judge = one_commit({link: ()})
-    assert verdict(judge, read(201, 210, Part("marks", 3, {link: ()}))) == []
-    assert verdict(judge, read(201, 210, Part("marks", 3, {}))) == ["stale"]
-    assert verdict(judge, read(0, 50, Part("marks", 3, {link: ()}))) == ["early"]
+    assert verdict(judge, read(201, 210, Part("marks", 3, {link: (), other: ()}))) == []
+    assert verdict(judge, read(201, 210, Part("marks", 3, {other: ()}))) == ["stale"]
+    assert verdict(judge, read(0, 50, Part("marks", 3, {link: (), other: ()}))) == ["early"]
 
 
 def test_shelves_are_judged() -> None:

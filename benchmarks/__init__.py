@@ -1,0 +1,1 @@
+"""What caching costs and what it brings, measured side by side."""
