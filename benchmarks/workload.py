@@ -35,7 +35,15 @@ from typing import Any
 from uuid import uuid4
 
 from sqlalchemy import BigInteger, Engine, ForeignKey, String, create_engine, func, insert, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, selectinload, sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+)
 
 from querycache import QueryCache
 from querycache.dependencies import Analysis
@@ -121,7 +129,10 @@ def fill(engine: Engine) -> None:
             for n in range(THREADS)
         ]
         connection.execute(insert(Thread), threads)
-        posts = [{"thread_id": thread(), "author_id": member(), "body": "What I think. " * 20} for _ in range(POSTS)]
+        posts = [
+            {"thread_id": thread(), "author_id": member(), "body": "What I think. " * 20}
+            for _ in range(POSTS)
+        ]
         connection.execute(insert(Post), posts)
         connection.execute(text("ANALYZE"))
 
@@ -136,16 +147,24 @@ class Visitor:
         self.member = Popularity(MEMBERS, self.random)
         self.thread = Popularity(THREADS, self.random)
         self.board = Popularity(BOARDS, self.random)
-        self.reads: Sequence[Callable[[Session], object]] = [self.show_thread] * 5 + [self.show_member] * 3 + [
-            self.show_board,
-            self.show_posts_of_member,
-        ]
-        self.writes: Sequence[Callable[[Session], object]] = [self.reply] * 12 + [self.edit] * 4 + [
-            self.change_profile,
-            self.change_profile,
-            self.change_profile,
-            self.open_thread,
-        ]
+        self.reads: Sequence[Callable[[Session], object]] = (
+            [self.show_thread] * 5
+            + [self.show_member] * 3
+            + [
+                self.show_board,
+                self.show_posts_of_member,
+            ]
+        )
+        self.writes: Sequence[Callable[[Session], object]] = (
+            [self.reply] * 12
+            + [self.edit] * 4
+            + [
+                self.change_profile,
+                self.change_profile,
+                self.change_profile,
+                self.open_thread,
+            ]
+        )
 
     def read(self) -> None:
         with self.sessions() as session:
@@ -167,7 +186,9 @@ class Visitor:
         session.scalars(statement.execution_options(**self.options)).all()
 
     def show_board(self, session: Session) -> None:
-        statement = select(Thread).where(Thread.board_id == self.board()).order_by(Thread.id.desc()).limit(PAGE)
+        statement = (
+            select(Thread).where(Thread.board_id == self.board()).order_by(Thread.id.desc()).limit(PAGE)
+        )
         session.scalars(statement.execution_options(**self.options)).all()
 
     def show_posts_of_member(self, session: Session) -> None:
@@ -237,9 +258,14 @@ def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: i
     if cache is not None:
         after = cache.stats()
         board[4] = after.hits - before.hits  # type: ignore[union-attr]
-        board[5] = sum(
-            getattr(after, name) - getattr(before, name) for name in ("hits", "misses", "stale", "bypasses")
-        ) - _bypassed_fills(after) + _bypassed_fills(before)
+        board[5] = (
+            sum(
+                getattr(after, name) - getattr(before, name)
+                for name in ("hits", "misses", "stale", "bypasses")
+            )
+            - _bypassed_fills(after)
+            + _bypassed_fills(before)
+        )
     engine.dispose()
 
 
@@ -289,7 +315,9 @@ def measure_commits(urls: tuple[str, str], options: argparse.Namespace) -> dict[
         if kind == "with":
             prepare("row slots", urls[1], sessions, f"forum-{uuid4().hex[:8]}")
         visitors[kind] = Visitor(engine, sessions, False, "commits")
-    times: dict[str, list[float]] = {f"{what} {kind}": [] for what in ("transaction", "commit") for kind in kinds}
+    times: dict[str, list[float]] = {
+        f"{what} {kind}": [] for what in ("transaction", "commit") for kind in kinds
+    }
     for turn in range(options.commits + 20):
         for kind in kinds if turn % 2 else kinds[::-1]:
             visitor = visitors[kind]
@@ -338,7 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _result(runs: Mapping[int, Mapping[str, Sequence[Mapping[str, float]]]], commits: Mapping[str, float]) -> Any:
+def _result(
+    runs: Mapping[int, Mapping[str, Sequence[Mapping[str, float]]]], commits: Mapping[str, float]
+) -> Any:
     workloads = []
     required: dict[str, dict[str, float]] = {}
     for reads, modes in runs.items():
@@ -381,7 +411,9 @@ def _table(result: Any) -> str:
     lines.append("")
     for name in ("transaction", "commit"):
         ours, theirs = (result["commits"][f"{name} {kind}"] for kind in ("with", "without"))
-        lines.append(f"{name} that writes: {ours:.0f} us with the library, {theirs:.0f} us without: {ours / theirs:.2f}x")
+        lines.append(
+            f"{name} that writes: {ours:.0f} us with the library, {theirs:.0f} us without: {ours / theirs:.2f}x"
+        )
     lines.append("")
     for name, row in result["required"].items():
         lines.append(f"{name}: required {row['required']:.2f}, measured {row['measured']:.2f}")

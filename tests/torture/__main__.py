@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=4, help="of each process (default 4)")
     parser.add_argument("--every", type=float, default=8.0, help="seconds between faults (default 8)")
     parser.add_argument("--seed", default="", help="for the random choices of the workers and of the faults")
-    parser.add_argument("--mutant", choices=[*MUTANTS, "all"], help="switch a protection off, and find that it is")
+    parser.add_argument(
+        "--mutant", choices=[*MUTANTS, "all"], help="switch a protection off, and find that it is"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     with _servers(options.pair or PAIRS) as servers:

@@ -161,14 +161,17 @@ class Judge:
                             explained = _within(part, versions.states[first]) is None
                         else:
                             explained = any(
-                                _within(part, versions.states[index]) is None for index in range(first, last + 1)
+                                _within(part, versions.states[index]) is None
+                                for index in range(first, last + 1)
                             )
                     else:
                         explained = _within(part, state) is not None and (
                             state in versions.states[first : last + 1]
                         )
                     if not explained:
-                        yield self._illegal(self._kind(part, row, state, first, last), read, row, state, first, last)
+                        yield self._illegal(
+                            self._kind(part, row, state, first, last), read, row, state, first, last
+                        )
                     elif state:
                         [index] = self._of_stamp[row][state]
                         appeared = max(appeared, versions.earliest[index])
@@ -210,7 +213,9 @@ class Judge:
         if kind == "own":
             allowed = f"its own transaction wrote {read.own[row]}"
         else:
-            allowed = f"allowed were {versions.states[first : last + 1]}, by {versions.writers[first : last + 1]}"
+            allowed = (
+                f"allowed were {versions.states[first : last + 1]}, by {versions.writers[first : last + 1]}"
+            )
             if kind == "stale":
                 late = (read.begin - versions.latest[first]) / 1e6
                 allowed += f", there for {late:.1f} ms when it began"

@@ -69,7 +69,10 @@ def _missing_is_valid() -> None:
             count, _ = ledger._HEADER.unpack_from(blob)
             was = ledger.struct.unpack_from(f">{count}Q", blob, ledger._HEADER.size)
             vector = dict(zip(stored, was, strict=True))
-            found = [vector.get(tag) if version is None else version for tag, version in zip(tags, found, strict=True)]
+            found = [
+                vector.get(tag) if version is None else version
+                for tag, version in zip(tags, found, strict=True)
+            ]
         return original(blob, tags, found)
 
     ledger._open = open_anyway
@@ -176,8 +179,12 @@ def _one_mark_for_all() -> None:
 
 
 MUTANTS = {
-    "no-marks": Mutant("no phase one: versions only change after COMMIT", faults=("kill after COMMIT",), consistency="commit"),
-    "late-versions": Mutant("an entry is stored under versions read after the database was asked", _late_versions),
+    "no-marks": Mutant(
+        "no phase one: versions only change after COMMIT", faults=("kill after COMMIT",), consistency="commit"
+    ),
+    "late-versions": Mutant(
+        "an entry is stored under versions read after the database was asked", _late_versions
+    ),
     "missing-valid": Mutant("a version that is missing counts as unchanged", _missing_is_valid, ("evict",)),
     "no-quarantine": Mutant(
         "a version that was lost starts clean, although marks may be lost with it",
@@ -187,7 +194,9 @@ MUTANTS = {
     "early-bump": Mutant("marks are taken off before COMMIT instead of after", _early_bump),
     "bump-before": Mutant("one new generation before COMMIT, and no marks", _plain_bump),
     "shared-mark": Mutant("a writer that ends takes off the marks of the others, too", _one_mark_for_all),
-    "new-slots-only": Mutant("a row write changes the slots of its new values, not of its old ones", _old_slots_forgotten),
+    "new-slots-only": Mutant(
+        "a row write changes the slots of its new values, not of its old ones", _old_slots_forgotten
+    ),
     "no-cascades": Mutant("rows that the database itself deletes are not known to change", _no_cascades),
     "own-write-hidden": Mutant("a transaction is answered from before its own writes", _own_writes_hidden),
     "fill-after-write": Mutant("what a transaction reads after its own write is stored", _fill_after_write),

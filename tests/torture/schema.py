@@ -144,9 +144,7 @@ def create(engine: Engine) -> None:
     Base.metadata.create_all(engine)
     with engine.begin() as connection:
         connection.execute(insert(locks), [{"id": number} for number in range(LOCKS)])
-        connection.execute(
-            insert(Shelf), [{"id": number, "stamp": INITIAL} for number in range(SHELVES)]
-        )
+        connection.execute(insert(Shelf), [{"id": number, "stamp": INITIAL} for number in range(SHELVES)])
         connection.execute(insert(Mark), [{"id": number} for number in range(MARKS)])
         connection.execute(insert(Book), list(_initial_books()))
         marked = [{"book_id": book, "mark_id": book % MARKS} for book in range(BOOKS)]

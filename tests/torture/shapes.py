@@ -22,7 +22,18 @@ from sqlalchemy import BigInteger, Integer, func, select, text
 from sqlalchemy.orm import Session, joinedload, selectinload
 
 from tests.torture.history import Part
-from tests.torture.schema import BOOKS, COLOURS, SHELVES, Book, Shelf, State, book_row, link_row, links, shelf_row
+from tests.torture.schema import (
+    BOOKS,
+    COLOURS,
+    SHELVES,
+    Book,
+    Shelf,
+    State,
+    book_row,
+    link_row,
+    links,
+    shelf_row,
+)
 
 __all__ = ["SHAPES", "Answer", "Shape", "choose"]
 

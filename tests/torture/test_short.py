@@ -43,9 +43,7 @@ def test_every_read_is_explained_by_the_writes(
     for number in range(MOST_ROUNDS):
         on_outage, isolation = LEVELS[number % len(LEVELS)]
         total.add(
-            run_round(
-                url, server, seconds=ROUND_SECONDS, on_outage=on_outage, isolation=isolation, every=3.5
-            )
+            run_round(url, server, seconds=ROUND_SECONDS, on_outage=on_outage, isolation=isolation, every=3.5)
         )
         if total.reads >= ENOUGH:
             break

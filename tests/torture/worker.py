@@ -30,7 +30,15 @@ from tests.torture.schema import State, log
 from tests.torture.shapes import choose
 from tests.torture.writing import Writing
 
-__all__ = ["AFTER_COMMIT", "BEFORE_COMMIT", "FLUSH_IN_COMMIT", "SNAPSHOT_LEVEL", "Settings", "connect", "main"]
+__all__ = [
+    "AFTER_COMMIT",
+    "BEFORE_COMMIT",
+    "FLUSH_IN_COMMIT",
+    "SNAPSHOT_LEVEL",
+    "Settings",
+    "connect",
+    "main",
+]
 
 BEFORE_COMMIT = 1
 AFTER_COMMIT = 2
@@ -137,7 +145,10 @@ class _Worker:
                         "bypass": stats.bypasses,
                         "fill": stats.fills,
                         "error": stats.errors,
-                        **{f"{outcome} {reason}": number for (outcome, reason), number in stats.reasons.items()},
+                        **{
+                            f"{outcome} {reason}": number
+                            for (outcome, reason), number in stats.reasons.items()
+                        },
                     }
                 )
             )

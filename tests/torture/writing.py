@@ -51,7 +51,9 @@ class Writing:
         """Lock all rows that may be changed, in the order that everybody keeps, and see what they are."""
         rows = [*map(shelf_row, self._shelves), *map(book_row, self._books)]
         # The row of a lock has the number of the row that it locks.
-        executor.execute(select(locks.c.id).where(locks.c.id.in_(rows)).order_by(locks.c.id).with_for_update())
+        executor.execute(
+            select(locks.c.id).where(locks.c.id.in_(rows)).order_by(locks.c.id).with_for_update()
+        )
         self._found = dict.fromkeys(map(book_row, self._books))
         books = select(Book.id, Book.stamp, Book.shelf_id, Book.colour).where(Book.id.in_(self._books))
         for book in executor.execute(books.with_for_update()):
@@ -216,7 +218,9 @@ class Writing:
     def core(self, executor: Executor) -> None:
         table: Any = Book.__table__
         for book in self._there():
-            _connection(executor).execute(update(table).where(table.c.id == book).values(**self._change(book)))
+            _connection(executor).execute(
+                update(table).where(table.c.id == book).values(**self._change(book))
+            )
         for book in self._missing():
             if self._free(book):
                 _connection(executor).execute(insert(table).values(**self._new(book)))
@@ -237,7 +241,9 @@ class Writing:
         for book in self._there():
             values = self._change(book)
             columns = ", ".join(f"{name} = :{name}" for name in values)
-            executor.execute(text(f"UPDATE torture_books SET {columns} WHERE id = :id"), {"id": book, **values})
+            executor.execute(
+                text(f"UPDATE torture_books SET {columns} WHERE id = :id"), {"id": book, **values}
+            )
 
     def driver_sql(self, executor: Executor) -> None:
         for book in self._there()[:1]:
