@@ -2,8 +2,7 @@
 
 from querycache.cache import QueryCache
 from querycache.errors import CacheMiss, CacheUnavailable, ConfigurationError, QueryCacheError, UnknownRegion
-from querycache.events import CacheEvent, CacheStats
-from querycache.interceptor import Explanation
+from querycache.events import CacheEvent, CacheStats, Explanation
 from querycache.options import FromCache, Policy, RelationshipCache
 
 __all__ = [

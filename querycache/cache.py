@@ -17,8 +17,8 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from querycache import sa_internals
 from querycache.dependencies import DEFAULT_SLOTS, Declarations, set_write_tags
 from querycache.errors import ConfigurationError
-from querycache.events import CacheEvent, CacheStats, Telemetry
-from querycache.interceptor import Explanation, Interceptor
+from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
+from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
 from querycache.options import Policy, check_ttl, names
@@ -247,7 +247,8 @@ class QueryCache:
         named.extend(map(user_tag, names("tags", tags)))
         for given in names("tables", tables):
             schema, _, name = given.rpartition(".")
-            named.extend(set_write_tags((schema or None, name), None, anywhere=not schema))
+            # a schema that is given may be the default one, which statements need not name
+            named.extend(set_write_tags((schema or None, name), schema or None, anywhere=not schema))
         for entity in entities:
             for table in sa_internals.tables_of(entity):
                 named.extend(set_write_tags((table.schema, table.name), None, anywhere=not table.schema))

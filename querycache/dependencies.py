@@ -33,7 +33,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import Alias, BindParameter, Column, ColumnElement, Integer, Select, Table, Uuid
+from sqlalchemy import Alias, BindParameter, Column, ColumnElement, ForeignKey, Integer, Select, Table, Uuid
+from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.schema import UniqueConstraint
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -165,8 +166,6 @@ class Analysis:
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes.
-        load_tags: tags of the further statements that completed its objects. They are only learned when those run;
-            looked up together with the entry from then on, they save a round trip.
     """
 
     structure: bytes
@@ -178,12 +177,6 @@ class Analysis:
     opaque: bool = False
     locks: bool = False
     writes: bool = False
-    load_tags: tuple[str, ...] = ()
-
-    def learn(self, tags: Iterable[str]) -> None:
-        """Remember the tags of a further statement."""
-        if not set(tags).issubset(self.load_tags):
-            self.load_tags = tuple(sorted({*self.load_tags, *tags}))
 
     def unstable(self, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""
@@ -481,9 +474,14 @@ def row_write_tags(
             yield slot_tag(label, column, slot)
 
 
-@lru_cache(maxsize=4096)
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
+    return _cascades(table, delete, len(table.metadata.tables))
+
+
+@lru_cache(maxsize=4096)
+def _cascades(table: Table, delete: bool, known_tables: int) -> frozenset[Table]:
+    """The number of tables is there to ask once more when further ones were declared."""
     found: set[Table] = set()
     todo = [table]
     while todo:
@@ -492,10 +490,17 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
             for key in other.foreign_keys:
                 action = (key.ondelete if delete else key.onupdate) or ""
                 if (
-                    key.column.table is current
+                    other not in found
                     and action.upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
-                    and other not in found
+                    and _refers_to(key, current)
                 ):
                     found.add(other)
                     todo.append(other)
     return frozenset(found)
+
+
+def _refers_to(key: ForeignKey, table: Table) -> bool:
+    try:
+        return key.column.table is table
+    except NoReferenceError:  # to a table that was not declared
+        return False

@@ -27,10 +27,10 @@ from sqlalchemy.engine import Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
-from querycache.codec import Unstorable
+from querycache.codec import Corrupt, Unstorable
 from querycache.dependencies import Analysis, Declarations, analyse
 from querycache.errors import CacheMiss
-from querycache.events import Outcome, Telemetry
+from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
 from querycache.frozen import (
     Entry,
@@ -51,17 +51,21 @@ from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
 from querycache.writes import Transaction, Writes
 
-__all__ = ["Explanation", "Interceptor", "Request"]
+__all__ = ["Interceptor", "Request"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
 
 
-_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...], tuple[str, ...]] = (None, "", [], (), ())
+_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...]] = (None, "", [], ())
 
 
 class _Bypass(Exception):
     """The statement goes to the database, for the reason given."""
+
+
+class _Refresh(_Bypass):
+    """The statement refreshes an object."""
 
 
 @dataclass(slots=True)
@@ -97,10 +101,12 @@ class _Load:
         loads: the further statements by fingerprint: those of the entry on a hit, those recorded on a miss.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once a further statement was recorded.
+        needed: keys of the tags that the answer depends on.
     """
 
     request: Request
     reading: Reading | None
+    needed: set[str]
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
@@ -127,12 +133,12 @@ class _Load:
 
     def observe(self, tags: Sequence[str]) -> None:
         """Read the versions of tags not read yet, before the statement runs that depends on them."""
-        if self.reading is not None:
-            region = self.request.region
-            keys = region.tag_keys(tags)
-            if not set(keys).issubset(self.reading.tags):
-                more = region.observe(keys)
-                self.reading = None if more is None else self.reading.union(more)
+        region = self.request.region
+        keys = region.tag_keys(tags)
+        self.needed.update(keys)
+        if self.reading is not None and not self.needed.issubset(self.reading.tags):
+            more = region.observe(keys)
+            self.reading = None if more is None else self.reading.union(more)
 
     @property
     def unfit(self) -> str:
@@ -141,32 +147,7 @@ class _Load:
             return self.spoiled
         if self.reading is None:
             return "unavailable"
-        return "" if self.reading.fillable else "pending"
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the cache would do with a statement, and why.
-
-    Attributes:
-        cacheable: True if the cache would be asked.
-        reason: why it would not, or what it would find; in a few words.
-        region: name of the region; empty where nobody asked for the cache.
-        key: the key of the answer in the store.
-        tags: what the answer depends on, as far as it is known.
-        stored: True if there is a valid answer now.
-        age: seconds since that was stored, by the clocks of this process and the one that stored it.
-        promise: "strict", or what the store can promise instead.
-    """
-
-    cacheable: bool
-    reason: str
-    region: str = ""
-    key: str = ""
-    tags: tuple[str, ...] = ()
-    stored: bool = False
-    age: float | None = None
-    promise: str = ""
+        return "" if self.reading.of(self.needed).fillable else "pending"
 
 
 class _Explained(Exception):
@@ -306,7 +287,9 @@ class Interceptor:
     def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
         given = tuple(
-            (name, type(options[name]), options[name]) for name in options if name.startswith("cache_")
+            (name, type(options[name]), options[name])
+            for name in options
+            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
         )
         try:
             known = self._known_options.get(given)
@@ -337,8 +320,8 @@ class Interceptor:
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
         memo = (self, region, options, scope)
-        analysis, key, tags, tag_keys, learned = plan.memo.get(memo, _NOTHING_KNOWN)
-        if analysis is None or analysis.load_tags is not learned:
+        analysis, key, tags, tag_keys = plan.memo.get(memo, _NOTHING_KNOWN)
+        if analysis is None:
             analysis = analyse(plan.compiled)
             self._refuse_content(analysis, plan, options)
             key = self._key(region, options, plan, analysis, scope)
@@ -346,7 +329,8 @@ class Interceptor:
             if len(plan.memo) > 16:
                 plan.memo.clear()
             tag_keys = region.tag_keys(tags)
-            plan.memo[memo] = analysis, key, tags, tag_keys, analysis.load_tags
+            plan.memo[memo] = analysis, key, tags, tag_keys
+        self._writes.notice_old_views(session)
         transactions = self._writes.transactions(session)
         request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
         if self._writes.owes(region.ledger):
@@ -381,7 +365,7 @@ class Interceptor:
         load_options = sa_internals.load_options(options)
         if load_options is not None:
             if load_options["refresh_state"] is not None:
-                raise _Bypass("refresh")
+                raise _Refresh("refresh")
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
                     raise _Bypass(name)
@@ -423,7 +407,6 @@ class Interceptor:
         tags.extend(map(user_tag, options.tags))
         tags.extend(map(table_tag, self._declared.closure(options.tables)))
         tags.extend(analysis.tags(plan, self._declared))
-        tags.extend(tag for tag in analysis.load_tags if tag not in tags)
         return tags
 
     # --- look up -----------------------------------------------------------------------------------
@@ -450,8 +433,13 @@ class Interceptor:
             # valid by its own tags; those of this statement may never have been looked up
             reading = region.observe(request.tag_keys)
         if entry is not None and reading is not None:
-            self._telemetry.emit("hit", region.name, request.name)
-            return self._replay(request, entry, reading)
+            try:
+                result = self._replay(request, entry, reading)
+            except Corrupt as fault:
+                outcome, reason = "miss", fault.reason
+            else:
+                self._telemetry.emit("hit", region.name, request.name)
+                return result
         if options.mode == "only":
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
@@ -485,7 +473,7 @@ class Interceptor:
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
-        load = _Load(request, reading, dict(entry.loads))
+        load = _Load(request, reading, set(reading.tags), dict(entry.loads))
         sa_internals.autobegin(request.session)
         with load:
             result = merge_frozen_result(request.prepared, entry.main)
@@ -494,7 +482,7 @@ class Interceptor:
         return result
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
-        load = _Load(request, reading)
+        load = _Load(request, reading, set(request.tag_keys))
         with load:
             main, result = load.run(request.prepared)
         self._fill(load, main)
@@ -508,19 +496,19 @@ class Interceptor:
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
             mark = fingerprint(prepared.plan)
+        except _Refresh:
+            return None  # not part of the answer, but of what the application does with it
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
             return None
         frozen = load.loads.get(mark)
         if frozen is not None:
             return merge_frozen_result(prepared, frozen)
-        tags = analysis.tags(prepared.plan, self._declared)
-        load.observe(tags)
+        load.observe(analysis.tags(prepared.plan, self._declared))
         frozen, result = load.run(prepared)
         if frozen is not None:
             load.loads[mark] = frozen
             load.grown = True
-            load.request.analysis.learn(tags)
         return result
 
     def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
@@ -530,7 +518,8 @@ class Interceptor:
         if main is not None and load.reading is not None and not reason:
             shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
             entry = Entry(time.time(), main, load.loads, shape)
-            reason = request.region.fill(request.key, entry, load.reading, request.options.ttl)
+            reading = load.reading.of(load.needed)
+            reason = request.region.fill(request.key, entry, reading, request.options.ttl, request.tag_keys)
             outcome = "error" if reason else "fill"
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 

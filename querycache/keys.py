@@ -165,6 +165,9 @@ def _walk(value: Any, update: Any) -> None:
         # A type and its arguments, which SQLAlchemy takes from a set.
         _walk(value[0], update)
         _walk_unordered(value[1:], update)
+    elif kind is tuple and value and all(isinstance(item, Mapper) for item in value):
+        # Classes that selectin_polymorphic has sorted by address.
+        _walk_unordered(value, update)
     elif kind is tuple or kind is list:
         update(b"(%d" % len(value))
         previous = None

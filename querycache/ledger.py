@@ -78,6 +78,15 @@ class Reading:
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
 
+    def of(self, tags: set[str]) -> Reading:
+        """This reading with these of its tags alone."""
+        if tags.issuperset(self.tags):
+            return self
+        kept = [pair for pair in zip(self.tags, self.versions, strict=True) if pair[0] in tags]
+        return Reading(
+            tuple(tag for tag, _ in kept), tuple(version for _, version in kept), None, False, self.witness
+        )
+
     def union(self, other: Reading) -> Reading:
         """This reading together with a later one of further tags, for an answer that depends on both."""
         more = [

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from dogpile.cache import CacheRegion, make_region
+from dogpile.cache import CacheRegion, make_region, register_backend
 from dogpile.cache.exception import PluginNotFound
 
 from querycache.codec import Codec, Corrupt, Unstorable
@@ -38,8 +38,21 @@ _SCHEMES = {
     "null": "querycache.null",
     "redis": "querycache.redis",
     "rediss": "querycache.redis",
+    "unix": "querycache.redis",
     "valkey": "querycache.redis",
+    "valkeys": "querycache.redis",
 }
+
+# The package's entry points say the same, for dogpile regions that are made without this module. Here it is said
+# directly, because looking entry points up imports what every installed package registers.
+for _name, _class in (
+    ("dogpile", "DogpileBackend"),
+    ("memcached", "MemcachedBackend"),
+    ("memory", "MemoryBackend"),
+    ("null", "NullBackend"),
+    ("redis", "RedisBackend"),
+):
+    register_backend(f"querycache.{_name}", f"querycache.backends.{_name}", _class)  # type: ignore[no-untyped-call]
 
 _JITTER = 0.1
 """Part of the time to live by which entries expire early, at random, so that those filled together do not expire
@@ -50,6 +63,10 @@ _SMALL = 4096
 _RECENT = 512
 """Entries of at most so many bytes, and at most so many of them, are kept decoded, where nothing in them can be
 changed. Between the same bytes and what they were decoded to there is nothing to go stale."""
+
+
+_REMEMBERED = 10_000
+"""The further tags of so many entries are remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +107,7 @@ class Region:
         self._codec = codec
         self._entries = f"{namespace}:e:"
         self._tags = f"{namespace}:t:"
+        self._further: dict[str, tuple[str, ...]] = {}
         self._recent: dict[str, tuple[bytes, Entry]] = {}
 
     @property
@@ -111,17 +129,31 @@ class Region:
         return tuple(prefix + tag for tag in tags)
 
     def lookup(self, key: str, tag_keys: tuple[str, ...]) -> Lookup:
-        """Find an answer, and the versions of its tags, in one round trip."""
+        """Find an answer, and the versions of its tags, in one round trip.
+
+        Statements that complete its objects have tags of their own, which the entry names. They are remembered,
+        so that only a process that has not seen the entry needs a second round trip.
+        """
+        further = self._further.get(key)
+        if further is not None:
+            tag_keys += further
         try:
             reading = self.ledger.lookup(key, tag_keys)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:
             return Lookup(None, "stale" if reading.stale else "miss", "", reading)
+        if len(reading.tags) > len(tag_keys):
+            self._remember(key, reading.tags[len(tag_keys) :])
         try:
             return Lookup(self._decode(key, reading.payload), "hit", "", reading)
         except Corrupt as fault:
             return Lookup(None, "miss", fault.reason, reading)
+
+    def _remember(self, key: str, further: tuple[str, ...]) -> None:
+        if len(self._further) >= _REMEMBERED:
+            self._further.clear()
+        self._further[key] = self._further.get(key, ()) + further
 
     def _decode(self, key: str, payload: bytes) -> Entry:
         recent = self._recent.get(key)
@@ -141,17 +173,24 @@ class Region:
         except CacheUnavailable:
             return None
 
-    def fill(self, key: str, entry: Entry, reading: Reading, ttl: float | None) -> str:
+    def fill(
+        self, key: str, entry: Entry, reading: Reading, ttl: float | None, tag_keys: tuple[str, ...]
+    ) -> str:
         """Store an answer under the versions read before the database was asked.
 
         Args:
             ttl: seconds until it expires; None for the region's own.
+            tag_keys: those that the next lookup will ask for by itself.
         Returns:
             Why it was not stored, in a word or two; empty where it was.
         """
         seconds = self.ttl if ttl is None else ttl
         if seconds is not None:
             seconds *= 1 - _JITTER * random.random()
+        further = tuple(tag for tag in reading.tags if tag not in tag_keys)
+        if further or key in self._further:
+            self._further.pop(key, None)
+            self._remember(key, further)
         try:
             payload = self._codec.encode(entry, context=key.encode())
             return "" if self.ledger.fill(key, reading, payload, seconds) else "refused"

@@ -33,6 +33,7 @@ from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import BindParameter, TextClause
 
 from querycache.errors import ConfigurationError
+from querycache.textual import first_word
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.compiler import SQLCompiler
@@ -44,6 +45,7 @@ __all__ = [
     "Prepared",
     "Unpreparable",
     "autobegin",
+    "begins_transaction",
     "cache_key_of",
     "connections",
     "dml_tables",
@@ -54,6 +56,7 @@ __all__ = [
     "is_flushing",
     "is_textual",
     "is_unit_of_work",
+    "is_upsert",
     "isolation_level",
     "known_tables",
     "later_handlers",
@@ -139,7 +142,7 @@ def run_later_handlers(state: ORMExecuteState, tail: Callable[[ORMExecuteState],
 
 
 def run_statement(state: ORMExecuteState) -> Result[Any]:
-    """Run the statement as SQLAlchemy does after the last handler; for a handler that must return a result."""
+    """Run the statement as SQLAlchemy does after the last handler, for one that must return a result."""
     state.local_execution_options = cast("Any", _uninterpreted_options(state))
     return state.invoke_statement()
 
@@ -514,8 +517,15 @@ def root_engine(engine: Engine) -> Engine:
 
 
 def connections(session: Session) -> list[Connection]:
-    """The connections that a Session has checked out, of its savepoints and enclosing transactions as well."""
+    """The connections of a Session: those it was bound to, and those it has checked out, of its savepoints and
+    enclosing transactions as well.
+    """
     found: dict[Connection, None] = {}
+    # 2.0 keeps them in a name of the class, 2.1 in a plain one
+    binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
+    for bind in (session.bind, *binds.values()):
+        if isinstance(bind, Connection) and not bind.closed and not bind.invalidated:
+            found[bind] = None
     transaction = session._transaction
     while transaction is not None:
         for entry in transaction._connections.values():
@@ -527,7 +537,8 @@ def connections(session: Session) -> list[Connection]:
 
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself."""
-    return connection._is_autocommit_isolation()
+    driver = connection.connection.dbapi_connection
+    return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
 
 
 def isolation_level(connection: Connection) -> str | None:
@@ -548,6 +559,12 @@ def reads_uncommitted(session: Session) -> bool:
 def in_transaction(connection: Connection) -> bool:
     """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
     return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+def begins_transaction(connection: Connection, sql: str) -> bool:
+    """True if SQLite's driver begins a transaction of its own before this statement."""
+    driver: Any = connection.connection.dbapi_connection
+    return driver.isolation_level is not None and first_word(sql) in ("insert", "update", "delete", "replace")
 
 
 # --- what was written ---------------------------------------------------------------------------------
@@ -573,6 +590,9 @@ def is_unit_of_work(context: Any) -> bool:
 def dml_tables(compiled: Any) -> set[Table] | None:
     """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
     tables = {_as_table(compiled.statement.table)}
+    # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
+    noted = compiled.statement._annotations
+    tables.update(noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted)
     for extra in getattr(compiled.compile_state, "_extra_froms", None) or ():
         tables.add(_as_table(extra))
     if getattr(compiled, "ctes", None):
@@ -596,11 +616,18 @@ def _as_table(selectable: Any) -> Any:
     return selectable
 
 
-def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
-    """The states that a flush has written, each with True if it was deleted."""
+def is_upsert(compiled: Any) -> bool:
+    """True if an INSERT may change or replace rows that are there."""
+    statement = compiled.statement
+    return bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+
+
+def flushed(context: Any) -> Iterator[Any]:
+    """The states that a flush has written."""
     for state, (is_delete, list_only) in context.states.items():
-        if not list_only:
-            yield state, is_delete
+        # one that was to be deleted, and is replaced by another under its primary key, is listed only
+        if is_delete or not list_only:
+            yield state
 
 
 UNKNOWN = object()

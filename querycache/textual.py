@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["TextStatement", "read_text"]
+__all__ = ["TextStatement", "commits", "first_word", "read_text"]
 
 TableName = tuple[str | None, str]
 
@@ -47,6 +47,30 @@ _HARMLESS = frozenset(
         "vacuum",
     ]
 )
+_HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
+_COMMITTING = frozenset(["commit", "end"])
+# All else commits on MySQL and MariaDB.
+_NOT_COMMITTING = frozenset(
+    [
+        "delete",
+        "desc",
+        "describe",
+        "do",
+        "explain",
+        "insert",
+        "release",
+        "replace",
+        "rollback",
+        "savepoint",
+        "select",
+        "show",
+        "table",
+        "update",
+        "use",
+        "values",
+        "with",
+    ]
+)
 _WRITING = re.compile(
     r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock)\b",
     re.IGNORECASE,
@@ -56,6 +80,8 @@ _PARSED = re.compile(
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
     re.IGNORECASE,
 )
+# Parameters as drivers want them written, which the grammars of the databases do not know.
+_PLACEHOLDERS = re.compile(r"%%|%\(\w+\)s|%s")
 _DIALECTS = {"postgresql": "postgres", "mariadb": "mysql", "mysql": "mysql", "sqlite": "sqlite"}
 
 
@@ -68,6 +94,7 @@ class TextStatement:
         reads, writes: tables, as (schema or None, name).
         functions: lower-case names of the functions it calls.
         isolation: True where it sets how transactions are isolated.
+        commits: True for COMMIT and its like.
     """
 
     understood: bool
@@ -75,6 +102,7 @@ class TextStatement:
     writes: frozenset[TableName] = frozenset()
     functions: frozenset[str] = frozenset()
     isolation: bool = False
+    commits: bool = False
 
 
 _ANYTHING = TextStatement(False)
@@ -88,16 +116,43 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         sql: the statement.
         dialect: SQLAlchemy's name of the dialect.
     """
-    text = _COMMENTS.sub(" ", sql).strip().rstrip(";").strip()
-    word = re.match(r"\(*\s*(\w+)", text)
-    first = word.group(1).lower() if word else ""
+    text = sql.strip().rstrip(";").strip()
+    bare = _COMMENTS.sub(" ", text).strip()
+    first, second = _words(bare)
+    if "/*!" in text or "/*M!" in text:  # comments that MySQL executes
+        return _ANYTHING
+    if first in _COMMITTING or (first, second) == ("xa", "commit"):
+        # what was prepared in another session may be anything
+        return TextStatement(second not in ("prepared", "commit"), commits=True)
+    if first == "xa" and second in _HARMLESS_XA:
+        return TextStatement(True)
     if first in _HARMLESS and ";" not in text and not (first == "explain" and _WRITING.search(text)):
         return TextStatement(
-            True, isolation=first in ("set", "start", "begin") and "isolation" in text.lower()
+            True,
+            isolation=first in ("set", "start", "begin") and "isolation" in bare.lower(),
+            commits=commits(sql, dialect),
         )
-    if not _PARSED.match(text):
+    if not _PARSED.match(bare):
         return _ANYTHING
+    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     return _parsed(text, _DIALECTS.get(dialect, ""))
+
+
+def first_word(sql: str) -> str:
+    """The first word of a statement, in lower case; empty where it begins otherwise."""
+    return _words(_COMMENTS.sub(" ", sql))[0]
+
+
+def commits(sql: str, dialect: str) -> bool:
+    """True if a statement commits what was written before it; MySQL does so at most that are not DML."""
+    word = first_word(sql)
+    return word in _COMMITTING or (dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING)
+
+
+def _words(text: str) -> tuple[str, str]:
+    found = re.match(r"[(\s]*(\w*)\s*(\w*)", text)
+    assert found is not None
+    return found.group(1).lower(), found.group(2).lower()
 
 
 def _parsed(text: str, dialect: str) -> TextStatement:
@@ -139,6 +194,8 @@ def _targets(statement: Any, exp: Any) -> list[Any] | None:
     definitions = (exp.Create, exp.Drop, exp.Alter, exp.TruncateTable)
     if not isinstance(statement, (*kinds, *definitions)) or statement.find(exp.Command, exp.Copy):
         return None
+    if isinstance(statement, (exp.Drop, exp.TruncateTable)) and "CASCADE" in statement.sql().upper():
+        return None  # and all that refers to it, whatever its foreign keys say
     if isinstance(statement, definitions):
         return list(statement.find_all(exp.Table)) or None
     targets: list[Any] = []

@@ -12,7 +12,7 @@ Then come the two phases of :mod:`querycache.ledger`. **Phase one** is the engin
 COMMIT: every tag of the transaction is marked pending, so that no lookup hits or fills under it while the commit
 becomes visible. **Phase two** gives each tag a new version. It happens at the Session's ``after_commit``, or else when
 the connection begins again, is rolled back or goes back to its pool; always, also where COMMIT failed or its outcome
-is unknown. A statement in autocommit mode has both phases around itself.
+is unknown. A statement that commits (in autocommit mode, a textual COMMIT, DDL on MySQL) has both phases around itself.
 
 Until its transaction ends, a Session is not answered from the cache where it has written, and fills nothing.
 """
@@ -25,22 +25,32 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sqlalchemy import Table, event
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
-from querycache.dependencies import Declarations, cascades, row_write_tags, set_write_tags, tracked_columns
+from querycache.dependencies import (
+    Declarations,
+    TableName,
+    cascades,
+    row_write_tags,
+    set_write_tags,
+    tracked_columns,
+)
 from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
 from querycache.ledger import Ledger, Marks
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
-from querycache.textual import read_text
+from querycache.textual import TextStatement, commits, read_text
 
 __all__ = ["Consistency", "OnOutage", "Transaction", "Writes"]
 
 Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
+
+SchemaMap = Mapping[str | None, str | None]
+"""A ``schema_translate_map``."""
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
@@ -52,16 +62,20 @@ class Transaction:
     Attributes:
         tags: the tags that are changed.
         unresolved: tables written by the unit of work, whose rows ``after_flush`` will tell.
-        marks: marks of phase one, by ledger; None before it.
+        marked: those that phase one has marked; None before it.
+        marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
+        statement: True where phase one was for a single statement, whose end is that of the commit.
         snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
             began; None where each statement sees what is committed.
     """
 
     tags: set[str] = field(default_factory=set)
-    unresolved: dict[Table, str | None] = field(default_factory=dict)
-    marks: dict[Ledger, Marks] | None = None
+    unresolved: dict[Table, SchemaMap] = field(default_factory=dict)
+    marked: set[str] | None = None
+    marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
+    statement: bool = False
     snapshot: dict[Ledger, int | None] | None = None
 
     @property
@@ -99,22 +113,27 @@ class Writes:
         self._consistency = consistency
         self._on_outage = on_outage
         self._info_key = f"querycache:{id(self)}"
+        self._isolation_key = f"{self._info_key}:isolation"
+        self._savepoint_key = f"{self._info_key}:savepoint"
+        self._begun_by_hand: set[Engine] = set()
         self._lock = threading.Lock()
         self._watched: set[Engine] = set()
         self._owed: dict[Ledger, set[str]] = {}
 
     # --- where it listens ----------------------------------------------------------------------------
 
-    def watch(self, engine: Engine) -> None:
-        """Note what is written through an engine from now on. Watching it twice is watching it once."""
+    def watch(self, engine: Engine) -> bool:
+        """Note what is written through an engine from now on. Returns False where that was done already."""
         engine = sa_internals.root_engine(engine)
         if engine in self._watched:
-            return
+            return False
         with self._lock:
-            if engine not in self._watched:
-                for name, listener in self._engine_listeners().items():
-                    event.listen(engine, name, listener)
-                self._watched.add(engine)
+            if engine in self._watched:
+                return False
+            for name, listener in self._engine_listeners().items():
+                event.listen(engine, name, listener)
+            self._watched.add(engine)
+            return True
 
     def unwatch(self) -> None:
         """Leave all engines alone again."""
@@ -129,6 +148,10 @@ class Writes:
             "before_cursor_execute": self._before_execute,
             "after_cursor_execute": self._after_execute,
             "begin": self._begin,
+            "savepoint": self._savepoint,
+            "release_savepoint": self._release_savepoint,
+            "begin_twophase": self._begin_twophase,
+            "prepare_twophase": self._prepare_twophase,
             "commit": self._commit,
             "commit_twophase": self._commit_twophase,
             "rollback": self._rollback,
@@ -156,6 +179,19 @@ class Writes:
             if transaction is not None:
                 found.append(transaction)
         return found
+
+    def notice_old_views(self, session: Session) -> None:
+        """Find transactions of SQLite that were begun by hand, and so show the database as it was then.
+
+        Its driver begins none before a SELECT; applications that do make it so that each of their transactions has a
+        snapshot, and this is the first time that it shows.
+        """
+        for connection in sa_internals.connections(session):
+            if connection.dialect.name == "sqlite" and sa_internals.in_transaction(connection):
+                transaction = self._ensure(connection)
+                if transaction.snapshot is None and not transaction.wrote:
+                    transaction.snapshot = dict.fromkeys(self._regions.ledgers)
+                    self._begun_by_hand.add(sa_internals.root_engine(connection.engine))
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
@@ -187,56 +223,75 @@ class Writes:
     ) -> None:
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         compiled = context.compiled
-        if compiled is not None and not context.is_text:
-            if context.isinsert or context.isupdate or context.isdelete:
-                self._note_dml(connection, context)
-            elif context.isddl:
-                self._note_ddl(connection, compiled)
-            elif getattr(compiled, "ctes", None) and sa_internals.written_in_ctes(compiled):
-                self._note_tables(connection, sa_internals.written_in_ctes(compiled), context)
-            else:
-                return
-        elif not self._note_text(connection, sql):
-            return
-        if sa_internals.is_autocommit(connection):
-            self._phase_one(connection)
+        if compiled is None or context.is_text:
+            text = read_text(sql, connection.dialect.name)
+            if text.commits and self._is_committing(connection):
+                return  # the dialect's own COMMIT of a prepared transaction, which had its phase one
+            wrote = self._note_text(connection, text) or text.commits
+        elif context.isinsert or context.isupdate or context.isdelete:
+            wrote = True
+            self._note_dml(connection, context)
+        elif context.isddl:
+            wrote = True
+            self._note_ddl(connection, compiled)
+        else:
+            written = sa_internals.written_in_ctes(compiled) if getattr(compiled, "ctes", None) else ()
+            wrote = bool(written)
+            self._note_tables(connection, written, context)
+        if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
+            self._phase_one_of_statement(connection)
 
     def _after_execute(
         self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
     ) -> None:
-        if (
-            context.isinsert
-            or context.isupdate
-            or context.isdelete
-            or context.isddl
-            or context.compiled is None
-        ):
-            transaction = self._of(connection)
-            if transaction is not None and transaction.marks is not None:
-                self._phase_two(connection.info)
+        transaction = self._of(connection)
+        if transaction is not None and transaction.statement:
+            self._end(transaction)
+            if sa_internals.is_autocommit(connection):
+                del connection.info[self._info_key]
+            # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
+
+    def _phase_one_of_statement(self, connection: Connection) -> None:
+        self._phase_one(connection)
+        transaction = self._of(connection)
+        if transaction is not None:
+            transaction.statement = True
+
+    def _is_committing(self, connection: Connection) -> bool:
+        transaction = self._of(connection)
+        return (transaction is not None and transaction.marked is not None) or isinstance(
+            connection.get_transaction(), TwoPhaseTransaction
+        )
 
     def _note_dml(self, connection: Connection, context: Any) -> None:
         tables = sa_internals.dml_tables(context.compiled)
         if tables is None:
             self._note(connection, [EVERYTHING])
         elif sa_internals.is_unit_of_work(context):
-            transaction = self._ensure(connection)
+            schemas = _schema_map(context)
             for table in tables:
-                transaction.unresolved[table] = _schema(table, context)
+                self._ensure(connection).unresolved[table] = schemas
+                if not context.isinsert:
+                    self._note_sets(connection, cascades(table, delete=context.isdelete), schemas)
         else:
             self._note_tables(connection, tables, context)
 
     def _note_tables(self, connection: Connection, tables: Iterable[Table], context: Any) -> None:
-        delete, update = context.isdelete, context.isupdate
-        default = connection.dialect.default_schema_name
+        # an upsert, or INSERT OR REPLACE, may do either
+        upsert = context.isinsert and sa_internals.is_upsert(context.compiled)
+        delete, update = context.isdelete or upsert, context.isupdate or upsert
         for table in tables:
             changed = {table}
             if delete:
                 changed |= cascades(table, delete=True)
             if update:
                 changed |= cascades(table, delete=False)
-            for each in changed:
-                self._note(connection, set_write_tags((_schema(each, context), each.name), default))
+            self._note_sets(connection, changed, _schema_map(context))
+
+    def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
+        default = connection.dialect.default_schema_name
+        for table in tables:
+            self._note(connection, set_write_tags(_name(table, schemas), default))
 
     def _note_ddl(self, connection: Connection, compiled: Any) -> None:
         element = getattr(compiled.statement, "element", None)
@@ -247,10 +302,10 @@ class Writes:
         else:
             self._note(connection, [EVERYTHING])
 
-    def _note_text(self, connection: Connection, sql: str) -> bool:
-        text = read_text(sql, connection.dialect.name)
+    def _note_text(self, connection: Connection, text: TextStatement) -> bool:
         if text.isolation:
-            # nobody knows from now on what this transaction sees
+            # nobody knows from now on what transactions of this connection see
+            connection.info[self._isolation_key] = True
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         if not text.understood:
             self._note(connection, [EVERYTHING])
@@ -258,29 +313,34 @@ class Writes:
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default, anywhere=schema is None))
             for table in sa_internals.known_tables(name):
-                for each in cascades(table, delete=True) | cascades(table, delete=False):
-                    self._note(connection, set_write_tags((each.schema, each.name), default))
+                self._note_sets(connection, cascades(table, delete=True) | cascades(table, delete=False), {})
         return bool(text.writes) or not text.understood
 
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:
-        self._ensure(connection).tags.update(tags)
+        transaction = self._ensure(connection)
+        transaction.tags.update(tags)
+        if transaction.marked is not None:
+            self._phase_one(connection)  # written while it is being committed, by a listener
 
     def _of(self, connection: Connection) -> Transaction | None:
         found: Transaction | None = connection.info.get(self._info_key)
         return found
 
     def _ensure(self, connection: Connection) -> Transaction:
-        info = connection.info
-        transaction: Transaction | None = info.get(self._info_key)
-        if transaction is None or transaction.marks is not None:
-            self._phase_two(info)
-            transaction = info[self._info_key] = Transaction()
+        transaction = self._of(connection)
+        if transaction is None:
+            transaction = connection.info[self._info_key] = Transaction()
         return transaction
 
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        self.watch(connection.engine)
+        if self.watch(connection.engine):
+            # It began unseen, and where the Session was bound to a Connection it may have written.
+            if self._takes_snapshots(connection):
+                self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+            if isinstance(session.bind, Connection):
+                self._note(connection, [EVERYTHING])
 
     def _before_flush(self, session: Session, context: UOWTransaction, instances: Any) -> None:
         for connection in sa_internals.connections(session):
@@ -288,28 +348,16 @@ class Writes:
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         values: dict[Table, list[tuple[str, object]] | None] = {}
-        deleted: set[Table] = set()
-        for state, is_delete in sa_internals.flushed(context):
+        for state in sa_internals.flushed(context):
             for table in state.mapper.tables:
                 if not isinstance(table, Table):
                     continue
-                if is_delete:
-                    deleted.add(table)
                 rows = values.setdefault(table, [])
                 if rows is not None:
                     known = _row_values(state, table)
                     values[table] = None if known is None else rows + known
         for connection in sa_internals.connections(session):
-            default = connection.dialect.default_schema_name
-            written = self._of(connection)
-            unresolved = dict(written.unresolved) if written is not None else {}
             self._resolve(connection, values)
-            for table, schema in unresolved.items():
-                changed = cascades(table, delete=False)
-                if table in deleted:
-                    changed |= cascades(table, delete=True)
-                for each in changed:
-                    self._note(connection, set_write_tags((each.schema or schema, each.name), default))
 
     def _resolve(
         self, connection: Connection, values: Mapping[Table, list[tuple[str, object]] | None]
@@ -319,10 +367,11 @@ class Writes:
         if transaction is None:
             return
         default = connection.dialect.default_schema_name
-        for table, schema in transaction.unresolved.items():
+        for table, schemas in transaction.unresolved.items():
             known = values.get(table)
+            schema, name = _name(table, schemas)
             if known is None:
-                transaction.tags.update(set_write_tags((schema, table.name), default))
+                transaction.tags.update(set_write_tags((schema, name), default))
             else:
                 transaction.tags.update(row_write_tags(table, schema, known, default, self._declared.slots))
         transaction.unresolved.clear()
@@ -330,17 +379,55 @@ class Writes:
     # --- the end of a transaction ------------------------------------------------------------------------
 
     def _begin(self, connection: Connection) -> None:
-        info = connection.info
-        if self._info_key in info:
-            self._phase_two(info)
-        if sa_internals.isolation_level(connection) in _SNAPSHOTS and connection.dialect.name != "sqlite":
+        connection.info.pop(self._savepoint_key, None)
+        transaction = self._of(connection)
+        # One that is not marked goes on: two Connections can share what the driver calls a connection.
+        if transaction is not None and transaction.marked is not None:
+            self._phase_two(connection.info)
+        if connection.info.get(self._isolation_key):
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        elif self._takes_snapshots(connection):
             self._ensure(connection).snapshot = {ledger: _witness(ledger) for ledger in self._regions.ledgers}
 
-    def _commit(self, connection: Connection) -> None:
+    def _takes_snapshots(self, connection: Connection) -> bool:
+        if connection.dialect.name == "sqlite":
+            return sa_internals.root_engine(connection.engine) in self._begun_by_hand
+        return sa_internals.isolation_level(connection) in _SNAPSHOTS
+
+    def _savepoint(self, connection: Connection, name: str | None) -> None:
+        if connection.dialect.name == "sqlite" and not sa_internals.in_transaction(connection):
+            connection.info[self._savepoint_key] = True
+
+    def _release_savepoint(self, connection: Connection, name: str, context: None) -> None:
+        # On SQLite a savepoint outside of a transaction begins one, and its release is the COMMIT.
+        if connection.info.get(self._savepoint_key):
+            self._phase_one_of_statement(connection)
+
+    def _begin_twophase(self, connection: Connection, xid: Any) -> None:
+        self._begin(connection)
+
+    def _prepare_twophase(self, connection: Connection, xid: Any) -> None:
+        # Where it is refused, SQLAlchemy rolls back by itself. After this only the COMMIT is missing.
         self._phase_one(connection)
 
+    def _commit(self, connection: Connection) -> None:
+        try:
+            self._phase_one(connection)
+        except CacheUnavailable:
+            # An exception here stops the COMMIT, but the connection would go back to its pool with the transaction
+            # open, for the next user to commit.
+            connection.connection.rollback()
+            self._phase_two(connection.info)
+            raise
+
     def _commit_twophase(self, connection: Connection, xid: Any, is_prepared: bool) -> None:
-        self._phase_one(connection)
+        if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
+            self._note(connection, [EVERYTHING])  # recovered: nobody knows what it has written
+        try:
+            self._phase_one(connection)
+        except CacheUnavailable:
+            connection.invalidate()
+            raise
 
     def _rollback(self, connection: Connection) -> None:
         self._phase_two(connection.info)
@@ -352,7 +439,7 @@ class Writes:
         # Also sent when a savepoint is released: then nothing is marked, and nothing happens.
         for connection in sa_internals.connections(session):
             transaction = self._of(connection)
-            if transaction is not None and transaction.marks is not None:
+            if transaction is not None and transaction.marked is not None:
                 self._phase_two(connection.info)
 
     def _checkin(self, dbapi_connection: Any, record: Any) -> None:
@@ -362,45 +449,55 @@ class Writes:
         self._phase_two(record.info)
 
     def _phase_one(self, connection: Connection) -> None:
-        """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed."""
+        """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed.
+
+        Raises:
+            CacheUnavailable: a cache server does not answer, and commits are to be refused then.
+        """
         transaction = self._of(connection)
         if transaction is None or not transaction.wrote:
             return
         self._resolve(connection, {})
-        transaction.marks = {}
+        marked = transaction.marked or set()
+        tags = transaction.tags - marked
+        transaction.marked = marked | tags
         if self._consistency == "commit":
             transaction.unmarked = list(self._regions.ledgers)
-            return
-        for ledger, keys in self._regions.tag_keys(transaction.tags):
+        for ledger, keys in self._regions.tag_keys(tags):
+            if not keys or ledger in transaction.unmarked:
+                continue
             try:
-                transaction.marks[ledger] = ledger.begin(keys)
+                transaction.marks.append((ledger, ledger.begin(keys)))
             except CacheUnavailable:
-                transaction.unmarked.append(ledger)
                 if self._on_outage == "refuse":
-                    # An exception here stops the COMMIT, but the connection would go back to its pool with the
-                    # transaction open, for the next user to commit.
-                    connection.connection.rollback()
-                    self._phase_two(connection.info)
                     raise
+                transaction.unmarked.append(ledger)
 
     def _phase_two(self, info: dict[Any, Any]) -> None:
-        """Give the tags new versions and take the marks off. Without marks, forget what was rolled back."""
+        """End a transaction: where it was marked, its tags get new versions; otherwise it was rolled back."""
         transaction: Transaction | None = info.pop(self._info_key, None)
-        if transaction is None or transaction.marks is None:
+        if transaction is not None:
+            self._end(transaction)
+
+    def _end(self, transaction: Transaction) -> None:
+        """Give what phase one has marked new versions, and take the marks off."""
+        if transaction.marked is None:
             return
-        for ledger, marks in transaction.marks.items():
+        marks, unmarked, tags = transaction.marks, transaction.unmarked, transaction.marked
+        transaction.marks, transaction.unmarked, transaction.marked = [], [], None
+        transaction.statement = False
+        for ledger, marks_there in marks:
             try:
-                ledger.end(marks)
+                ledger.end(marks_there)
             except CacheUnavailable:
                 # the marks stay: nothing that depends on them is served until they have healed
                 self._telemetry.emit("error", "", "", "unavailable after commit")
-        if transaction.unmarked:
-            for ledger, keys in self._regions.tag_keys(transaction.tags):
-                if ledger in transaction.unmarked:
-                    with self._lock:
-                        self._owed.setdefault(ledger, set()).update(keys)
-                    if self.owes(ledger):
-                        self._telemetry.emit("error", "", "", "unavailable at commit")
+        for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
+            if ledger in unmarked:
+                with self._lock:
+                    self._owed.setdefault(ledger, set()).update(keys)
+                if self.owes(ledger):
+                    self._telemetry.emit("error", "", "", "unavailable at commit")
 
 
 def _witness(ledger: Ledger) -> int | None:
@@ -410,10 +507,21 @@ def _witness(ledger: Ledger) -> int | None:
         return None
 
 
-def _schema(table: Table, context: Any) -> str | None:
-    translate = context.execution_options.get("schema_translate_map") or {}
-    schema: str | None = translate.get(table.schema, table.schema)
-    return schema
+def _commits_itself(connection: Connection, sql: str) -> bool:
+    """True if the database commits at a statement, whatever transaction SQLAlchemy thinks it is in."""
+    if connection.dialect.name == "sqlite":
+        # its driver begins a transaction before some kinds of statements only
+        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(connection, sql)
+        return not open_after or commits(sql, "sqlite")
+    return commits(sql, connection.dialect.name)
+
+
+def _schema_map(context: Any) -> SchemaMap:
+    return context.execution_options.get("schema_translate_map") or {}
+
+
+def _name(table: Table, schemas: SchemaMap) -> TableName:
+    return schemas.get(table.schema, table.schema), table.name
 
 
 def _row_values(state: Any, table: Table) -> list[tuple[str, object]] | None:

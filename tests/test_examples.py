@@ -40,10 +40,11 @@ def test_quickstart_for_programs() -> None:
     for query in answer["queries"]:
         assert (query["first"], query["again"], query["again_statements"]) == ("miss", "hit", 0)
         assert query["first_statements"] >= 1
-    before, after, again = answer["write"]
-    assert (before["outcome"], after["outcome"], again["outcome"]) == ("hit", "stale", "hit")
-    assert after["comments"] == again["comments"] == before["comments"] + 1
-    assert again["statements"] == 0
+    after = {line["query"]: line["next"]["outcome"] for line in answer["after_a_write"]}
+    # slots keep answers that do not concern the row that was written
+    kept = {"a member, by primary key", "another thread with its comments"}
+    assert {query for query, outcome in after.items() if outcome == "hit"} == kept
+    assert all(line["again"]["outcome"] == "hit" for line in answer["after_a_write"])
 
 
 @pytest.mark.parametrize(
