@@ -2,7 +2,7 @@
 
     python -m tests.servers -- python -m benchmarks.workload
 
-Eight processes read pages of a forum, whose threads, members and boards are popular after Zipf, and now and then
+Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and boards are popular after Zipf, and now and then
 write: reply, edit, change a profile, open a thread. The same work is done in four ways, in turn, several times over:
 
 - **row slots**: the library as it is;
@@ -29,11 +29,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
 from uuid import uuid4
 
+import redis
 from sqlalchemy import BigInteger, Engine, ForeignKey, String, create_engine, func, insert, select, text
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -49,7 +51,7 @@ from querycache import QueryCache
 from querycache.dependencies import Analysis
 from querycache.writes import Writes
 
-BOARDS, MEMBERS, THREADS, POSTS = 20, 2_000, 2_000, 20_000
+BOARDS, MEMBERS, THREADS, POSTS = 20, 500, 500, 50_000
 MODES = ("row slots", "table tags", "TTL only", "no cache")
 READS = (90, 95, 99)
 ZIPF = 1.1
@@ -166,6 +168,16 @@ class Visitor:
             ]
         )
 
+    def warm_up(self, number: int, of: int) -> None:
+        """Read the share of a process in everything, once."""
+        popular = self.thread, self.member, self.board
+        for each in range(number + 1, max(THREADS, MEMBERS) + 1, of):
+            self.thread = self.member = self.board = lambda each=each: each  # type: ignore[assignment, misc]
+            for read in dict.fromkeys(self.reads):
+                with self.sessions() as session:
+                    read(session)
+        self.thread, self.member, self.board = popular
+
     def read(self) -> None:
         with self.sessions() as session:
             self.random.choice(self.reads)(session)
@@ -176,14 +188,21 @@ class Visitor:
             session.commit()
 
     def show_thread(self, session: Session) -> None:
+        """Its title, its last page, and who writes most in it."""
         number = self.thread()
         session.scalars(select(Thread).where(Thread.id == number).execution_options(**self.options)).all()
-        posts = select(Post).where(Post.thread_id == number).order_by(Post.id).limit(PAGE)
+        posts = select(Post).where(Post.thread_id == number).order_by(Post.id.desc()).limit(PAGE)
         session.scalars(posts.options(selectinload(Post.author)).execution_options(**self.options)).all()
+        writers = select(Post.author_id, func.count().label("posts")).where(Post.thread_id == number)
+        most = writers.group_by(Post.author_id).order_by(func.count().desc(), Post.author_id).limit(5)
+        session.execute(most.execution_options(**self.options)).all()
 
     def show_member(self, session: Session) -> None:
-        statement = select(Member).where(Member.id == self.member())
+        number = self.member()
+        statement = select(Member).where(Member.id == number)
         session.scalars(statement.execution_options(**self.options)).all()
+        posts = select(func.count(), func.count(Post.thread_id.distinct()), func.avg(func.length(Post.body)))
+        session.execute(posts.where(Post.author_id == number).execution_options(**self.options)).all()
 
     def show_board(self, session: Session) -> None:
         statement = (
@@ -192,11 +211,8 @@ class Visitor:
         session.scalars(statement.execution_options(**self.options)).all()
 
     def show_posts_of_member(self, session: Session) -> None:
-        number = self.member()
-        statement = select(Post).where(Post.author_id == number).order_by(Post.id.desc()).limit(PAGE)
+        statement = select(Post).where(Post.author_id == self.member()).order_by(Post.id.desc()).limit(PAGE)
         session.scalars(statement.execution_options(**self.options)).all()
-        count = select(func.count()).select_from(Post).where(Post.author_id == number)
-        session.scalars(count.execution_options(**self.options)).all()
 
     def reply(self, session: Session) -> None:
         number = self.thread()
@@ -234,19 +250,21 @@ def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
     return _TAGS(dataclasses.replace(self, pins=()), *arguments)
 
 
-def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, board: Any) -> None:
+def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any) -> None:
     """One process: works from when `board[0]` is 1 until it is 3, and counts while it is 2."""
     engine = create_engine(urls[0], pool_size=1)
     sessions = sessionmaker(engine)
     cache = prepare(mode, urls[1], sessions, namespace)
     visitor = Visitor(engine, sessions, cache is not None, f"{namespace}{number}")
-    visitor.read()
+    visitor.warm_up(number, processes)
     board[1] = 1
     read = written = 0
+    spent = 0.0
     before = None
     while board[0] != 3:
         if board[0] == 2 and before is None:
             before = cache.stats() if cache else ()
+            spent = processor_seconds(engine)
             read = written = 0
         if visitor.random.random() * 100 < reads:
             visitor.read()
@@ -255,6 +273,7 @@ def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: i
             visitor.write()
             written += 1
     board[2], board[3] = read, written
+    board[6] = round((processor_seconds(engine) - spent) * 1e6)
     if cache is not None:
         after = cache.stats()
         board[4] = after.hits - before.hits  # type: ignore[union-attr]
@@ -269,6 +288,22 @@ def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: i
     engine.dispose()
 
 
+def processor_seconds(engine: Engine) -> float:
+    """What this process and its connection's process in PostgreSQL have used so far; the latter where it is here."""
+    with engine.connect() as connection:
+        backend = connection.scalar(text("SELECT pg_backend_pid()"))
+    stat = Path(f"/proc/{backend}/stat")
+    ticks = stat.read_text().rpartition(")")[2].split()[11:13] if stat.exists() else ()
+    return time.process_time() + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def redis_seconds(url: str) -> float:
+    """What Redis has used so far."""
+    with redis.Redis.from_url(url) as client:
+        info = client.info("cpu")
+    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
+
 def _bypassed_fills(stats: Any) -> int:
     # A miss that may not be stored is followed by a bypass with this reason: one read, two events.
     return sum(stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "after write"))
@@ -278,11 +313,12 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
-    """Operations a second, and hits by cached statement, of all processes together."""
+    """Operations a second, processor microseconds of an operation (of the processes, PostgreSQL and Redis), and hits
+    by cached statement, of all processes together."""
     namespace = f"forum-{uuid4().hex[:8]}"
-    boards = [RawArray("i", 6) for _ in range(options.processes)]
+    boards = [RawArray("q", 7) for _ in range(options.processes)]
     processes = [
-        _CONTEXT.Process(target=work, args=(mode, reads, urls, namespace, number, board), daemon=True)
+        _CONTEXT.Process(target=work, args=(mode, reads, urls, namespace, number, options.processes, board), daemon=True)
         for number, board in enumerate(boards)
     ]
     for process in processes:
@@ -291,9 +327,11 @@ def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Name
         if any(process.exitcode for process in processes):
             raise SystemExit(f"a process of {mode!r} failed")
         time.sleep(0.02)
+    redis_at = {}
     for phase, seconds in ((1, options.warm_up), (2, options.seconds), (3, 0.0)):
         for board in boards:
             board[0] = phase
+        redis_at[phase] = redis_seconds(urls[1])
         time.sleep(seconds)
     for process in processes:
         process.join()
@@ -301,6 +339,7 @@ def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Name
     statements = sum(board[5] for board in boards)
     return {
         "operations": done / options.seconds,
+        "processor": ((redis_at[3] - redis_at[2]) * 1e6 + sum(board[6] for board in boards)) / done,
         "hits": sum(board[4] for board in boards) / statements if statements else 0.0,
     }
 
@@ -338,7 +377,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workload", description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (default 6)")
-    parser.add_argument("--warm-up", type=float, default=4.0, help="seconds before each (default 4)")
+    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of work before each (default 3)")
     parser.add_argument("--repeats", type=int, default=3, help="medians are of so many (default 3)")
     parser.add_argument("--commits", type=int, default=400, help="to measure what one costs (default 400)")
     parser.add_argument("--reads", type=int, choices=READS, action="append", help="percent; may be repeated")
@@ -373,7 +412,7 @@ def _result(
     required: dict[str, dict[str, float]] = {}
     for reads, modes in runs.items():
         rows = {
-            mode: {name: median(each[name] for each in found) for name in ("operations", "hits")}
+            mode: {name: median(each[name] for each in found) for name in ("operations", "processor", "hits")}
             for mode, found in modes.items()
         }
         workloads.append({"reads": reads, "writes": 100 - reads, "modes": rows})
@@ -385,6 +424,7 @@ def _result(
             required["throughput, row slots to no cache, at least"] = {
                 "required": REQUIRED_THROUGHPUT,
                 "measured": _ratio(modes, "operations", "no cache"),
+                "by processor time": 1 / _ratio(modes, "processor", "no cache"),
             }
     required["writing commit, with to without, at most"] = {
         "required": REQUIRED_COMMIT,
@@ -400,13 +440,14 @@ def _ratio(modes: Mapping[str, Sequence[Mapping[str, float]]], name: str, other:
 
 
 def _table(result: Any) -> str:
-    lines = ["reads/writes  cache        hit ratio  operations/s   to no cache"]
+    lines = ["reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"]
     for workload in result["workloads"]:
-        base = workload["modes"]["no cache"]["operations"]
+        base = workload["modes"]["no cache"]
         for mode, row in workload["modes"].items():
             lines.append(
                 f"{workload['reads']}/{workload['writes']:<9}  {mode:<11}  {row['hits']:9.3f}  "
-                f"{row['operations']:12.0f}  {row['operations'] / base:11.2f}x"
+                f"{row['operations']:12.0f}  {row['operations'] / base['operations']:10.2f}x  "
+                f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x"
             )
     lines.append("")
     for name in ("transaction", "commit"):
