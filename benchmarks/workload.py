@@ -235,7 +235,7 @@ def prepare(mode: str, store_url: str, sessions: sessionmaker[Session], namespac
     if mode == "no cache":
         return None
     if mode == "table tags":
-        Analysis.tags = _table_tags  # type: ignore[method-assign]
+        Analysis.tags = _table_tags  # type: ignore[method-assign, assignment]
     if mode == "TTL only":
         Writes.watch = lambda self, engine: None  # type: ignore[method-assign]
     # The lease only matters for the first moments of a cache on a server whose history is not known.
@@ -250,7 +250,9 @@ def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
     return _TAGS(dataclasses.replace(self, pins=()), *arguments)
 
 
-def work(mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any) -> None:
+def work(
+    mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any
+) -> None:
     """One process: works from when `board[0]` is 1 until it is 3, and counts while it is 2."""
     engine = create_engine(urls[0], pool_size=1)
     sessions = sessionmaker(engine)
@@ -318,7 +320,9 @@ def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Name
     namespace = f"forum-{uuid4().hex[:8]}"
     boards = [RawArray("q", 7) for _ in range(options.processes)]
     processes = [
-        _CONTEXT.Process(target=work, args=(mode, reads, urls, namespace, number, options.processes, board), daemon=True)
+        _CONTEXT.Process(
+            target=work, args=(mode, reads, urls, namespace, number, options.processes, board), daemon=True
+        )
         for number, board in enumerate(boards)
     ]
     for process in processes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -64,10 +63,8 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
     levels = ("READ COMMITTED", "READ COMMITTED", SNAPSHOT_LEVEL)
     outages = ("available", "refuse")
     budget = options.minutes * 60
-    for number in itertools.count():
-        left = budget - total.seconds
-        if left < 1 or (options.reads and total.reads >= options.reads):
-            return total
+    number = 0
+    while (left := budget - total.seconds) >= 1 and not (options.reads and total.reads >= options.reads):
         turn = number // len(pairs)
         database, store = pairs[number % len(pairs)].split("+")
         on_outage: Any = outages[turn % 2]
@@ -84,6 +81,7 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
             seed=f"{options.seed}-{number}" if options.seed else "",
         )
         total.add(report)
+        number += 1
         _say(
             f"{total.seconds:5.0f} s  {database} + {store}, {on_outage}, {isolation.lower()}: {report.reads} reads, "
             f"{report.commits} commits, {report.faults.total()} faults, hit ratio {report.hit_ratio:.2f}, "
@@ -91,6 +89,7 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
         )
         for illegal in report.illegal[:5]:
             _say(f"    {illegal}")
+    return total
 
 
 def _find_mutants(options: argparse.Namespace, servers: Mapping[str, Server]) -> int:

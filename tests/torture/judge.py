@@ -12,14 +12,12 @@ at the latest before it began, to the newest that was there at the earliest when
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tests.torture.history import Intent, Outcome, Part, Read
 from tests.torture.schema import (
     BOOKS,
-    LOCKS,
     MARKS,
     ROWS,
     SHELVES,

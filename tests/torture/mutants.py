@@ -7,12 +7,13 @@ things to meet, it also pauses between them, as a busy machine would.
 from __future__ import annotations
 
 import random
+import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from querycache import dependencies, interceptor, ledger, sa_internals, versions, writes
+from querycache import interceptor, ledger, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
@@ -67,7 +68,7 @@ def _missing_is_valid() -> None:
         stored = ledger._tags_of(blob)
         if stored:
             count, _ = ledger._HEADER.unpack_from(blob)
-            was = ledger.struct.unpack_from(f">{count}Q", blob, ledger._HEADER.size)
+            was = struct.unpack_from(f">{count}Q", blob, ledger._HEADER.size)
             vector = dict(zip(stored, was, strict=True))
             found = [
                 vector.get(tag) if version is None else version
@@ -157,7 +158,7 @@ def _fill_after_write() -> None:
 
 
 def _no_cascades() -> None:
-    writes.cascades = lambda table, *, delete: frozenset()  # type: ignore[assignment]
+    vars(writes)["cascades"] = lambda table, *, delete: frozenset()
 
 
 def _one_mark_for_all() -> None:
@@ -175,7 +176,7 @@ def _one_mark_for_all() -> None:
             ],
         )
 
-    RedisBackend.end = end  # type: ignore[method-assign]
+    RedisBackend.end = end
 
 
 MUTANTS = {

@@ -23,7 +23,7 @@ from querycache.writes import OnOutage
 from tests.servers import Server
 from tests.torture import schema, worker
 from tests.torture.faults import Faults, kinds_for
-from tests.torture.history import Crash, Intent, Outcome, Read, Stats, load, now
+from tests.torture.history import Intent, Outcome, Read, Stats, load, now
 from tests.torture.judge import Illegal, Judge
 from tests.torture.mutants import MUTANTS
 

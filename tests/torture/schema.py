@@ -7,8 +7,6 @@ the calls of ``commit()``: who gets a lock calls it after the one who had the lo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from collections.abc import Iterator
 
 from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table, insert

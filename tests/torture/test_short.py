@@ -1,4 +1,4 @@
-"""The history checker in the normal suite: some seconds of torture on each pair, and proof that it would find a fault."""
+"""The history checker in the normal suite: a little torture on each pair, and proof that it would find a fault."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ class Writing:
     def bulk_update_by_key(self, session: Session) -> None:
         rows = [{"id": book, **self._change(book)} for book in self._there()]
         if rows and self.random.random() < 0.5:
-            session.bulk_update_mappings(Book, rows)  # type: ignore[arg-type]
+            session.bulk_update_mappings(Book, rows)
         else:
             for row in rows:
                 session.execute(update(Book), [row])
