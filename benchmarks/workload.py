@@ -2,8 +2,9 @@
 
     python -m tests.servers -- python -m benchmarks.workload
 
-Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and boards are popular after Zipf, and now and then
-write: reply, edit, change a profile, open a thread. The same work is done in four ways, in turn, several times over:
+Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and
+boards are popular after Zipf, and now and then write: reply, edit, change a profile, open a thread. The same work is
+done in four ways, in turn, several times over:
 
 - **row slots**: the library as it is;
 - **table tags**: the same with every answer depending on whole tables, as query caches in this field do;
@@ -11,6 +12,9 @@ write: reply, edit, change a profile, open a thread. The same work is done in fo
 - **no cache**: the library is not there.
 
 Then one process commits replies, with the library and without, in turn: what a writing commit costs.
+
+The processor time of an operation is that of everybody who works on it: the processes, PostgreSQL and Redis. It says
+how many operations a machine can do, also where a busy one shares its processors with other work meanwhile.
 
 PostgreSQL must commit to disk as in production, Redis is the store; both come from the environment
 (``QUERYCACHE_TEST_POSTGRESQL``, ``QUERYCACHE_TEST_REDIS``). Tables ``forum_…`` are replaced.
@@ -172,7 +176,7 @@ class Visitor:
         """Read the share of a process in everything, once."""
         popular = self.thread, self.member, self.board
         for each in range(number + 1, max(THREADS, MEMBERS) + 1, of):
-            self.thread = self.member = self.board = lambda each=each: each  # type: ignore[assignment, misc]
+            self.thread = self.member = self.board = lambda each=each: each  # type: ignore[assignment]
             for read in dict.fromkeys(self.reads):
                 with self.sessions() as session:
                     read(session)
@@ -237,7 +241,7 @@ def prepare(mode: str, store_url: str, sessions: sessionmaker[Session], namespac
     if mode == "table tags":
         Analysis.tags = _table_tags  # type: ignore[method-assign, assignment]
     if mode == "TTL only":
-        Writes.watch = lambda self, engine: None  # type: ignore[method-assign]
+        Writes.watch = lambda self, engine: False  # type: ignore[method-assign]
     # The lease only matters for the first moments of a cache on a server whose history is not known.
     cache = QueryCache(store_url, namespace=namespace, ttl=TTL if mode == "TTL only" else None, lease=2.0)
     return cache.attach(sessions)

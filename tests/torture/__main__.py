@@ -131,6 +131,7 @@ def _as_json(report: Report) -> Mapping[str, object]:
         "hit ratio": round(report.hit_ratio, 3),
         "illegal reads": len(report.illegal),
         "seconds": round(report.seconds, 1),
+        "processor seconds of the workers": round(report.cache["processor"] / 1e6, 1),
         "slowest commit, seconds": round(report.slowest, 3),
         "reads by shape": dict(report.shapes),
         "illegal": [str(illegal) for illegal in report.illegal[:100]],
@@ -146,6 +147,8 @@ def _as_text(report: Report) -> str:
             f"commits          {report.commits:,}, and {report.refused:,} that raised",
             f"faults injected  {report.faults.total()}: {faults}",
             f"hit ratio        {report.hit_ratio:.3f}",
+            f"workers          {report.cache['processor'] / 1e6:.0f} s of processor time",
+            f"slowest commit   {report.slowest:.2f} s",
             f"illegal reads: {len(report.illegal)}",
         )
     )

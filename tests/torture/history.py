@@ -79,7 +79,7 @@ class Outcome(msgspec.Struct, array_like=True, frozen=True, tag=2):
 
 
 class Stats(msgspec.Struct, array_like=True, frozen=True, tag=3):
-    """What the cache of a process has counted so far."""
+    """What the cache of a process has counted so far, and the microseconds of processor time that it has used."""
 
     counts: dict[str, int]
 

@@ -39,9 +39,9 @@ class Illegal:
     """A read that no write explains.
 
     Attributes:
-        kind: "stale" (older than it may be), "early" (committed later), "dirty" (never committed), "misplaced" (it does not
-            belong into this answer), "own" (not what its own transaction wrote), "torn" (rows of one statement that
-            never were there together) or "count".
+        kind: "stale" (older than it may be), "early" (committed later), "dirty" (never committed), "misplaced" (it
+            does not belong into this answer), "own" (not what its own transaction wrote), "torn" (rows of one
+            statement that never were there together) or "count".
     """
 
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -16,8 +17,7 @@ ENOUGH = 17_000
 """Reads of each pair: more than 50 000 in all."""
 
 ROUND_SECONDS = 12.0
-MOST_ROUNDS = 12
-"""A machine that is busy with something else needs more rounds for as many reads."""
+"""One or two rounds do, but a machine that is busy with something else needs more for as many reads."""
 
 LEVELS: tuple[tuple[OnOutage, str], ...] = (
     ("available", "READ COMMITTED"),
@@ -40,15 +40,15 @@ def test_every_read_is_explained_by_the_writes(
     url = request.getfixturevalue(f"{database}_url")
     server = private_server(store)
     total = Report()
-    for number in range(MOST_ROUNDS):
-        on_outage, isolation = LEVELS[number % len(LEVELS)]
-        total.add(
-            run_round(url, server, seconds=ROUND_SECONDS, on_outage=on_outage, isolation=isolation, every=3.5)
+    for on_outage, isolation in itertools.cycle(LEVELS):
+        report = run_round(
+            url, server, seconds=ROUND_SECONDS, on_outage=on_outage, isolation=isolation, every=3.5
         )
+        assert report.reads > 0
+        total.add(report)
         if total.reads >= ENOUGH:
             break
     assert not total.illegal, "\n".join(map(str, total.illegal[:10]))
-    assert total.reads >= ENOUGH
     assert total.cache["hit"] > 0
     assert total.commits > 0
     assert total.faults.total() > 0

@@ -145,6 +145,7 @@ class _Worker:
                         "bypass": stats.bypasses,
                         "fill": stats.fills,
                         "error": stats.errors,
+                        "processor": round(time.process_time() * 1e6),
                         **{
                             f"{outcome} {reason}": number
                             for (outcome, reason), number in stats.reasons.items()
