@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 from uuid import UUID
 
-from sqlalchemy import Column, Table, inspect, util
-from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Engine, Result
+from sqlalchemy import Column, Table, event, inspect, util
+from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
@@ -32,7 +32,7 @@ from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import BindParameter, TextClause
 
-from querycache.errors import ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.textual import first_word
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "begins_transaction",
     "cache_key_of",
     "connections",
+    "default_isolation_level",
     "dml_tables",
     "effective_options",
     "flushed",
@@ -70,6 +71,8 @@ __all__ = [
     "run_statement",
     "statement_options",
     "tables_of",
+    "tap",
+    "untap",
     "written_in_ctes",
 ]
 
@@ -541,14 +544,16 @@ def is_autocommit(connection: Connection) -> bool:
     return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
 
 
+def default_isolation_level(dialect: Any) -> str | None:
+    """The isolation level that the engine asks for, or else the database's own; in capitals and with spaces."""
+    level = dialect._on_connect_isolation_level or dialect.default_isolation_level
+    return level.replace("_", " ").upper() if level else None
+
+
 def isolation_level(connection: Connection) -> str | None:
     """The isolation level of a connection, in capitals and with spaces, without asking the database."""
-    level = (
-        connection.get_execution_options().get("isolation_level")
-        or cast("Any", connection.dialect)._on_connect_isolation_level
-        or connection.dialect.default_isolation_level
-    )
-    return level.replace("_", " ").upper() if level else None
+    level: str | None = connection.get_execution_options().get("isolation_level")
+    return level.replace("_", " ").upper() if level else default_isolation_level(connection.dialect)
 
 
 def reads_uncommitted(session: Session) -> bool:
@@ -565,6 +570,148 @@ def begins_transaction(connection: Connection, sql: str) -> bool:
     """True if SQLite's driver begins a transaction of its own before this statement."""
     driver: Any = connection.connection.dbapi_connection
     return driver.isolation_level is not None and first_word(sql) in ("insert", "update", "delete", "replace")
+
+
+# --- what a dialect does --------------------------------------------------------------------------------
+
+
+class Tap(Protocol):
+    """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
+
+    def executing(self, sql: str, context: Any) -> bool: ...
+
+    def executed(self, context: Any) -> None: ...
+
+    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
+
+    def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
+
+    def end(self, info: dict[Any, Any]) -> None: ...
+
+
+_TAPS = "_querycache_taps"
+
+
+def tap(engine: Engine, listener: Tap) -> None:
+    """Tell a listener of each statement and of the begin and end of each transaction of an engine."""
+    dialect = engine.dialect
+    taps: list[Tap] | None = dialect.__dict__.get(_TAPS)
+    if taps is None:
+        taps = []
+        setattr(dialect, _TAPS, taps)
+        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+            event.listen(engine, name, _execution(dialect, name, taps), insert=True)
+        for name, wrap in _WRAPPED.items():
+            setattr(dialect, name, wrap(dialect, getattr(dialect, name), taps))
+    taps.append(listener)
+
+
+def untap(engine: Engine, listener: Tap) -> None:
+    """Tell a listener nothing more."""
+    engine.dialect.__dict__.get(_TAPS, []).remove(listener)
+
+
+def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bool | None]:
+    """A listener of the dialect's events: it runs the statement itself where that commits, to know when it has."""
+    run = getattr(dialect, name)
+
+    def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
+        context = rest[-1]
+        ending = [each for each in taps if each.executing(sql, context)]
+        if not ending:
+            return None
+        try:
+            run(cursor, sql, *rest)
+        finally:
+            for each in ending:
+                each.executed(context)
+        return True
+
+    return execute
+
+
+def _info(connection: Any) -> dict[Any, Any] | None:
+    """The dictionary of a connection; None for those that a dialect makes for itself."""
+    try:
+        info = connection.info
+    except (AttributeError, NotImplementedError):
+        return None
+    return info if isinstance(info, dict) else None
+
+
+def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+    def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        info = _info(connection)
+        if info is not None:
+            for each in taps:
+                each.begin(info, dialect)
+        return run(connection, *args, **kwargs)
+
+    return begin
+
+
+def _committing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+    def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        info = _info(connection)
+        if info is None:
+            return run(connection, *args, **kwargs)
+        for each in taps:
+            try:
+                each.commit(info, dialect)
+            except CacheUnavailable:
+                # This stops the COMMIT, but the connection would go back to its pool with the transaction open, for
+                # the next user to commit.
+                _give_up(connection)
+                for every in taps:
+                    every.end(info)
+                raise
+        try:
+            return run(connection, *args, **kwargs)
+        finally:
+            for each in taps:
+                each.end(info)
+
+    return commit
+
+
+def _preparing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+    def prepare(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        # where this is refused, SQLAlchemy rolls back by itself
+        for each in taps:
+            each.commit(connection.info, dialect)
+        return run(connection, *args, **kwargs)
+
+    return prepare
+
+
+def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+    def rollback(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(connection, *args, **kwargs)
+        finally:
+            info = _info(connection)
+            for each in taps if info is not None else ():
+                each.end(cast("dict[Any, Any]", info))
+
+    return rollback
+
+
+_WRAPPED = {
+    "do_begin": _beginning,
+    "do_begin_twophase": _beginning,
+    "do_prepare_twophase": _preparing,
+    "do_commit": _committing,
+    "do_commit_twophase": _committing,
+    "do_rollback": _rolling_back,
+    "do_rollback_twophase": _rolling_back,
+}
+
+
+def _give_up(connection: Any) -> None:
+    if isinstance(connection, Connection):  # two-phase: what was prepared stays prepared
+        connection.invalidate()
+    else:
+        connection.rollback()
 
 
 # --- what was written ---------------------------------------------------------------------------------

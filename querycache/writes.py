@@ -1,18 +1,21 @@
 """The write path, whole: what each transaction has written, and both phases of making it known.
 
-Every statement that this process sends through SQLAlchemy passes ``after_cursor_execute`` of its engine, whoever sent
-it: the unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it
-changes, which are noted with the *database connection* (not with a Session, which Core never sees):
+Every statement that this process sends through SQLAlchemy is executed by its engine's dialect, whoever sent it: the
+unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
+which are noted with the *database connection* (not with a Session, which Core never sees):
 
 - statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots;
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
-Then come the two phases of :mod:`querycache.ledger`. **Phase one** is the engine's ``commit`` event, just before
-COMMIT: every tag of the transaction is marked pending, so that no lookup hits or fills under it while the commit
-becomes visible. **Phase two** gives each tag a new version. It happens at the Session's ``after_commit``, or else when
-the connection begins again, is rolled back or goes back to its pool; always, also where COMMIT failed or its outcome
-is unknown. A statement that commits (in autocommit mode, a textual COMMIT, DDL on MySQL) has both phases around itself.
+It is the dialect, too, that sends COMMIT, whoever asked for it, and there are the two phases of
+:mod:`querycache.ledger`. **Phase one**, just before: every tag of the transaction is marked pending, so that no lookup
+hits or fills under it while the commit becomes visible. **Phase two**, just after: each tag gets a new version;
+always, also where COMMIT failed or its outcome is unknown. A statement that commits (in autocommit mode, a textual
+COMMIT, DDL on MySQL) has both phases around itself.
+
+The dialect is listened to, and not the engine: its events ``commit`` and the like have no counterpart after the
+COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
 
 Until its transaction ends, a Session is not answered from the cache where it has written, and fills nothing.
 """
@@ -24,8 +27,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Table, event
-from sqlalchemy.engine import Connection, Engine, TwoPhaseTransaction
+from sqlalchemy import Table
+from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
@@ -65,7 +68,6 @@ class Transaction:
         marked: those that phase one has marked; None before it.
         marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
-        statement: True where phase one was for a single statement, whose end is that of the commit.
         snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
             began; None where each statement sees what is committed.
     """
@@ -75,7 +77,6 @@ class Transaction:
     marked: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
-    statement: bool = False
     snapshot: dict[Ledger, int | None] | None = None
 
     @property
@@ -115,7 +116,10 @@ class Writes:
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
-        self._begun_by_hand: set[Engine] = set()
+        self._begun_key = f"{self._info_key}:begun"
+        # dialects whose transactions may keep an old view of the database for more than a statement
+        self._old_views: set[Dialect] = set()
+        self._settled: set[Dialect] = set()
         self._lock = threading.Lock()
         self._watched: set[Engine] = set()
         self._owed: dict[Ledger, set[str]] = {}
@@ -130,8 +134,7 @@ class Writes:
         with self._lock:
             if engine in self._watched:
                 return False
-            for name, listener in self._engine_listeners().items():
-                event.listen(engine, name, listener)
+            sa_internals.tap(engine, self)
             self._watched.add(engine)
             return True
 
@@ -139,26 +142,8 @@ class Writes:
         """Leave all engines alone again."""
         with self._lock:
             for engine in self._watched:
-                for name, listener in self._engine_listeners().items():
-                    event.remove(engine, name, listener)
+                sa_internals.untap(engine, self)
             self._watched.clear()
-
-    def _engine_listeners(self) -> Mapping[str, Any]:
-        return {
-            "before_cursor_execute": self._before_execute,
-            "after_cursor_execute": self._after_execute,
-            "begin": self._begin,
-            "savepoint": self._savepoint,
-            "release_savepoint": self._release_savepoint,
-            "begin_twophase": self._begin_twophase,
-            "prepare_twophase": self._prepare_twophase,
-            "commit": self._commit,
-            "commit_twophase": self._commit_twophase,
-            "rollback": self._rollback,
-            "rollback_twophase": self._rollback_twophase,
-            "checkin": self._checkin,
-            "invalidate": self._invalidate,
-        }
 
     def session_listeners(self) -> Mapping[str, Any]:
         """The events of a Session, or of what makes Sessions, that matter here."""
@@ -166,7 +151,6 @@ class Writes:
             "after_begin": self._after_begin,
             "before_flush": self._before_flush,
             "after_flush": self._after_flush,
-            "after_commit": self._after_commit,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -175,7 +159,7 @@ class Writes:
         """The transactions that a Session takes part in, with what they have written."""
         found = []
         for connection in sa_internals.connections(session):
-            transaction = self._of(connection)
+            transaction = self._of(connection.info)
             if transaction is not None:
                 found.append(transaction)
         return found
@@ -191,7 +175,7 @@ class Writes:
                 transaction = self._ensure(connection)
                 if transaction.snapshot is None and not transaction.wrote:
                     transaction.snapshot = dict.fromkeys(self._regions.ledgers)
-                    self._begun_by_hand.add(sa_internals.root_engine(connection.engine))
+                    self._old_views.add(connection.dialect)
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
@@ -218,15 +202,17 @@ class Writes:
 
     # --- statements ----------------------------------------------------------------------------------
 
-    def _before_execute(
-        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
-        # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
+    def executing(self, sql: str, context: Any) -> bool:
+        """A statement is about to run. Returns True where it commits itself, and :meth:`executed` is to follow."""
+        connection: Connection = context.root_connection
+        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
+            self._first_statement(connection)
         compiled = context.compiled
+        # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text:
             text = read_text(sql, connection.dialect.name)
             if text.commits and self._is_committing(connection):
-                return  # the dialect's own COMMIT of a prepared transaction, which had its phase one
+                return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
         elif context.isinsert or context.isupdate or context.isdelete:
             wrote = True
@@ -234,31 +220,32 @@ class Writes:
         elif context.isddl:
             wrote = True
             self._note_ddl(connection, compiled)
-        else:
-            written = sa_internals.written_in_ctes(compiled) if getattr(compiled, "ctes", None) else ()
+        elif getattr(compiled, "ctes", None):
+            written = sa_internals.written_in_ctes(compiled)
             wrote = bool(written)
             self._note_tables(connection, written, context)
+        elif self._ends_savepoint(connection, compiled):
+            self._phase_one(connection.info, connection.dialect)
+            return True
+        else:
+            return False
         if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
-            self._phase_one_of_statement(connection)
+            self._phase_one(connection.info, connection.dialect)
+            return True
+        return False
 
-    def _after_execute(
-        self, connection: Connection, cursor: Any, sql: str, parameters: Any, context: Any, executemany: bool
-    ) -> None:
-        transaction = self._of(connection)
-        if transaction is not None and transaction.statement:
+    def executed(self, context: Any) -> None:
+        """The statement that commits itself has run, or failed."""
+        connection: Connection = context.root_connection
+        transaction = self._of(connection.info)
+        if transaction is not None:
             self._end(transaction)
             if sa_internals.is_autocommit(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
-    def _phase_one_of_statement(self, connection: Connection) -> None:
-        self._phase_one(connection)
-        transaction = self._of(connection)
-        if transaction is not None:
-            transaction.statement = True
-
     def _is_committing(self, connection: Connection) -> bool:
-        transaction = self._of(connection)
+        transaction = self._of(connection.info)
         return (transaction is not None and transaction.marked is not None) or isinstance(
             connection.get_transaction(), TwoPhaseTransaction
         )
@@ -306,6 +293,7 @@ class Writes:
         if text.isolation:
             # nobody knows from now on what transactions of this connection see
             connection.info[self._isolation_key] = True
+            self._old_views.add(connection.dialect)
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         if not text.understood:
             self._note(connection, [EVERYTHING])
@@ -319,15 +307,13 @@ class Writes:
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:
         transaction = self._ensure(connection)
         transaction.tags.update(tags)
-        if transaction.marked is not None:
-            self._phase_one(connection)  # written while it is being committed, by a listener
 
-    def _of(self, connection: Connection) -> Transaction | None:
-        found: Transaction | None = connection.info.get(self._info_key)
+    def _of(self, info: Mapping[Any, Any]) -> Transaction | None:
+        found: Transaction | None = info.get(self._info_key)
         return found
 
     def _ensure(self, connection: Connection) -> Transaction:
-        transaction = self._of(connection)
+        transaction = self._of(connection.info)
         if transaction is None:
             transaction = connection.info[self._info_key] = Transaction()
         return transaction
@@ -344,7 +330,7 @@ class Writes:
 
     def _before_flush(self, session: Session, context: UOWTransaction, instances: Any) -> None:
         for connection in sa_internals.connections(session):
-            self._resolve(connection, {})
+            self._resolve(connection.info, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         values: dict[Table, list[tuple[str, object]] | None] = {}
@@ -357,16 +343,19 @@ class Writes:
                     known = _row_values(state, table)
                     values[table] = None if known is None else rows + known
         for connection in sa_internals.connections(session):
-            self._resolve(connection, values)
+            self._resolve(connection.info, connection.dialect, values)
 
     def _resolve(
-        self, connection: Connection, values: Mapping[Table, list[tuple[str, object]] | None]
+        self,
+        info: Mapping[Any, Any],
+        dialect: Dialect,
+        values: Mapping[Table, list[tuple[str, object]] | None],
     ) -> None:
         """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
-        transaction = self._of(connection)
+        transaction = self._of(info)
         if transaction is None:
             return
-        default = connection.dialect.default_schema_name
+        default = dialect.default_schema_name
         for table, schemas in transaction.unresolved.items():
             known = values.get(table)
             schema, name = _name(table, schemas)
@@ -378,12 +367,22 @@ class Writes:
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
-    def _begin(self, connection: Connection) -> None:
-        connection.info.pop(self._savepoint_key, None)
-        transaction = self._of(connection)
+    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None:
+        """A transaction is about to begin; what it sees of the database is settled by its first statement."""
+        info.pop(self._savepoint_key, None)
+        transaction = self._of(info)
         # One that is not marked goes on: two Connections can share what the driver calls a connection.
         if transaction is not None and transaction.marked is not None:
-            self._phase_two(connection.info)
+            self._phase_two(info)
+        info[self._begun_key] = True
+        if dialect not in self._settled:
+            self._settled.add(dialect)
+            if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
+                self._old_views.add(dialect)
+
+    def _first_statement(self, connection: Connection) -> None:
+        if not connection.info.pop(self._begun_key, False):
+            return
         if connection.info.get(self._isolation_key):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         elif self._takes_snapshots(connection):
@@ -391,73 +390,40 @@ class Writes:
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":
-            return sa_internals.root_engine(connection.engine) in self._begun_by_hand
+            return connection.dialect in self._old_views
         return sa_internals.isolation_level(connection) in _SNAPSHOTS
 
-    def _savepoint(self, connection: Connection, name: str | None) -> None:
-        if connection.dialect.name == "sqlite" and not sa_internals.in_transaction(connection):
+    def _ends_savepoint(self, connection: Connection, compiled: Any) -> bool:
+        """True where SQLite is about to commit: a savepoint outside of a transaction begins one."""
+        if connection.dialect.name != "sqlite":
+            return False
+        kind = compiled.statement.__visit_name__
+        if kind == "savepoint" and not sa_internals.in_transaction(connection):
             connection.info[self._savepoint_key] = True
+        return kind == "release_savepoint" and self._savepoint_key in connection.info
 
-    def _release_savepoint(self, connection: Connection, name: str, context: None) -> None:
-        # On SQLite a savepoint outside of a transaction begins one, and its release is the COMMIT.
-        if connection.info.get(self._savepoint_key):
-            self._phase_one_of_statement(connection)
+    def commit(self, info: dict[Any, Any], dialect: Dialect) -> None:
+        """COMMIT, or PREPARE of a two-phase transaction, is about to be sent; :meth:`end` follows it.
 
-    def _begin_twophase(self, connection: Connection, xid: Any) -> None:
-        self._begin(connection)
+        Raises:
+            CacheUnavailable: a cache server cannot be told, and commits are refused then.
+        """
+        self._phase_one(info, dialect)
 
-    def _prepare_twophase(self, connection: Connection, xid: Any) -> None:
-        # Where it is refused, SQLAlchemy rolls back by itself. After this only the COMMIT is missing.
-        self._phase_one(connection)
+    def end(self, info: dict[Any, Any]) -> None:
+        """A transaction has ended: committed, or failed to, or rolled back."""
+        self._phase_two(info)
 
-    def _commit(self, connection: Connection) -> None:
-        try:
-            self._phase_one(connection)
-        except CacheUnavailable:
-            # An exception here stops the COMMIT, but the connection would go back to its pool with the transaction
-            # open, for the next user to commit.
-            connection.connection.rollback()
-            self._phase_two(connection.info)
-            raise
-
-    def _commit_twophase(self, connection: Connection, xid: Any, is_prepared: bool) -> None:
-        if not isinstance(connection.get_transaction(), TwoPhaseTransaction):
-            self._note(connection, [EVERYTHING])  # recovered: nobody knows what it has written
-        try:
-            self._phase_one(connection)
-        except CacheUnavailable:
-            connection.invalidate()
-            raise
-
-    def _rollback(self, connection: Connection) -> None:
-        self._phase_two(connection.info)
-
-    def _rollback_twophase(self, connection: Connection, xid: Any, is_prepared: bool) -> None:
-        self._phase_two(connection.info)
-
-    def _after_commit(self, session: Session) -> None:
-        # Also sent when a savepoint is released: then nothing is marked, and nothing happens.
-        for connection in sa_internals.connections(session):
-            transaction = self._of(connection)
-            if transaction is not None and transaction.marked is not None:
-                self._phase_two(connection.info)
-
-    def _checkin(self, dbapi_connection: Any, record: Any) -> None:
-        self._phase_two(record.info)
-
-    def _invalidate(self, dbapi_connection: Any, record: Any, exception: Any) -> None:
-        self._phase_two(record.info)
-
-    def _phase_one(self, connection: Connection) -> None:
+    def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
         """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed.
 
         Raises:
             CacheUnavailable: a cache server does not answer, and commits are to be refused then.
         """
-        transaction = self._of(connection)
+        transaction = self._of(info)
         if transaction is None or not transaction.wrote:
             return
-        self._resolve(connection, {})
+        self._resolve(info, dialect, {})
         marked = transaction.marked or set()
         tags = transaction.tags - marked
         transaction.marked = marked | tags
@@ -485,7 +451,6 @@ class Writes:
             return
         marks, unmarked, tags = transaction.marks, transaction.unmarked, transaction.marked
         transaction.marks, transaction.unmarked, transaction.marked = [], [], None
-        transaction.statement = False
         for ledger, marks_there in marks:
             try:
                 ledger.end(marks_there)
@@ -511,7 +476,9 @@ def _commits_itself(connection: Connection, sql: str) -> bool:
     """True if the database commits at a statement, whatever transaction SQLAlchemy thinks it is in."""
     if connection.dialect.name == "sqlite":
         # its driver begins a transaction before some kinds of statements only
-        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(connection, sql)
+        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(
+            connection, sql
+        )
         return not open_after or commits(sql, "sqlite")
     return commits(sql, connection.dialect.name)
 
