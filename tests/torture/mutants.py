@@ -92,26 +92,24 @@ def _no_quarantine() -> None:
 def _early_bump() -> None:
     original = writes.Writes._phase_one
 
-    def phase_one(self: Any, connection: Any) -> None:
-        original(self, connection)
-        transaction = self._of(connection)
-        if transaction is not None and transaction.marks:
-            for book, marks in transaction.marks.items():
-                book.end(marks)
-            transaction.marks = {}
+    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+        original(self, info, dialect)
+        transaction = self._of(info)
+        if transaction is not None:
+            for each, marks in transaction.marks:
+                each.end(marks)
+            transaction.marks = []
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
 
 
 def _plain_bump() -> None:
-    def phase_one(self: Any, connection: Any) -> None:
-        transaction = self._of(connection)
+    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+        transaction = self._of(info)
         if transaction is not None and transaction.wrote:
-            self._resolve(connection, {})
-            transaction.marks = {}
-            transaction.unmarked = []
-            for book, keys in self._regions.tag_keys(transaction.tags):
-                book.bump(keys)
+            self._resolve(info, dialect, {})
+            for each, keys in self._regions.tag_keys(transaction.tags):
+                each.bump(keys)
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
 

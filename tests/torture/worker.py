@@ -17,7 +17,7 @@ from typing import Any
 
 import redis
 from sqlalchemy import create_engine, event, insert
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -109,6 +109,8 @@ class _Worker:
         mutants.apply(settings.mutant)
         self.engine = connect(settings.database_url, settings.isolation, pool_size=2 * settings.threads)
         self.sessions = sessionmaker(self.engine)
+        self._current = threading.local()
+        self._watch_commits()
         self.cache = QueryCache(
             settings.store_url,
             namespace=settings.namespace,
@@ -117,12 +119,6 @@ class _Worker:
             lease=settings.lease,
         )
         self.cache.attach(self.sessions).attach(self.engine)
-        self._current = threading.local()
-        # After the cache's own listener: between phase one and COMMIT.
-        event.listen(self.engine, "commit", self._before_commit)
-        # Before them: between COMMIT and phase two.
-        event.listen(self.sessions, "after_commit", self._after_session_commit, insert=True)
-        event.listen(self.engine, "checkin", self._after_checkin, insert=True)
 
     def run(self) -> None:
         threads = [
@@ -179,26 +175,27 @@ class _Worker:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(current.hesitation)
 
-    def _before_commit(self, connection: Connection) -> None:
-        self._reached(BEFORE_COMMIT)
+    def _watch_commits(self) -> None:
+        # The cache does its two phases around this: what happens here is between phase one and phase two.
+        dialect = self.engine.dialect
+        commit = dialect.do_commit
 
-    def _after_session_commit(self, session: Session) -> None:
-        if not session.in_nested_transaction():
+        def watched(connection: Any) -> None:
+            self._reached(BEFORE_COMMIT)
+            commit(connection)
             self._reached(AFTER_COMMIT)
 
-    def _after_checkin(self, dbapi_connection: Any, record: Any) -> None:
-        if getattr(self._current, "core", False):
-            self._reached(AFTER_COMMIT)
+        dialect.do_commit = watched  # type: ignore[method-assign]
 
     @contextlib.contextmanager
-    def committing(self, hesitation: float, *, core: bool = False) -> Iterator[None]:
+    def committing(self, hesitation: float) -> Iterator[None]:
         """Around a call of commit, whose points are watched."""
         current = self._current
-        current.committing, current.core, current.hesitation = True, core, hesitation
+        current.committing, current.hesitation = True, hesitation
         try:
             yield
         finally:
-            current.committing = current.core = False
+            current.committing = False
 
 
 class _Thread:
@@ -296,11 +293,8 @@ class _Thread:
                 writing.step(connection)
             connection.execute(insert(log).values(txn=txn))
             if self.random.random() < 0.9:
-                with self.worker.committing(self.hesitation(), core=True):
-                    with self.decided(txn, writing):
-                        connection.commit()
-                    # Core has no event after COMMIT: the cache learns of it when the connection is given back.
-                    connection.close()
+                with self.decided(txn, writing), self.worker.committing(self.hesitation()):
+                    connection.commit()
         finally:
             connection.close()
 
