@@ -23,6 +23,7 @@ from sqlalchemy.orm.attributes import instance_dict, instance_state
 from sqlalchemy.orm.collections import collection_adapter
 
 from querycache.errors import ConfigurationError
+from querycache.session_index.reading import is_expression
 
 __all__ = ["Dependencies", "all_attributes", "columns_of", "owner_of", "resolve"]
 
@@ -87,12 +88,14 @@ class Dependencies:
         self.own: list[Attribute] | None = None
         self.declared: list[Attribute] = []
         self._relationships: list[Attribute] = []
+        self._columns: list[str] = []
         self.linked = False
         if declared is None:
             return
         self.declared = [part for item in declared for part in columns_of(resolve(label, item))]
         self.own = [attribute for attribute in self.declared if _akin(owner_of(attribute), mapper)]
         self._relationships = [a for a in self.declared if isinstance(a.prop, RelationshipProperty)]
+        self._columns = [a.key for a in self.declared if isinstance(a.prop, ColumnProperty)]
         self.linked = bool(self._relationships) and len(self.declared) > 1
         if not self._relationships:
             self._check_reached([mapper])
@@ -112,13 +115,16 @@ class Dependencies:
     def related(self, obj: object) -> tuple[list[object], bool]:
         """The loaded objects reached from one over the declared relationships.
 
-        :returns: the objects, and whether every relationship on the way was loaded.
+        :returns: the objects, and whether that is all: every relationship on the way was loaded, and no value
+            was given as SQL that is not flushed yet.
         """
         found: dict[int, object] = {id(obj): obj}
         complete = True
         queue = [obj]
         for each in queue:
             values = instance_dict(each)
+            if each is not obj and any(is_expression(values.get(key)) for key in self._columns):
+                complete = False
             for attribute in self._relationships:
                 if not isinstance(each, attribute.parent.class_):
                     continue

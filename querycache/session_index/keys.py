@@ -64,7 +64,7 @@ class KeySpec:
         :raises IndexFunctionError: if a function raised.
         """
         if self.where is not None:
-            included = self.where.read(reader)
+            included = stored(self.where.read(reader))
             if included is UNKNOWN:
                 return Unknown.UNKNOWN
             if not included:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+from typing import Any, cast
 
-from sqlalchemy import BinaryExpression, BooleanClauseList, ClauseElement, Column
+from sqlalchemy import BinaryExpression, BooleanClauseList, Column
 from sqlalchemy.orm import (
     InstanceState,
     QueryableAttribute,
@@ -32,13 +32,9 @@ from sqlalchemy.sql import operators
 
 from querycache.errors import ConfigurationError
 from querycache.session_index.errors import IndexFunctionError, InvalidKey, describe
-from querycache.session_index.reading import UNKNOWN, Reader
+from querycache.session_index.reading import PLAIN, UNKNOWN, Reader, is_expression
 
 __all__ = ["ColumnPart", "CompositePart", "FunctionPart", "Part", "RelationshipPart", "canonical", "stored"]
-
-# Values of these types are neither mapped objects nor SQL expressions; most keys are one of them.
-_PLAIN: Final = frozenset({str, int, bool, float, bytes, type(None)})
-
 
 def stored(value: Any, session: Session | None = None) -> Any:
     """The form in which a value is kept in a key.
@@ -46,14 +42,14 @@ def stored(value: Any, session: Session | None = None) -> Any:
     :param session: for a value that is looked up: an object of another session stands for this session's
         object of the same identity.
     """
-    if type(value) in _PLAIN:
+    if type(value) in PLAIN:
         return value
     if isinstance(value, tuple):
         return tuple(stored(item, session) for item in value)
     try:
         state: InstanceState[Any] = instance_state(value)
     except AttributeError:
-        return UNKNOWN if isinstance(value, ClauseElement) else value
+        return UNKNOWN if is_expression(value) else value
     return state if session is None else _local(state, session)
 
 
@@ -263,6 +259,8 @@ class FunctionPart(Part):
             for key in self._relationships:
                 if key not in values and key in state.manager:
                     return UNKNOWN
+        if reader.has_expression(self._columns if self.declared else None):
+            return UNKNOWN
         try:
             return reader.call(self._function)
         except Exception as error:

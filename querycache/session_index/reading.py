@@ -10,18 +10,19 @@ itself, while a :class:`LoadGuard` refuses every statement that the session woul
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from operator import attrgetter
 from typing import Any, Final, TypeAlias
 
+from sqlalchemy import ClauseElement
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import InstanceState, ORMExecuteState, PassiveFlag, Session, make_transient_to_detached
 from sqlalchemy.orm.attributes import get_history, instance_dict, instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.orm.exc import DetachedInstanceError
 
-__all__ = ["UNKNOWN", "LoadGuard", "Reader", "Unknown"]
+__all__ = ["PLAIN", "UNKNOWN", "LoadGuard", "Reader", "Unknown", "is_expression"]
 
 
 class Unknown(Enum):
@@ -33,6 +34,16 @@ class Unknown(Enum):
 UNKNOWN: Final = Unknown.UNKNOWN
 
 State: TypeAlias = InstanceState[Any]
+
+#: Values of these types are neither mapped objects nor SQL expressions; most values are of one of them.
+PLAIN: Final = frozenset({str, int, bool, float, bytes, type(None)})
+
+
+def is_expression(value: Any) -> bool:
+    """Whether a value was given as SQL, to be worked out by the next flush: ``user.age = User.age + 1``."""
+    return type(value) not in PLAIN and (
+        isinstance(value, ClauseElement) or hasattr(value, "__clause_element__")
+    )
 
 
 class NotLoaded(InvalidRequestError):
@@ -130,20 +141,27 @@ class Reader:
 
     def scalar(self, key: str) -> Any:
         """The object of a scalar relationship as far as it is loaded."""
-        if key not in self.values:
-            return UNKNOWN if self.persistent else None
-        if not self.rewinds:
+        if self.rewinds and self.changed(key):
+            flushed = self._flushed(key)
+            return flushed[0] if flushed else UNKNOWN
+        if key in self.values:
             return self.values[key]
-        flushed = self._flushed(key)
-        return flushed[0] if flushed else UNKNOWN
+        return UNKNOWN if self.persistent else None
 
     def collection(self, key: str) -> Any:
         """The objects of a collection, or UNKNOWN if it is not loaded."""
-        if key not in self.values:
-            return UNKNOWN if self.persistent else ()
-        if not self.rewinds:
+        if self.rewinds and self.changed(key):
+            return self._flushed(key)
+        if key in self.values:
             return list(collection_adapter(self.values[key]))
-        return self._flushed(key)
+        return UNKNOWN if self.persistent else ()
+
+    def has_expression(self, keys: Iterable[str] | None) -> bool:
+        """Whether one of some attributes, or any, was given as SQL that is not flushed yet."""
+        if self.rewinds or not (self.state.modified or not self.persistent):
+            return False
+        values = self.values.values() if keys is None else [self.values.get(key) for key in keys]
+        return any(is_expression(value) for value in values)
 
     def call(self, function: Callable[[Any], Any]) -> Any:
         """What a function of the application makes of the object."""
@@ -166,13 +184,12 @@ class Reader:
                 if key not in self.state.manager:
                     values.setdefault(key, value)
             for column in mapper.column_attrs:
-                if column.key in self.values and (value := self.column(column.key)) is not UNKNOWN:
+                if (value := self.column(column.key)) is not UNKNOWN:
                     set_committed_value(copy, column.key, value)
             for relationship in mapper.relationships:
-                if relationship.key in self.values:
-                    read = self.collection if relationship.uselist else self.scalar
-                    if (value := read(relationship.key)) is not UNKNOWN:
-                        set_committed_value(copy, relationship.key, value)
+                read = self.collection if relationship.uselist else self.scalar
+                if (value := read(relationship.key)) is not UNKNOWN:
+                    set_committed_value(copy, relationship.key, value)
             make_transient_to_detached(copy)
             self._rewound = copy
         return self._rewound

@@ -230,7 +230,8 @@ class SessionIndex:
         )
         tracker.depend_on([*spec.attributes, *(dependencies.own or ())])
         if dependencies.linked:
-            for attribute in dict.fromkeys(dependencies.declared):
+            # by identity: == of attributes makes SQL
+            for attribute in {id(a): a for a in dependencies.declared}.values():
                 listen_to_attribute(self._listeners, attribute, index.related_changed)
             for owner in dict.fromkeys(attribute.parent.class_ for attribute in dependencies.declared):
                 listen_to_class(self._listeners, owner, index.related_changed)

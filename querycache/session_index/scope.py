@@ -83,7 +83,8 @@ class Scope:
 
     def _resolve(self, target: Any) -> None:
         asyncio = _asyncio()
-        if isinstance(target, scoped_session) or (asyncio is not None and isinstance(target, asyncio.async_scoped_session)):
+        scoped = (scoped_session,) if asyncio is None else (scoped_session, asyncio.async_scoped_session)
+        if isinstance(target, scoped):
             self._resolve(target.session_factory)
         elif isinstance(target, sessionmaker):
             self._resolve(target.class_)
