@@ -14,9 +14,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from sortedcontainers import SortedList
+from sqlalchemy.orm.attributes import instance_state
 
 from querycache.session_index.reading import UNKNOWN, LoadGuard, Unknown
 
@@ -26,6 +27,10 @@ Keys: TypeAlias = "tuple[Hashable, ...] | Unknown"
 
 #: Objects by the id of their state, as the state's own weak references.
 Marks: TypeAlias = "dict[int, weakref.ref[Any]]"
+
+
+#: How many loads a record remembers between two lookups.
+LOADED: Final = 32_768
 
 
 def has_none(key: Hashable) -> bool:
@@ -153,12 +158,19 @@ class Record:
 
     :ivar guard: what keeps the session from emitting SQL while an index reads.
     :ivar marks: the objects of which an event told something since the last lookup.
+    :ivar loaded: the objects that were loaded since the last lookup. This is apart from the marks because it is
+        the one thing that happens row by row, and appending is the cheapest that can be done. A full queue has
+        lost some: the next lookup looks through the session, which so many rows have paid for.
+    :ivar flushing: the objects written by a flush that is not over: what was flushed last changes for each at
+        a moment that no event tells of.
     :ivar views: the contents of each index that was used in this session, by (index, persisted).
     """
 
     def __init__(self, guard: LoadGuard) -> None:
         self.guard = guard
         self.marks: Marks = {}
+        self.flushing: Marks = {}
+        self.loaded: deque[weakref.ref[Any]] = deque(maxlen=LOADED)
         self.views: dict[tuple[Any, bool], Contents] = {}
         self._entries: dict[int, Entry] = {}
         self._dead: deque[Entry] = deque()
@@ -173,8 +185,19 @@ class Record:
         if self._dead:
             self._reap()
 
-    def distribute(self) -> None:
-        """Hand the marks on to the indexes."""
+    def distribute(self, scan: Callable[[], Marks]) -> None:
+        """Hand the marks on to the indexes.
+
+        :param scan: marks all objects of the class in the session.
+        """
+        if len(self.loaded) == LOADED:
+            self.marks.update(scan())
+        else:
+            for mark in self.loaded:
+                obj = mark()
+                if obj is not None:
+                    self.marks[id(instance_state(obj))] = mark
+        self.loaded.clear()
         if self.marks:
             for contents in self.views.values():
                 contents.stale.update(self.marks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from sqlalchemy.orm import InstanceState, Mapper, Session, configure_mappers
@@ -222,7 +223,9 @@ class Index(Generic[T]):
         contents = None if record is None else record.views.get((self, persisted))
         if record is None or contents is None:
             record, contents = self._open(session, persisted)
-        if record.marks or contents.stale or contents.footprints:
+        if persisted and record.flushing:
+            contents.stale.update(record.flushing)
+        if record.marks or record.loaded or contents.stale or contents.footprints:
             self._settle(session, record, contents, persisted)
         if unknown != "skip":
             self._deal_with_unknown(session, record, contents, persisted, unknown)
@@ -243,7 +246,7 @@ class Index(Generic[T]):
         return record, contents
 
     def _settle(self, session: Session, record: Record, contents: Contents, persisted: bool) -> None:
-        record.distribute()
+        record.distribute(partial(scan, session, self._mapper.class_))
         for ident, footprint in list(contents.footprints.items()):
             entry = contents.unknown.get(ident)
             obj = None if entry is None else entry()
@@ -268,7 +271,7 @@ class Index(Generic[T]):
     ) -> None:
         keys: Keys | None = None
         related: list[object] = []
-        if obj in session:
+        if session.identity_map.contains_state(instance_state(obj)) or obj in session:
             reader = Reader(session, record.guard, obj, persisted)
             keys, related = self._read(reader)
             if reader.rewinds:

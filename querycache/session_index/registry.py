@@ -234,7 +234,7 @@ class SessionIndex:
             for attribute in {id(a): a for a in dependencies.declared}.values():
                 listen_to_attribute(self._listeners, attribute, index.related_changed)
             for owner in dict.fromkeys(attribute.parent.class_ for attribute in dependencies.declared):
-                listen_to_class(self._listeners, owner, index.related_changed)
+                listen_to_class(self._listeners, owner, index.related_changed, index.related_changed)
         if unique:
             self._listeners.add(
                 self._scope.event_target, "before_flush", self._make_unique_check(index, tracker)

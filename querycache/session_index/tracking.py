@@ -1,7 +1,7 @@
 """Learning that objects have changed.
 
 No event maintains an index. An event only marks the object, and the next lookup reads the marked objects
-again. So an event costs one dictionary entry, whatever the number of indexes; nothing depends on whether an
+again. So an event costs next to nothing, whatever the number of indexes; nothing depends on whether an
 event comes before or after the change that it tells of; and index functions never run inside a flush or a
 load.
 
@@ -75,14 +75,17 @@ class Listeners:
             event.remove(*self._listeners.pop())
 
 
-def listen_to_class(listeners: Listeners, cls: type[Any], mark: Callable[[State], None]) -> None:
-    """Call ``mark(state)`` for every event by which objects of a class change, other than a load."""
+def listen_to_class(
+    listeners: Listeners, cls: type[Any], mark: Callable[[State], None], flushed: Callable[[State], None]
+) -> None:
+    """Call ``mark(state)`` for every event by which objects of a class change, other than a load, and
+    ``flushed(state)`` when an object was written to the database."""
 
     def on_instance_event(state: State, *_: object) -> None:
         mark(state)
 
     def on_flushed(mapper: object, connection: object, state: State) -> None:
-        mark(state)
+        flushed(state)
 
     for name in _INSTANCE_EVENTS:
         listeners.add(cls, name, on_instance_event, raw=True, propagate=True)
@@ -119,11 +122,12 @@ class ClassTracker:
         self.cls = cls
         self.records: dict[int, Record] = {}
         self._marks: dict[int, Marks] = {}
+        self._loaded: dict[int, Callable[[weakref.ref[Any]], None]] = {}
         self._listeners = listeners
         self._attributes: set[tuple[type[Any], str]] = set()
         self._mark = self._make_marker()
         listeners.add(cls, "load", self._make_load_listener(), raw=True, propagate=True)
-        listen_to_class(listeners, cls, self._mark)
+        listen_to_class(listeners, cls, self._mark, self._flushed)
 
     def depend_on(self, attributes: Iterable[QueryableAttribute[Any]]) -> None:
         """Mark objects when one of these attributes changes."""
@@ -137,16 +141,23 @@ class ClassTracker:
         """Keep marks for a session from now on."""
         record = self.records[session.hash_key] = Record(guard)
         self._marks[session.hash_key] = record.marks
+        self._loaded[session.hash_key] = record.loaded.append
         return record
 
     def stop(self, session_key: int) -> None:
         """Forget a session."""
         self._marks.pop(session_key, None)
+        self._loaded.pop(session_key, None)
         self.records.pop(session_key, None)
 
     def mark(self, state: State) -> None:
         """Read an object again before the next lookup in its session."""
         self._mark(state)
+
+    def _flushed(self, state: State) -> None:
+        record = self.records.get(state.session_id)  # type: ignore[arg-type]
+        if record is not None:
+            record.marks[id(state)] = record.flushing[id(state)] = state.obj
 
     def records_of(self, state: State) -> Iterable[Record]:
         """Where an object may be in use: in its session, or anywhere if it is in none."""
@@ -155,7 +166,7 @@ class ClassTracker:
         record = self.records.get(state.session_id)
         return () if record is None else (record,)
 
-    # These run for every row and every assignment, so they are closures over a dictionary.
+    # These run for every assignment and every row, so they are closures over a dictionary.
 
     def _make_marker(self) -> Callable[[State], None]:
         marks_of = self._marks
@@ -168,12 +179,12 @@ class ClassTracker:
         return mark
 
     def _make_load_listener(self) -> Callable[[State, object], None]:
-        marks_of = self._marks
+        append_of = self._loaded
 
         def on_load(state: State, context: object) -> None:
-            marks = marks_of.get(state.session_id)  # type: ignore[arg-type]
-            if marks is not None:
-                marks[id(state)] = state.obj
+            append = append_of.get(state.session_id)  # type: ignore[arg-type]
+            if append is not None:
+                append(state.obj)
 
         return on_load
 
@@ -221,12 +232,14 @@ class SessionWatch:
             record.marks[id(state)] = state.obj
 
     def _flushed(self, session: Session, flush_context: UOWTransaction) -> None:
-        # an object that had changes when it was read may have none now, of which no event tells
+        # only now are the objects persistent and unmodified, of which no event tells each of them
         for record in self._records.values():
             with record:
                 for contents in record.views.values():
                     contents.stale.update(contents.modified)
                     contents.modified.clear()
+            record.marks.update(record.flushing)
+            record.flushing.clear()
 
 
 def scan(session: Session, cls: type[Any]) -> Marks:
