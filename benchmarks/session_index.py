@@ -304,7 +304,9 @@ def measure_loading(rows: int, rounds: int) -> Iterator[Line]:
     yield line(f"{what}: one index / none", took, "one", "plain", "<= 1.15")
     yield line(f"{what}: five indexes / none", took, "five", "plain")
     yield line(f"{what}: one index, session without lookups / none", took, "unused", "plain")
-    yield line(f"{what}: a class without indexes beside indexed ones / none", took, "bystander", "plain", "<= 1.05")
+    yield line(
+        f"{what}: a class without indexes beside indexed ones / none", took, "bystander", "plain", "<= 1.05"
+    )
     yield line(f"{what}, then a lookup: one index / none", took, "looked up", "plain")
 
 
@@ -314,7 +316,13 @@ def measure_setting(objects: int, rounds: int) -> Iterator[Line]:
     with indexed() as indexes, Session(engine) as session:
         held = {cls: session.scalars(select(cls)).all() for cls in (Plain, Bystander, One, Five)}
         indexes[One, "by_name"](session, "")
-        for name, key in (("by_name", ""), ("by_city", ""), ("by_age", 1), ("by_city_and_age", ("", 1)), ("by_email", "")):
+        for name, key in (
+            ("by_name", ""),
+            ("by_city", ""),
+            ("by_age", 1),
+            ("by_city_and_age", ("", 1)),
+            ("by_email", ""),
+        ):
             indexes[Five, name](session, key)
         count = iter(range(10**9))
 
@@ -334,10 +342,14 @@ def measure_setting(objects: int, rounds: int) -> Iterator[Line]:
     what = "setting an attribute"
     yield line(f"{what}: one index / none", took, "One", "Plain")
     yield line(f"{what}: five indexes / none", took, "Five", "Plain")
-    yield line(f"{what}: a class without indexes beside indexed ones / none", took, "Bystander", "Plain", "<= 1.05")
+    yield line(
+        f"{what}: a class without indexes beside indexed ones / none", took, "Bystander", "Plain", "<= 1.05"
+    )
 
 
-def measure(sizes: tuple[int, ...] = (10, 1_000, 100_000), rows: int = 10_000, rounds: int = 15) -> list[Line]:
+def measure(
+    sizes: tuple[int, ...] = (10, 1_000, 100_000), rows: int = 10_000, rounds: int = 15
+) -> list[Line]:
     """Every line of the table.
 
     :param sizes: the numbers of objects in a session, ascending.

@@ -87,7 +87,9 @@ def before_flush() -> None:
     Base.metadata.create_all(engine)
     maker = sessionmaker(engine)
     indexes = SessionIndex(maker)
-    open_tickets = indexes.index(Ticket.user, where=lambda ticket: ticket.is_open, depends_on=[Ticket.is_open])
+    open_tickets = indexes.index(
+        Ticket.user, where=lambda ticket: ticket.is_open, depends_on=[Ticket.is_open]
+    )
 
     @event.listens_for(maker, "before_flush")
     def check_limits(session: Session, flush_context: Any, instances: Any) -> None:

@@ -38,7 +38,8 @@ def resolve(label: str, attribute: Any) -> Attribute:
     if (
         not isinstance(attribute, QueryableAttribute)
         or not isinstance(attribute.parent, Mapper)
-        or attribute.extension_type is not NotExtension.NOT_EXTENSION
+        or attribute.parent.all_orm_descriptors[attribute.key].extension_type
+        is not NotExtension.NOT_EXTENSION
     ):
         raise ConfigurationError(
             f"index {label}: {attribute!r} is not a mapped attribute; give column, composite or relationship "

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from sqlalchemy.orm import InstanceState, Mapper, Session, configure_mappers
+from sqlalchemy.orm import InstanceState, Mapper, Session
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 
 from querycache.errors import ConfigurationError
 from querycache.session_index.contents import Contents, Keys, Record, has_none
-from querycache.session_index.dependencies import Dependencies
+from querycache.session_index.dependencies import Dependencies, all_attributes
 from querycache.session_index.errors import InvalidKey, UniqueConflict, UnknownKeys, describe
 from querycache.session_index.keys import KeySpec
 from querycache.session_index.loading import load_keys
@@ -180,12 +180,15 @@ class Index(Generic[T]):
     # Declaration and events
 
     def configure(self) -> None:
-        """Find out what depends on the mapper configuration; called once mappers are configured.
+        """Find out what depends on the mapper configuration; called whenever mappers were configured.
 
         :raises ConfigurationError: if an index cannot be made of what was declared.
         """
         self._spec.configure()
         self._dependencies.configure()
+        self._tracker.depend_on(self._spec.attributes)
+        if self._spec.undeclared:
+            self._tracker.depend_on(all_attributes(self._mapper))
 
     def related_changed(self, state: State) -> None:
         """An object that keys may be read from has changed."""
@@ -237,7 +240,8 @@ class Index(Generic[T]):
                 f"index {self.name} reads other objects, whose state as of the last flush is not kept; "
                 "look it up without persisted=True"
             )
-        configure_mappers()
+        self._mapper.registry.configure(cascade=True)
+        self.configure()
         record = self._start(session, self._tracker)
         contents = Contents(ordered=self.ordered)
         contents.stale.update(scan(session, self._mapper.class_))

@@ -36,6 +36,7 @@ from querycache.session_index.reading import PLAIN, UNKNOWN, Reader, is_expressi
 
 __all__ = ["ColumnPart", "CompositePart", "FunctionPart", "Part", "RelationshipPart", "canonical", "stored"]
 
+
 def stored(value: Any, session: Session | None = None) -> Any:
     """The form in which a value is kept in a key.
 

@@ -19,13 +19,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from querycache.errors import ConfigurationError
 from querycache.session_index.contents import Record
-from querycache.session_index.dependencies import (
-    Dependencies,
-    all_attributes,
-    columns_of,
-    owner_of,
-    resolve,
-)
+from querycache.session_index.dependencies import Dependencies, columns_of, owner_of, resolve
 from querycache.session_index.index import Index
 from querycache.session_index.keys import KeySpec
 from querycache.session_index.parts import ColumnPart, CompositePart, FunctionPart, Part, RelationshipPart
@@ -65,7 +59,6 @@ class SessionIndex:
         self._trackers: dict[type[Any], ClassTracker] = {}
         self._watches: dict[int, tuple[SessionWatch, weakref.finalize[Any, Any]]] = {}
         self._listeners = Listeners()
-        self._to_configure: list[Callable[[], None]] = []
         self._detached = False
 
     def index(
@@ -196,7 +189,6 @@ class SessionIndex:
         self._listeners.remove()
         for session_key in list(self._watches):
             self._forget(session_key)
-        self._to_configure.clear()
 
     def _declare(
         self,
@@ -228,6 +220,8 @@ class SessionIndex:
         index: Index[Any] = Index(
             mapper, tracker, self._start, spec, dependencies, unique=unique, ordered=ordered
         )
+        if mapper.configured:
+            index.configure()
         tracker.depend_on([*spec.attributes, *(dependencies.own or ())])
         if dependencies.linked:
             # by identity: == of attributes makes SQL
@@ -239,26 +233,16 @@ class SessionIndex:
             self._listeners.add(
                 self._scope.event_target, "before_flush", self._make_unique_check(index, tracker)
             )
-
-        def configure() -> None:
-            index.configure()
-            tracker.depend_on(spec.attributes)
-            if spec.undeclared:
-                tracker.depend_on(all_attributes(mapper))
-
-        if mapper.configured:
-            configure()
         if not self._all:
             self._listeners.add(Mapper, "after_configured", self._configure)
-        self._to_configure.append(configure)
         if name is not None:
             self._indexes[cls, name] = index
         self._all.append(index)
         return index
 
     def _configure(self) -> None:
-        for configure in self._to_configure:
-            configure()
+        for index in self._all:
+            index.configure()
 
     def _make_unique_check(
         self, index: Index[Any], tracker: ClassTracker
@@ -275,6 +259,8 @@ class SessionIndex:
     def _check_usable(self) -> None:
         if self._detached:
             raise ConfigurationError("this SessionIndex is detached; make a new one")
+        if self._scope.event_target is None:
+            raise ConfigurationError("the session of this SessionIndex is gone; make a new one")
 
     def _start(self, session: Session, tracker: ClassTracker) -> Record:
         self._check_usable()

@@ -103,10 +103,16 @@ def check_structure(index: Index[Any], session: Session) -> None:
         )
         if contents.order is not None:
             assert list(contents.order) == sorted(
-                key for key in contents.buckets if key is not None and not (isinstance(key, tuple) and None in key)
+                key
+                for key in contents.buckets
+                if key is not None and not (isinstance(key, tuple) and None in key)
             )
         assert contents.footprints.keys() <= contents.unknown.keys()
-        assert contents.related.keys() <= contents.placed.keys(), (its_index, contents.related, contents.placed)
+        assert contents.related.keys() <= contents.placed.keys(), (
+            its_index,
+            contents.related,
+            contents.placed,
+        )
         assert {i for marks in contents.dependents.values() for i in marks} == set(contents.related)
     for entry in record._entries.values():
         assert isinstance(entry, weakref.ref) and entry.uses > 0

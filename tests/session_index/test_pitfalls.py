@@ -20,7 +20,9 @@ from tests.session_index.models import Item, Label, Note, Person, Topic
 @pytest.fixture
 def people(session: Session) -> list[Person]:
     """Three people in the database, loaded."""
-    session.execute(insert(Person), [{"id": i, "kind": "person", "name": n, "age": i} for i, n in enumerate("abb", 1)])
+    session.execute(
+        insert(Person), [{"id": i, "kind": "person", "name": n, "age": i} for i, n in enumerate("abb", 1)]
+    )
     session.commit()
     return list(session.scalars(select(Person).order_by(Person.id)))
 
@@ -49,7 +51,9 @@ class TestG1TheRecipeStillMatches:
         session.flush()
         assert by_name(session, "a") == set()
 
-    def test_G1_after_expunge_and_close(self, indexes: SessionIndex, session: Session, people: list[Person]) -> None:
+    def test_G1_after_expunge_and_close(
+        self, indexes: SessionIndex, session: Session, people: list[Person]
+    ) -> None:
         by_name = indexes.index(Person.name)
         assert by_name(session, "b") == {people[1], people[2]}
         session.expunge(people[1])
@@ -93,7 +97,9 @@ class TestG1TheRecipeStillMatches:
 
 
 class TestG2ObjectsThatBreakTheRecipe:
-    def test_G2_merge_of_a_new_row(self, indexes: SessionIndex, session: Session, people: list[Person]) -> None:
+    def test_G2_merge_of_a_new_row(
+        self, indexes: SessionIndex, session: Session, people: list[Person]
+    ) -> None:
         by_name = indexes.index(Person.name)
         assert by_name(session, "x") == set()
         merged = session.merge(Person(id=9, name="x"))
@@ -191,7 +197,8 @@ class TestG4WhichEventTells:
         by_name = indexes.index(Person.name)
         assert by_name(session, "b") == {people[1], people[2]}
         session.execute(
-            update(Person).where(Person.age < 3).values(name="z"), execution_options={"synchronize_session": how}
+            update(Person).where(Person.age < 3).values(name="z"),
+            execution_options={"synchronize_session": how},
         )
         found = by_name.lookup(session, "z")
         assert found.known | found.unknown == {people[0], people[1]}
@@ -207,7 +214,9 @@ class TestG4WhichEventTells:
         session.execute(delete(Person).where(Person.age < 3), execution_options={"synchronize_session": how})
         assert by_name(session, "b") == {people[2]}
 
-    def test_G4_rollback_of_a_delete(self, indexes: SessionIndex, session: Session, people: list[Person]) -> None:
+    def test_G4_rollback_of_a_delete(
+        self, indexes: SessionIndex, session: Session, people: list[Person]
+    ) -> None:
         by_name = indexes.index(Person.name)
         session.delete(people[0])
         session.flush()
@@ -262,7 +271,9 @@ class TestG4WhichEventTells:
         assert by_name(session, "b") == {people[1], people[2]}
         assert by_name.verify(session) == []
 
-    def test_G4_set_committed_value(self, indexes: SessionIndex, session: Session, people: list[Person]) -> None:
+    def test_G4_set_committed_value(
+        self, indexes: SessionIndex, session: Session, people: list[Person]
+    ) -> None:
         """No event tells of it: ``verify`` does, and ``touch`` says so."""
         by_name = indexes.index(Person.name)
         assert by_name(session, "a") == {people[0]}

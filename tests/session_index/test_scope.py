@@ -81,6 +81,8 @@ def test_one_session_which_is_not_kept_alive(new_index: NewIndex) -> None:
     del session
     gc.collect()
     assert gone() is None
+    with pytest.raises(ConfigurationError, match="the session of this SessionIndex is gone"):
+        indexes.index(Person.age)
     indexes.detach()
 
 
@@ -250,9 +252,7 @@ def test_a_session_without_lookups_has_no_listener(new_index: NewIndex, engine: 
     with Session(engine) as used, Session(engine) as unused:
         by_name(used, "x")
         assert list(used.dispatch.after_attach)
-        assert [
-            name for name in events_of(SessionEvents) if list(getattr(unused.dispatch, name))
-        ] == []
+        assert [name for name in events_of(SessionEvents) if list(getattr(unused.dispatch, name))] == []
 
 
 def test_a_class_without_indexes_has_no_listener(new_index: NewIndex, engine: Engine) -> None:

@@ -68,15 +68,32 @@ class SessionIndexMachine(RuleBasedStateMachine):
                     insert(Person),
                     [
                         {"id": 1, "kind": "person", "name": "a", "age": 1, "bio": "a", "country_code": "x"},
-                        {"id": 2, "kind": "clerk", "name": "b", "age": None, "bio": None, "country_code": None},
+                        {
+                            "id": 2,
+                            "kind": "clerk",
+                            "name": "b",
+                            "age": None,
+                            "bio": None,
+                            "country_code": None,
+                        },
                     ],
                 )
-                session.execute(insert(Manager), [{"id": 3, "kind": "manager", "name": "b", "age": 2, "grade": 1}])
+                session.execute(
+                    insert(Manager), [{"id": 3, "kind": "manager", "name": "b", "age": 2, "grade": 1}]
+                )
                 session.execute(
                     insert(Item),
                     [
                         {"id": 1, "title": "a", "tags": ["t", "u"], "x": 0, "y": 0, "owner_id": 1},
-                        {"id": 2, "title": "b", "tags": None, "x": 1, "y": None, "owner_id": 3, "parent_id": 1},
+                        {
+                            "id": 2,
+                            "title": "b",
+                            "tags": None,
+                            "x": 1,
+                            "y": None,
+                            "owner_id": 3,
+                            "parent_id": 1,
+                        },
                         {"id": 3, "title": None, "tags": [], "owner_id": None},
                     ],
                 )
@@ -464,7 +481,8 @@ class SessionIndexMachine(RuleBasedStateMachine):
     @rule(side=sides, age=ages)
     def bulk_update_by_primary_key(self, side: int, age: int | None) -> None:
         self.attempt(
-            side, lambda: self.sessions[side].execute(update(Person), [{"id": 1, "age": age}, {"id": 2, "age": 1}])
+            side,
+            lambda: self.sessions[side].execute(update(Person), [{"id": 1, "age": age}, {"id": 2, "age": 1}]),
         )
 
     @rule(side=sides, tag=st.sampled_from(NAMES), how=synchronize)
