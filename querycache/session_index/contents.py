@@ -158,9 +158,9 @@ class Record:
 
     :ivar guard: what keeps the session from emitting SQL while an index reads.
     :ivar marks: the objects of which an event told something since the last lookup.
-    :ivar loaded: the objects that were loaded since the last lookup. This is apart from the marks because it is
-        the one thing that happens row by row, and appending is the cheapest that can be done. A full queue has
-        lost some: the next lookup looks through the session, which so many rows have paid for.
+    :ivar loaded: the objects that were loaded since the last lookup. This is apart from the marks because
+        it is the one thing that happens row by row, and appending is the cheapest that can be done. A full
+        queue has lost some: the next lookup looks through the session, which so many rows have paid for.
     :ivar flushing: the objects written by a flush that is not over: what was flushed last changes for each at
         a moment that no event tells of.
     :ivar views: the contents of each index that was used in this session, by (index, persisted).
@@ -216,20 +216,18 @@ class Record:
             if entry is not None and entry() is not obj:
                 self._bury(entry)
                 entry = None
-            if entry is None:
-                if not belongs:
+            if entry is not None:
+                if belongs and contents.placed.get(ident) == keys:
                     return
-                entry = Entry(obj, self._on_collected)
-                entry.ident, entry.uses = ident, 0
-                self._entries[ident] = entry
-            elif belongs and contents.placed.get(ident) == keys:
-                return
-            try:
                 contents.drop(entry)
-                if belongs and keys is not None:
+            elif belongs:
+                entry = self._entries[ident] = Entry(obj, self._on_collected)
+                entry.ident, entry.uses = ident, 0
+            try:
+                if entry is not None and keys is not None and belongs:
                     contents.put(entry, keys)
             finally:
-                if not entry.uses:
+                if entry is not None and not entry.uses:
                     del self._entries[ident]
 
     def objects(self, buckets: Iterable[dict[int, Entry]]) -> Iterator[Any]:

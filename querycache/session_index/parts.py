@@ -252,14 +252,13 @@ class FunctionPart(Part):
         self.silent = own is None or bool(self._relationships)
 
     def read(self, reader: Reader) -> Any:
-        if reader.persistent:
-            values, state = reader.values, reader.state
-            for key in self._columns:
-                if key in state.expired_attributes and key not in values:
-                    return UNKNOWN
-            for key in self._relationships:
-                if key not in values and key in state.manager:
-                    return UNKNOWN
+        values, state = reader.values, reader.state
+        for key in self._columns:
+            if key in state.expired_attributes and key not in values:
+                return UNKNOWN
+        for key in self._relationships if reader.persistent else ():
+            if key not in values and key in state.manager:
+                return UNKNOWN
         if reader.has_expression(self._columns if self.declared else None):
             return UNKNOWN
         try:

@@ -128,7 +128,7 @@ class Reader:
                 return UNKNOWN
         elif key in self.values:
             return self.values[key]
-        if self.persistent and key in self.state.expired_attributes:
+        if key in self.state.expired_attributes:
             return UNKNOWN
         return self._guard.run(self.session, attrgetter(key), self.obj)
 
@@ -165,7 +165,7 @@ class Reader:
 
     def call(self, function: Callable[[Any], Any]) -> Any:
         """What a function of the application makes of the object."""
-        if self.persistent and len(self.values) == 1:
+        if len(self.values) == 1 and (self.persistent or self.state.expired_attributes):
             return UNKNOWN  # nothing but the instance state is left: spares the loaders an attempt
         return self._guard.run(self.session, function, self._as_flushed() if self.rewinds else self.obj)
 

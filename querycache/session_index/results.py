@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, MutableSet
+from collections.abc import Hashable, Iterable, Iterator, MutableSet, Set
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -32,6 +32,13 @@ class ObjectSet(MutableSet[T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._by_id)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Set):
+            return NotImplemented
+        return len(self) == len(other) and all(item in other for item in self)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def add(self, value: T) -> None:
         self._by_id[id(value)] = value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sqlalchemy import inspect
-from sqlalchemy.orm import Session, attributes
+from sqlalchemy.orm import LoaderCallableStatus, Session
 from sqlalchemy.sql import ClauseElement
 
 from querycache.session_index import Index, ObjectSet
@@ -20,13 +20,13 @@ def column(obj: Any, key: str, persisted: bool = False) -> Any:
     state = inspect(obj)
     if persisted and key in state.committed_state:
         value = state.committed_state[key]
-        return UNKNOWN if value is attributes.NO_VALUE else value
+        return UNKNOWN if isinstance(value, LoaderCallableStatus) else value
     if key in state.dict:
         value = state.dict[key]
         return UNKNOWN if isinstance(value, ClauseElement) else value
-    if state.key is None:
-        return None
-    if key in state.expired_attributes or key in state.callables or key == "bio":
+    if key in state.expired_attributes:
+        return UNKNOWN
+    if state.key is not None and (key in state.callables or key == "bio"):
         return UNKNOWN
     return None  # it was never set, and SQLAlchemy says None without asking
 
@@ -39,7 +39,7 @@ def related(obj: Any, key: str, persisted: bool = False) -> Any:
         return UNKNOWN if state.key is not None else ([] if many else None)
     if persisted and key in state.committed_state:
         value = state.committed_state[key]
-        return UNKNOWN if value is attributes.NO_VALUE else value
+        return UNKNOWN if isinstance(value, LoaderCallableStatus) else value
     return state.dict[key]
 
 
@@ -82,8 +82,20 @@ def check(
         known = ObjectSet(
             obj for obj, its in keys if its is not UNKNOWN and any(matches(key, value) for key in its)
         )
-        assert found.known == known, (index, value, persisted, list(found.known), list(known))
-        assert found.unknown == unknown, (index, value, persisted, list(found.unknown), list(unknown))
+        where = f"{index} for {value!r}{' as of the last flush' if persisted else ''}"
+        assert found.known == known, f"{where}: {describe(found.known ^ known)}"
+        assert found.unknown == unknown, f"{where}: unknown {describe(found.unknown ^ unknown)}"
+
+
+def describe(objects: Iterable[Any]) -> str:
+    """What an object is made of, for a failure that cannot be repeated easily."""
+    return "; ".join(
+        f"{type(obj).__name__} key={state.key} session={state.session_id} values={state.dict} "
+        f"expired={state.expired_attributes} callables={list(state.callables)} "
+        f"committed={state.committed_state} deleted={state.deleted} modified={state.modified}"
+        for obj in objects
+        for state in [inspect(obj)]
+    )
 
 
 def check_structure(index: Index[Any], session: Session) -> None:
@@ -102,7 +114,7 @@ def check_structure(index: Index[Any], session: Session) -> None:
             len(keys) for keys in contents.placed.values() if isinstance(keys, tuple)
         )
         if contents.order is not None:
-            assert list(contents.order) == sorted(
+            assert list(contents.order) == sorted(  # type: ignore[type-var]
                 key
                 for key in contents.buckets
                 if key is not None and not (isinstance(key, tuple) and None in key)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import ForeignKey, select
 from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -21,7 +22,6 @@ from sqlalchemy.orm import (
     relationship,
     sessionmaker,
 )
-from sqlalchemy import ForeignKey, select
 
 from querycache.errors import ConfigurationError, QueryCacheError
 from querycache.session_index import InvalidKey, ObjectSet, SessionIndex, UniqueConflict
@@ -510,7 +510,7 @@ class TestRefusals:
             indexes.index()
 
     def test_attributes_of_two_classes(self, indexes: SessionIndex) -> None:
-        with pytest.raises(ConfigurationError, match="Item.title is not an attribute of Person"):
+        with pytest.raises(ConfigurationError, match=r"Item.title is not an attribute of Person"):
             indexes.index(Person.name, Item.title)
 
     @pytest.mark.parametrize("cls", [int, DeclarativeBase, None, "Person", Person()])
@@ -538,11 +538,11 @@ class TestRefusals:
 
     def test_dependencies_that_lead_nowhere(self, indexes: SessionIndex) -> None:
         with pytest.raises(
-            ConfigurationError, match="depends_on has Person.name, but no relationship to Person"
+            ConfigurationError, match=r"depends_on has Person.name, but no relationship to Person"
         ):
             indexes.indexed(Item, "x", depends_on=[Person.name])(lambda item: 1)
         with pytest.raises(
-            ConfigurationError, match="depends_on has Country.title, but no relationship to Country"
+            ConfigurationError, match=r"depends_on has Country.title, but no relationship to Country"
         ):
             indexes.indexed(Item, "x", depends_on=[Item.owner, Country.title])(lambda item: 1)
         indexes.indexed(Item, "x", depends_on=[Item.owner, Person.country, Country.title])(lambda item: 1)

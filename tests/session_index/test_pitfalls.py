@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import delete, event, insert, inspect, select, update
+from sqlalchemy import delete, event, insert, inspect, select, text, update
 from sqlalchemy.orm import Session, SessionEvents, object_session
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -136,7 +136,7 @@ class TestG3NoSQL:
         with statements.none():
             for index, key in ((by_name, "b"), (indexes.by_upper, "B")):
                 known, unknown = index.lookup(session, key)
-                assert (known, unknown) == (set(), set(people))
+                assert known == set() and unknown == set(people)
 
     def test_G3_deferred(
         self, indexes: SessionIndex, session: Session, people: list[Person], statements: Statements
@@ -183,7 +183,7 @@ class TestG4WhichEventTells:
     def test_G4_reload_refreshes(self, indexes: SessionIndex, session: Session, people: list[Person]) -> None:
         by_name = indexes.index(Person.name)
         assert by_name(session, "a") == {people[0]}
-        session.connection().execute(update(Person.__table__).values(name="z"))
+        session.connection().execute(text("UPDATE person SET name = 'z'"))
         assert by_name(session, "a") == {people[0]}  # what the object holds
         session.refresh(people[0])
         assert by_name(session, "z") == {people[0]}

@@ -163,12 +163,12 @@ def test_two_factories_with_the_same_classes(new_index: NewIndex, engine: Engine
 
 def listeners() -> dict[tuple[str, str], int]:
     """How many listeners every event has that an index could listen for."""
-    found = {}
+    found: dict[tuple[str, str], int] = {}
     session = Session()
     for name in events_of(SessionEvents):
         found["Session", name] = len(list(getattr(session.dispatch, name)))
     for cls in (Person, Manager, Clerk, Item, Label, Country):
-        mapper = inspect(cls)
+        mapper: Any = inspect(cls)
         for name in events_of(InstanceEvents):
             found[cls.__name__, name] = len(list(getattr(mapper.class_manager.dispatch, name)))
         for name in events_of(MapperEvents):
@@ -225,7 +225,7 @@ def test_detach_leaves_no_memory(engine: Engine) -> None:
     with Session(engine) as session:
         person = Person(name="x")
         session.add(person)
-        held = [weakref.ref(indexes), *(weakref.ref(index) for index in indexes._all)]
+        held: list[weakref.ref[Any]] = [weakref.ref(indexes), *(weakref.ref(index) for index in indexes._all)]
         assert indexes.by_upper(session, "x") == {person}
         held.extend(weakref.ref(record) for t in indexes._trackers.values() for record in t.records.values())
         indexes.detach()
