@@ -1,0 +1,13 @@
+"""The strategies, one file each; `STRATEGIES` finds one by its name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from querycache.denormalize.strategies.base import Strategy
+from querycache.denormalize.strategies.recount import Recount
+from querycache.denormalize.strategies.sql import Sql
+
+__all__ = ["STRATEGIES", "Strategy"]
+
+STRATEGIES: Final[dict[str, Strategy]] = {strategy.name: strategy for strategy in (Sql(), Recount())}
