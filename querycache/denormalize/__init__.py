@@ -24,7 +24,6 @@ from querycache.denormalize.declare import (
 )
 from querycache.denormalize.errors import (
     AggregateMismatch,
-    ConcurrentChange,
     DenormalizeError,
     DenormalizeWarning,
     ReadOnlyAggregate,
@@ -34,7 +33,6 @@ from querycache.denormalize.listeners import install as _install
 
 __all__ = [
     "AggregateMismatch",
-    "ConcurrentChange",
     "DenormalizeError",
     "DenormalizeWarning",
     "Expression",

@@ -16,7 +16,7 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, FromClause, Join, Select, Table, and_, bindparam, case, select, tuple_, types
+from sqlalchemy import BindParameter, ColumnElement, FromClause, Join, Select, Table, and_, bindparam, case, select, tuple_, types
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty, aliased
 from sqlalchemy.sql import visitors
@@ -54,7 +54,7 @@ def attribute_columns(entity: Any, names: Sequence[str]) -> tuple[ColumnElement[
 
 def key_condition(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[bool]:
     """The condition that `columns` are one of the keys given as parameter `keys`."""
-    keys = bindparam("keys", expanding=True)
+    keys: BindParameter[Any] = bindparam("keys", expanding=True)
     return columns[0].in_(keys) if len(columns) == 1 else tuple_(*columns).in_(keys)
 
 
@@ -94,7 +94,7 @@ class Chain:
         self.root = root
         self.relationships = relationships
         self.mappers: tuple[Mapper[Any], ...] = (root, *(step.mapper for step in relationships))
-        self.keys = tuple(primary_keys(mapper) for mapper in self.mappers)
+        self.keys: tuple[tuple[str, ...], ...] = tuple(primary_keys(mapper) for mapper in self.mappers)
         self.links = tuple(
             _link(upper, step, name) for upper, step in zip(self.mappers, relationships, strict=False)
         )
@@ -304,29 +304,10 @@ class Aggregate:
     def recount_parts(self, entities: tuple[Any, ...]) -> Sequence[ColumnElement[Any]]:
         """The parts over an outer join: a parent without children has one row, which must not count."""
         if self.kind.ordered:
-            return (self._latest(entities),)
+            parent = attribute_columns(entities[0], self.chain.keys[0])
+            return (self.last(parent).correlate(entities[0]).scalar_subquery(),)
         child = attribute_columns(entities[-1], self.chain.keys[-1])[0]
         return self.kind.parts(self._value(entities, child.is_not(None)))
-
-    def _latest(self, outer: tuple[Any, ...]) -> ColumnElement[Any]:
-        entities = self.chain.entities()
-        measure, condition = self.measure(entities), self.condition(entities)
-        assert measure is not None and self.declaration.order_by is not None
-        order = getattr(entities[-1], self.declaration.order_by)
-        same = [
-            inner == wanted
-            for inner, wanted in zip(
-                attribute_columns(entities[0], self.chain.keys[0]),
-                attribute_columns(outer[0], self.chain.keys[0]),
-                strict=True,
-            )
-        ]
-        statement = self.chain.join(select(measure), entities, outer=False).where(*same)
-        if condition is not None:
-            statement = statement.where(condition)
-        last = [column.desc() for column in attribute_columns(entities[-1], self.chain.keys[-1])]
-        ordered = statement.order_by(case((order.is_(None), 1), else_=0), order.desc(), *last).limit(1)
-        return ordered.correlate(outer[0]).scalar_subquery()
 
     def finish(self, parts: Parts) -> Any:
         """The column's value of `parts`, as the column's type holds it."""
@@ -352,6 +333,24 @@ class Aggregate:
             # Databases round halves away from zero when they store a Numeric.
             return number if type_.scale is None else number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
         return value
+
+    def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
+        """The column's value in SQL over all rows of an inner join."""
+        return self.kind.whole(self._value(entities))
+
+    def last(self, parent: Sequence[ColumnElement[Any]]) -> Select[Any]:
+        """For latest_of: the measure of the last child of the parent whose key is `parent`."""
+        entities = self.chain.entities()
+        measure, condition = self.measure(entities), self.condition(entities)
+        assert measure is not None and self.declaration.order_by is not None
+        order = getattr(entities[-1], self.declaration.order_by)
+        keys = attribute_columns(entities[0], self.chain.keys[0])
+        same = [inner == wanted for inner, wanted in zip(keys, parent, strict=True)]
+        statement = self.chain.join(select(measure), entities, outer=False).where(*same)
+        if condition is not None:
+            statement = statement.where(condition)
+        last = [column.desc() for column in attribute_columns(entities[-1], self.chain.keys[-1])]
+        return statement.order_by(case((order.is_(None), 1), else_=0), order.desc(), *last).limit(1)
 
     def counts(self, row: Any) -> bool:
         """Whether a row of the child counts, by the condition in Python."""
@@ -408,15 +407,17 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
         return read, foreign
     if given.sql is not None:
         entities = chain.entities()
-        tables = [dict(_tables(sqlalchemy_inspect(entity).selectable)) for entity in entities]
+        tables: list[dict[Any, Table]] = [
+            dict(_tables(sqlalchemy_inspect(entity).selectable)) for entity in entities
+        ]
         built = sql_of(given, entities)
         for element in visitors.iterate(built) if built is not None else ():
-            origin = getattr(element, "table", None)
+            origin: Any = getattr(element, "table", None)
             if not isinstance(origin, FromClause):
                 continue
             for level, aliases in enumerate(tables):
                 if origin in aliases:
-                    column = (aliases[origin].fullname, element.name)  # type: ignore[attr-defined]
+                    column = (aliases[origin].fullname, str(getattr(element, "name", "")))
                     read[level] |= mapped_attributes(chain.mappers[level], [column])
                     break
             else:

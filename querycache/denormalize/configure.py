@@ -21,7 +21,7 @@ from querycache.denormalize.declare import INFO_KEY, Declaration
 from querycache.denormalize.plan import Plan
 from querycache.errors import ConfigurationError
 
-__all__ = ["aggregates_of", "broken", "build", "maintain", "note", "on_plan"]
+__all__ = ["aggregates_of", "any_broken", "broken", "build", "maintain", "note", "on_plan", "raise_if_broken"]
 
 _pending: weakref.WeakSet[Mapper[Any]] = weakref.WeakSet()
 _broken: weakref.WeakKeyDictionary[MetaData, ConfigurationError] = weakref.WeakKeyDictionary()
@@ -31,6 +31,17 @@ _hooks: list[Callable[[Plan], None]] = []
 def on_plan(hook: Callable[[Plan], None]) -> None:
     """Have `hook` called with each plan that is made."""
     _hooks.append(hook)
+
+
+def any_broken() -> bool:
+    return bool(_broken)
+
+
+def raise_if_broken(entity: type[Any]) -> None:
+    """Raise what was wrong with the aggregates of the entity's MetaData."""
+    error = _broken.get(_metadata(_mapper(entity)))
+    if error is not None:
+        raise error
 
 
 def broken(metadata: MetaData) -> ConfigurationError | None:
@@ -153,7 +164,7 @@ def _mapper(entity: Any) -> Mapper[Any]:
     return found
 
 
-def _metadata(mapper: Mapper[Any]) -> MetaData:
+def _metadata(mapper: Any) -> MetaData:
     table = mapper.local_table
     return table.metadata if isinstance(table, Table) else mapper.registry.metadata
 
@@ -178,9 +189,10 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
             if not isinstance(column.table, Table):
                 raise ConfigurationError(f"{name}: an aggregate needs a column of a table, not of {column.table!r}")
             steps = _steps(root, declaration, name)
-            chain = chains.get((root, *steps))
+            identity = (root, *steps)
+            chain = chains.get(identity)
             if chain is None:
-                chain = chains[(root, *steps)] = Chain(root, steps, name)
+                chain = chains[identity] = Chain(root, steps, name)
             aggregates.append(Aggregate(declaration, chain, key, column, name))
     checks.check(aggregates)
     plan = Plan(metadata, aggregates, mapper.registry.mappers)

@@ -6,7 +6,6 @@ from querycache.errors import QueryCacheError
 
 __all__ = [
     "AggregateMismatch",
-    "ConcurrentChange",
     "DenormalizeError",
     "DenormalizeWarning",
     "ReadOnlyAggregate",
@@ -24,10 +23,6 @@ class ReadOnlyAggregate(DenormalizeError, AttributeError):
 
 class UncoveredChange(DenormalizeError):
     """A write that would leave an aggregate wrong, stopped before it does."""
-
-
-class ConcurrentChange(DenormalizeError):
-    """A bulk statement met rows that another transaction changed meanwhile; the transaction may be retried."""
 
 
 class AggregateMismatch(DenormalizeError):

@@ -155,10 +155,13 @@ class Keeper:
             for name, strategy in STRATEGIES.items():
                 held = [one for one in plan.aggregates if one.strategy == name]
                 if held:
-                    strategy.after_flush(session, held)
+                    for aggregate, keys in strategy.after_flush(session, held).items():
+                        self._stale.setdefault(aggregate, set()).update(keys)
 
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
         self.show(session, stale)
 
     def show(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
@@ -167,6 +170,8 @@ class Keeper:
     def after_rollback(self, session: Session) -> None:
         """A rollback, also to a savepoint, takes back values that the ORM does not know to have changed."""
         self.works, self._stale = {}, {}
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
         for instance, names in list(self._shown.items()):
             if instance in session and sqlalchemy_inspect(instance).persistent:
                 session.expire(instance, names)

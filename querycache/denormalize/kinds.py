@@ -106,6 +106,10 @@ class Kind(ABC):
         """What a change of the touched rows from `before` to `after` does; None if nothing."""
 
     @abstractmethod
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        """The value of the column as one SQL expression over all rows."""
+
+    @abstractmethod
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         """Why `column` cannot hold this aggregate over `measure` (None: of unknown type), if it cannot."""
 
@@ -145,6 +149,9 @@ class Count(Kind):
         difference = after[0] - before[0]
         return Increment(difference) if difference else None
 
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.count(value)
+
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         return None if _is(column, types.Integer) else "a count needs an integer column"
 
@@ -173,6 +180,9 @@ class Sum(Kind):
     def change(self, before: Parts, after: Parts) -> Change | None:
         difference = (after[0] or 0) - (before[0] or 0)
         return Increment(difference) if difference else None
+
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.coalesce(func.sum(value), 0)
 
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         if _is_float(column) or _is_float(measure):
@@ -248,6 +258,9 @@ class Min(Extreme):
     def parts(self, value: ColumnElement[Any]) -> Sequence[ColumnElement[Any]]:
         return (func.count(value), func.min(value))
 
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.min(value)
+
 
 class Max(Extreme):
     name = "max_of"
@@ -255,6 +268,9 @@ class Max(Extreme):
 
     def parts(self, value: ColumnElement[Any]) -> Sequence[ColumnElement[Any]]:
         return (func.count(value), func.max(value))
+
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.max(value)
 
 
 class Avg(Kind):
@@ -283,6 +299,9 @@ class Avg(Kind):
 
     def change(self, before: Parts, after: Parts) -> Change | None:
         return RECOUNT if before != after else None
+
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.avg(value)
 
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         if not _is(column, types.Numeric, types.Float):
@@ -315,6 +334,9 @@ class Exists(Kind):
             return None
         return Merge("set", True) if after[0] else RECOUNT
 
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return func.count(value) > 0
+
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         return None if _is(column, types.Boolean) else "it needs a Boolean column"
 
@@ -344,6 +366,9 @@ class Latest(Kind):
 
     def change(self, before: Parts, after: Parts) -> Change | None:
         return RECOUNT
+
+    def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
+        return value
 
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:
         return _other_family(column, measure)

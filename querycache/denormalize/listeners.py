@@ -10,10 +10,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.orm import Mapper, Session
 
-from querycache.denormalize import configure, readonly
+from querycache.denormalize import bulk, configure, guard, readonly
 from querycache.denormalize.keeping import keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
@@ -39,6 +39,8 @@ def _plan_made(plan: Plan) -> None:
             STRATEGIES[aggregate.strategy].attach(plan, aggregate)
     if not event.contains(Session, "before_flush", _before_flush):
         event.listen(Session, "before_flush", _before_flush)
+        event.listen(Session, "do_orm_execute", bulk.do_orm_execute)
+        event.listen(Engine, "before_execute", guard.before_execute)
         event.listen(Session, "after_flush", _after_flush)
         event.listen(Session, "after_flush_postexec", _after_flush_postexec)
         event.listen(Session, "after_soft_rollback", _after_rollback)
@@ -46,10 +48,14 @@ def _plan_made(plan: Plan) -> None:
 
 
 def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
+    for instance in (*session.new, *session.dirty, *session.deleted) if configure.any_broken() else ():
+        configure.raise_if_broken(type(instance))
     keeper_of(session).before_flush(session)
+    guard.cover()
 
 
 def _after_flush(session: Session, flush_context: Any) -> None:
+    guard.uncover()
     keeper_of(session).after_flush(session)
 
 
@@ -58,6 +64,7 @@ def _after_flush_postexec(session: Session, flush_context: Any) -> None:
 
 
 def _after_rollback(session: Session, previous_transaction: Any) -> None:
+    guard.uncover()
     keeper_of(session).after_rollback(session)
 
 

@@ -85,6 +85,12 @@ class Locks:
             return statement.with_for_update(read=True)
         return statement
 
+    def claim(self, statement: Select[Any]) -> Select[Any]:
+        """`statement` as a read of current rows that are about to be changed."""
+        if self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED":
+            return statement.with_for_update()
+        return statement
+
     def lock(self, wanted: Mapping[Place, Iterable[Key]], *, roots: bool) -> None:
         """Lock the rows of each place, and all above them; the parents (level 0) too if `roots`."""
         if self.dialect == "sqlite":

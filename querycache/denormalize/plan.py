@@ -92,6 +92,20 @@ class Plan:
         for aggregate in aggregates:
             self.columns.setdefault(aggregate.table, {})[aggregate.column.key] = aggregate
 
+    def depending_on(self, table: Table) -> set[Aggregate]:
+        """The aggregates that rows of `table` contribute to, by themselves or by what their deletion takes along."""
+        found = {
+            held for place in self.relevant if table in self.tables_of(place) for held in self.by_chain[place.chain]
+        }
+        pending, seen = [table], {table}
+        while pending:
+            for edge in self.edges.get(pending.pop(), ()):
+                found.update(held for place in edge.places for held in self.by_chain[place.chain])
+                if edge.spreads and edge.table not in seen:
+                    seen.add(edge.table)
+                    pending.append(edge.table)
+        return found
+
     @staticmethod
     def tables_of(place: Place) -> Iterable[Table]:
         mapper = place.chain.mappers[place.level]

@@ -7,6 +7,7 @@ knows and the session does not. Taking in too much is harmless (`images.py`), so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Table, and_, select
@@ -217,7 +218,7 @@ def spread(locks: Locks, touched: Touched) -> None:
         table, keys = pending.popitem()
         for number, edge in enumerate(plan.edges.get(table, ())):
             statement = locks.read(
-                plan.memo(("edge", table, number), lambda edge=edge, table=table: _edge(edge, table))
+                plan.memo(("edge", table, number), partial(_edge, edge, table))
             )
             reached: set[Key] = set()
             for chunk in chunks(keys):

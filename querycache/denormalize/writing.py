@@ -7,6 +7,7 @@ whoever watches the writes of that connection sees them as what they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -101,12 +102,15 @@ def _write_table(locks: Locks, table: Table, rows: Mapping[Key, Mapping[Aggregat
         for aggregate in sorted(outcomes, key=lambda held: held.key):
             outcome = outcomes[aggregate]
             assert not isinstance(outcome, Recount)
-            how, amount = ("add", outcome.amount) if isinstance(outcome, Increment) else (outcome.how, outcome.value)
-            values[f"to_{len(shape)}"] = aggregate.fit(amount)
-            shape.append((aggregate, how))
+            if isinstance(outcome, Increment):
+                values[f"to_{len(shape)}"] = aggregate.fit(outcome.amount)
+                shape.append((aggregate, "add"))
+            else:
+                values[f"to_{len(shape)}"] = aggregate.fit(outcome.value)
+                shape.append((aggregate, outcome.how))
         prepared.append((tuple(shape), values))
-    for shape, group in groupby(prepared, key=lambda one: one[0]):
-        statement = locks.plan.memo(("update", table, shape), lambda shape=shape: _statement(table, shape))
+    for same_shape, group in groupby(prepared, key=lambda one: one[0]):
+        statement = locks.plan.memo(("update", table, same_shape), partial(_statement, table, same_shape))
         locks.connection.execute(statement, [values for _, values in group], execution_options=OWN)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sqlalchemy.orm import Session
 
-from querycache.denormalize.chain import Aggregate
+from querycache.denormalize.chain import Aggregate, Key
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.touched import Touched
@@ -54,6 +54,9 @@ class Strategy:
     ) -> None:
         """Called before a flush that touches the plan, with the touched rows locked."""
 
-    def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> set[Any]:
-        """Called after a flush that touched the plan; returns objects whose aggregates are stale in memory."""
-        return set()
+    def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
+        """Called after a flush that touched the plan; returns parents whose values are out of date in memory."""
+        return {}
+
+    def forget(self, session: Session) -> None:
+        """Called when a flush is over, and after each rollback."""
