@@ -29,8 +29,8 @@ class Kind:
 
     `prepare(programs, directory)` gives the commands that fill an empty `directory`; `command(programs,
     directory, port, durable)` gives the one that serves it; `ready(port)` asks the server whether it is. A
-    server that is not `durable` may lose commits when the machine stops, and is faster for it. `stop_signal`
-    ends it in order, `close_signal` at once, when its data is not wanted any more.
+    server that is not `durable` may lose commits when the machine stops (not when the server is killed), and
+    is faster for it. `stop_signal` ends it in order, `close_signal` at once, when its data is of no more use.
     """
 
     name: str
@@ -123,7 +123,7 @@ def _postgresql_command(programs: Programs, directory: Path, port: int, durable:
         "dynamic_shared_memory_type": "mmap",
     }
     if not durable:
-        settings.update(fsync="off", synchronous_commit="off", full_page_writes="off")
+        settings.update(fsync="off", full_page_writes="off")
     arguments = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
     return [programs["postgres"], "-D", str(directory / "data"), "-p", str(port), *arguments]
 
@@ -166,7 +166,7 @@ def _mariadb_command(programs: Programs, directory: Path, port: int, durable: bo
         *(f"--bind-address={HOST}", f"--port={port}", f"--socket={directory / 'mariadb.sock'}"),
         *(f"--init-file={directory / 'init.sql'}", "--skip-name-resolve", "--character-set-server=utf8mb4"),
         *("--innodb-buffer-pool-size=64M", _MARIADB_REDO_LOG, "--default-time-zone=+00:00"),
-        *([] if durable else ["--innodb-flush-log-at-trx-commit=0", "--skip-innodb-doublewrite"]),
+        *([] if durable else ["--innodb-flush-log-at-trx-commit=2", "--skip-innodb-doublewrite"]),
     ]
 
 
