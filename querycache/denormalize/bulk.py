@@ -8,10 +8,11 @@ but "trigger", which needs no help.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BindParameter, Delete, Insert, Result, Table, Update, literal, select, tuple_
+from sqlalchemy import Delete, Insert, Result, Table, Update, literal, select, tuple_
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
@@ -61,7 +62,8 @@ class _Target:
         self.state = state
         self.session: Session = state.session
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
-        self.columns = _columns_set(state.statement, self.rows, mapper)
+        self.dialect = self.session.get_bind(mapper=mapper, clause=state.statement).dialect
+        self.columns = _columns_set(state.statement, self.rows, self.dialect)
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():
             kept = [one for one in held if one.strategy != "trigger"]
@@ -123,7 +125,7 @@ class _Target:
 
 
 def _insert(target: _Target, statement: Insert) -> Result[Any]:
-    upsert = str(statement.compile(dialect=target.session.get_bind(mapper=target.mapper, clause=statement).dialect))
+    upsert = str(_compiled(statement, target.rows, target.dialect))
     if "DO UPDATE" in upsert or "ON DUPLICATE KEY" in upsert or "REPLACE" in upsert.split("INTO")[0]:
         raise UncoveredChange(
             f"an upsert on {target.name} may change rows whose old contribution to"
@@ -149,7 +151,7 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
 
 def _returning_keys(target: _Target, statement: Insert) -> tuple[set[Key], Result[Any]]:
     """Run an INSERT so that the keys of its rows are known; give the caller the result that it expects."""
-    dialect = target.session.get_bind(mapper=target.mapper, clause=statement).dialect
+    dialect = target.dialect
     if not dialect.insert_returning or not dialect.insert_executemany_returning:
         raise UncoveredChange(
             f"{dialect.name} cannot tell which rows a bulk INSERT on {target.name} has made, so"
@@ -167,7 +169,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
     if (
         isinstance(statement, Update)
         and target.places
-        and (target.columns is None or target.columns & set(target.key_names))
+        and (target.columns is None or target.columns & {str(column.key) for column in target.table.primary_key})
         and not target.rows
     ):
         raise UncoveredChange(
@@ -245,7 +247,7 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
         work = Work(target.session, target.plan, Touched())
         return set(keys_of(work.connection.execute(work.locks.claim(query)), len(names)))
     if isinstance(statement, Insert):
-        rows = target.rows or _literal_rows(statement)
+        rows = target.rows or _literal_rows(target)
         if rows and all(name in row for row in rows for name in names):
             return {tuple(row[name] for name in names) for row in rows}
     raise UncoveredChange(
@@ -259,7 +261,7 @@ def _expected_parents(target: _Target, place: Place, touched: Touched) -> None:
     names = place.chain.links[place.level - 1].attributes
     if not names:
         return
-    for row in (*target.rows, *_literal_rows(target.state.statement)):
+    for row in (*target.rows, *_literal_rows(target)):
         key = tuple(row.get(name) for name in names)
         if None not in key and not any(hasattr(part, "__clause_element__") for part in key):
             touched.parents.setdefault(Place(place.chain, place.level - 1), set()).add(key)
@@ -275,44 +277,55 @@ def _parameter_rows(parameters: Any) -> list[dict[str, Any]]:
     return [dict(parameters)] if isinstance(parameters, Mapping) else [dict(row) for row in parameters]
 
 
-# SQLAlchemy has no public way to ask a DML statement which columns it sets. The attributes `_values`,
-# `_ordered_values`, `_multi_values` and `_select_names` were read in 2.0.57 and 2.1.9; the tests of bulk statements fail
-# when they move.
+_NESTED = re.compile(r"\([^()]*\)")
+_SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
+_INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
 
 
-def _columns_set(
-    statement: Any, rows: Sequence[Mapping[str, Any]], mapper: Mapper[Any] | None
-) -> set[str] | None:
-    """The names (attribute or column keys) that a statement writes; None if it cannot be told."""
+def _columns_set(statement: Any, rows: Sequence[Mapping[str, Any]], dialect: Any) -> set[str] | None:
+    """The keys of the columns that a statement writes; None if it cannot be told.
+
+    SQLAlchemy has no public way to ask. The text of the statement has, and it holds no values: those are parameters.
+    """
     if isinstance(statement, Delete):
         return set()
+    table: Table = statement.table
     names = {name for row in rows for name in row}
-    for row in _literal_rows(statement):
-        names.update(row)
-    if isinstance(statement, Insert):
-        names.update(_name(column) for column in statement._select_names or ())
-    if isinstance(statement, Update) and rows and mapper is not None:
-        names -= set(primary_keys(mapper))
+    if not rows or isinstance(statement, Insert):
+        text = str(_compiled(statement, rows, dialect))
+        if isinstance(statement, Insert):
+            found = _INTO.search(text)
+            written = found.group(1).split(",") if found else []
+        else:
+            while _NESTED.search(text):
+                text = _NESTED.sub("", text)
+            found = _SET.search(text)
+            written = [part.split("=")[0] for part in found.group(1).split(",")] if found else []
+        keys = {column.name: column.key for column in table.columns}
+        for part in written:
+            name = part.strip().rpartition(".")[2].strip('"`')
+            names.add(str(keys.get(name, name)))
     return names or None
 
 
-def _literal_rows(statement: Any) -> list[dict[str, Any]]:
-    """The values inside a statement, row by row, under their column names."""
-    found: list[dict[str, Any]] = []
-    for values in (getattr(statement, "_values", None), getattr(statement, "_ordered_values", None)):
-        if values:
-            pairs = values.items() if isinstance(values, Mapping) else values
-            found.append({_name(column): _plain(value) for column, value in pairs})
-    for group in getattr(statement, "_multi_values", ()):
-        for row in group:
-            pairs = row.items() if isinstance(row, Mapping) else zip(statement.table.columns, row, strict=False)
-            found.append({_name(column): _plain(value) for column, value in pairs})
-    return found
+def _compiled(statement: Any, rows: Sequence[Mapping[str, Any]], dialect: Any) -> Any:
+    columns = {column.key for column in statement.table.columns}
+    given = [name for name in rows[0] if name in columns] if rows else None
+    return statement.compile(dialect=dialect, column_keys=given)
 
 
-def _name(column: Any) -> str:
-    return column if isinstance(column, str) else str(column.key)
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, BindParameter) else value
+def _literal_rows(target: _Target) -> list[dict[str, Any]]:
+    """The plain values inside a statement, row by row, under the keys of their columns."""
+    if isinstance(target.state.statement, Delete) or target.rows:
+        return []
+    values = _compiled(target.state.statement, (), target.dialect).params
+    keys = [str(column.key) for column in target.table.columns]
+    rows: list[dict[str, Any]] = []
+    single = {key: values[key] for key in keys if key in values}
+    if single:
+        rows.append(single)
+    number = 0
+    while several := {key: values[f"{key}_m{number}"] for key in keys if f"{key}_m{number}" in values}:
+        rows.append(several)
+        number += 1
+    return rows

@@ -6,7 +6,7 @@ stored one stays, since merging a detached parent is no attempt to set its count
 
 from __future__ import annotations
 
-import sys
+import inspect
 from typing import Any
 
 from sqlalchemy import event
@@ -46,11 +46,11 @@ def _known(old: Any) -> bool:
 
 def _merging() -> bool:
     """Whether the assignment comes from ColumnProperty.merge, a few frames up."""
-    frame = sys._getframe(1)
-    for _ in range(8):
+    frame = inspect.currentframe()
+    for _ in range(10):
+        if frame is None:
+            return False
         if frame.f_code is _MERGE:
             return True
-        if frame.f_back is None:
-            return False
         frame = frame.f_back
     return False

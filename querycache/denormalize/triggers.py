@@ -127,7 +127,7 @@ class _Writer:
         compiled = element.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
         # The DBAPI's percent signs are doubled; DDL is sent without parameters.
         text = str(compiled)
-        return text.replace("%%", "%") if self.dialect.identifier_preparer._double_percents else text
+        return text.replace("%%", "%") if self.dialect.paramstyle in ("format", "pyformat") else text
 
     def triggers(self) -> Iterator[tuple[Table, str, list[str], str]]:
         """(table, event, statements, condition) of each."""
