@@ -8,7 +8,6 @@ but "trigger", which needs no help.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -17,10 +16,12 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
+from querycache.denormalize.dml import columns_written, is_upsert, literal_rows
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.keeping import Work, keeper_of
 from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
+from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
 
 __all__ = ["do_orm_execute"]
@@ -40,30 +41,43 @@ def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
         return None
     if state.execution_options.get("denormalize") == "unchecked":
         return None
-    target = _Target(plan, table, state.bind_mapper, state)
+    target = _Target(plan, table, state.bind_mapper, state, statement)
     target.refuse_aggregates()
-    if not target.concerns():
-        return None
-    if state.session.autoflush:
+    if target.concerns() and state.session.autoflush:
         state.session.flush()
     with guard.covered():
-        if isinstance(statement, Insert):
-            return _insert(target, statement)
-        return _change(target, statement)
+        if not target.concerns():
+            result = state.invoke_statement()
+        elif isinstance(statement, Insert):
+            result = _insert(target, statement)
+        else:
+            result = _change(target, statement)
+    kept_elsewhere = [held for held in plan.depending_on(table) if held.strategy == "trigger"]
+    if kept_elsewhere:
+        keeper_of(state.session).after_bulk(state.session, parents_in(state.session, kept_elsewhere))
+    return result
 
 
 class _Target:
     """The table (and mapper) of one bulk statement, and what depends on it."""
 
-    def __init__(self, plan: Plan, table: Table, mapper: Mapper[Any] | None, state: ORMExecuteState) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        table: Table,
+        mapper: Mapper[Any] | None,
+        state: ORMExecuteState,
+        statement: Insert | Update | Delete,
+    ) -> None:
         self.plan = plan
+        self.statement = statement
         self.table = table
         self.mapper = mapper
         self.state = state
         self.session: Session = state.session
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
-        self.dialect = self.session.get_bind(mapper=mapper, clause=state.statement).dialect
-        self.columns = _columns_set(state.statement, self.rows, self.dialect)
+        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
+        self.columns = columns_written(statement, self.rows, self.dialect)
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():
             kept = [one for one in held if one.strategy != "trigger"]
@@ -93,9 +107,9 @@ class _Target:
                 )
 
     def concerns(self) -> bool:
-        if isinstance(self.state.statement, Delete):
+        if isinstance(self.statement, Delete):
             return bool(self.places or self.pairs or self.table in self.plan.edges)
-        if isinstance(self.state.statement, Insert) or self.columns is None:
+        if isinstance(self.statement, Insert) or self.columns is None:
             return bool(self.places or self.pairs)
         return bool(self.pairs) or any(
             self.plan.relevant[place] & self.columns or self._column_names(place) & self.columns
@@ -125,8 +139,7 @@ class _Target:
 
 
 def _insert(target: _Target, statement: Insert) -> Result[Any]:
-    upsert = str(_compiled(statement, target.rows, target.dialect))
-    if "DO UPDATE" in upsert or "ON DUPLICATE KEY" in upsert or "REPLACE" in upsert.split("INTO")[0]:
+    if is_upsert(statement):
         raise UncoveredChange(
             f"an upsert on {target.name} may change rows whose old contribution to"
             f" {_dependents(target)} is unknown; insert and update in two statements"
@@ -184,7 +197,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
         keys = _matching(target, work, statement)
         if len(keys) * max(1, len(target.key)) > LIMIT:
             raise UncoveredChange(
-                f"{type(statement).__name__} on {target.name} changes {len(keys)} rows; more than {LIMIT} key values"
+                f"{statement.__visit_name__.upper()} on {target.name} changes {len(keys)} rows; more than {LIMIT} key values"
                 " cannot be accounted for in one statement. Do it in portions, or with the execution option"
                 ' {"denormalize": "unchecked"} and repair() afterwards'
             )
@@ -207,7 +220,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
 
 def _finish(target: _Target, work: Work, after: dict[Place, set[Key]]) -> None:
     stale = work.write_difference(target.aggregates, after, {})
-    keeper_of(target.session).show(target.session, stale)
+    keeper_of(target.session).after_bulk(target.session, stale)
 
 
 def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Key]:
@@ -247,11 +260,11 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
         work = Work(target.session, target.plan, Touched())
         return set(keys_of(work.connection.execute(work.locks.claim(query)), len(names)))
     if isinstance(statement, Insert):
-        rows = target.rows or _literal_rows(target)
+        rows = target.rows or literal_rows(statement, target.dialect)
         if rows and all(name in row for row in rows for name in names):
             return {tuple(row[name] for name in names) for row in rows}
     raise UncoveredChange(
-        f"{type(statement).__name__} on the secondary table {target.name} without plain values cannot be followed;"
+        f"{statement.__visit_name__.upper()} on the secondary table {target.name} without plain values cannot be followed;"
         f" {_dependents(target)} would be wrong. Delete rows and insert rows with values, or change the relationship"
     )
 
@@ -261,7 +274,7 @@ def _expected_parents(target: _Target, place: Place, touched: Touched) -> None:
     names = place.chain.links[place.level - 1].attributes
     if not names:
         return
-    for row in (*target.rows, *_literal_rows(target)):
+    for row in target.rows or literal_rows(target.statement, target.dialect):
         key = tuple(row.get(name) for name in names)
         if None not in key and not any(hasattr(part, "__clause_element__") for part in key):
             touched.parents.setdefault(Place(place.chain, place.level - 1), set()).add(key)
@@ -275,57 +288,3 @@ def _parameter_rows(parameters: Any) -> list[dict[str, Any]]:
     if not parameters:
         return []
     return [dict(parameters)] if isinstance(parameters, Mapping) else [dict(row) for row in parameters]
-
-
-_NESTED = re.compile(r"\([^()]*\)")
-_SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
-_INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
-
-
-def _columns_set(statement: Any, rows: Sequence[Mapping[str, Any]], dialect: Any) -> set[str] | None:
-    """The keys of the columns that a statement writes; None if it cannot be told.
-
-    SQLAlchemy has no public way to ask. The text of the statement has, and it holds no values: those are parameters.
-    """
-    if isinstance(statement, Delete):
-        return set()
-    table: Table = statement.table
-    names = {name for row in rows for name in row}
-    if not rows or isinstance(statement, Insert):
-        text = str(_compiled(statement, rows, dialect))
-        if isinstance(statement, Insert):
-            found = _INTO.search(text)
-            written = found.group(1).split(",") if found else []
-        else:
-            while _NESTED.search(text):
-                text = _NESTED.sub("", text)
-            found = _SET.search(text)
-            written = [part.split("=")[0] for part in found.group(1).split(",")] if found else []
-        keys = {column.name: column.key for column in table.columns}
-        for part in written:
-            name = part.strip().rpartition(".")[2].strip('"`')
-            names.add(str(keys.get(name, name)))
-    return names or None
-
-
-def _compiled(statement: Any, rows: Sequence[Mapping[str, Any]], dialect: Any) -> Any:
-    columns = {column.key for column in statement.table.columns}
-    given = [name for name in rows[0] if name in columns] if rows else None
-    return statement.compile(dialect=dialect, column_keys=given)
-
-
-def _literal_rows(target: _Target) -> list[dict[str, Any]]:
-    """The plain values inside a statement, row by row, under the keys of their columns."""
-    if isinstance(target.state.statement, Delete) or target.rows:
-        return []
-    values = _compiled(target.state.statement, (), target.dialect).params
-    keys = [str(column.key) for column in target.table.columns]
-    rows: list[dict[str, Any]] = []
-    single = {key: values[key] for key in keys if key in values}
-    if single:
-        rows.append(single)
-    number = 0
-    while several := {key: values[f"{key}_m{number}"] for key in keys if f"{key}_m{number}" in values}:
-        rows.append(several)
-        number += 1
-    return rows

@@ -149,6 +149,8 @@ class Chain:
         grouping = list(columns)
         if rows:
             columns.extend(attribute_columns(entities[-1], self.leaf_columns))
+            for aggregate in aggregates:
+                columns.extend(aggregate.extra_columns(entities))
         else:
             for aggregate in aggregates:
                 columns.extend(aggregate.parts(entities))
@@ -168,6 +170,8 @@ class Chain:
         grouping = list(columns)
         if rows:
             columns.extend(attribute_columns(entities[-1], self.leaf_columns))
+            for aggregate in aggregates:
+                columns.extend(aggregate.extra_columns(entities))
         else:
             for aggregate in aggregates:
                 columns.extend(aggregate.recount_parts(entities))
@@ -269,9 +273,23 @@ class Aggregate:
         self.in_python = any(
             given is not None and given.sql is None for given in (declaration.measure, declaration.where)
         )
+        self.evaluates_python = self.in_python or declaration.strategy in ("flush", "memory")
 
     def __repr__(self) -> str:
         return f"<{self.kind.name} {self.name}>"
+
+    def reads(self) -> list[set[str]]:
+        """For each level of the chain, the column attributes that the aggregate's value depends on."""
+        read: list[set[str]] = [set() for _ in self.chain.mappers]
+        for given in (self.declaration.measure, self.declaration.where):
+            if given is not None:
+                python = given.python if given.sql is None or self.evaluates_python else None
+                used = Expression(given.sql, python, given.columns)
+                for level, names in enumerate(attributes_read(used, self.chain)[0]):
+                    read[level] |= names
+        if self.declaration.order_by is not None:
+            read[-1].add(self.declaration.order_by)
+        return read
 
     @cached_property
     def table_key(self) -> tuple[Any, ...]:
@@ -352,18 +370,41 @@ class Aggregate:
         last = [column.desc() for column in attribute_columns(entities[-1], self.chain.keys[-1])]
         return statement.order_by(case((order.is_(None), 1), else_=0), order.desc(), *last).limit(1)
 
-    def counts(self, row: Any) -> bool:
-        """Whether a row of the child counts, by the condition in Python."""
+    def extra_columns(self, entities: tuple[Any, ...]) -> list[ColumnElement[Any]]:
+        """What a query of rows must select besides the child's columns: a condition, or measure, given in SQL only."""
+        extra: list[ColumnElement[Any]] = []
+        if self._sql_only(self.declaration.where):
+            condition = self.condition(entities)
+            assert condition is not None
+            extra.append(case((condition, 1), else_=0))
+        if self._sql_only(self.declaration.measure):
+            measure = self.measure(entities)
+            assert measure is not None
+            extra.append(measure)
+        return extra
+
+    @cached_property
+    def extra_width(self) -> int:
+        """How many `extra_columns` there are."""
+        return sum(map(self._sql_only, (self.declaration.where, self.declaration.measure)))
+
+    @staticmethod
+    def _sql_only(given: Expression | None) -> bool:
+        return given is not None and given.python is None
+
+    def counts(self, row: Any, extra: Sequence[Any] = ()) -> bool:
+        """Whether a row of the child counts; `extra` are the values of `extra_columns` for it."""
         where = self.declaration.where
         if where is None:
             return True
-        assert where.python is not None
-        return bool(where.python(row))
+        return bool(extra[0] if where.python is None else where.python(row))
 
-    def value_of(self, row: Any) -> Any:
+    def value_of(self, row: Any, extra: Sequence[Any] = ()) -> Any:
         """What `Kind.fold` takes for a row of the child that counts."""
         measure = self.declaration.measure
-        value = True if measure is None else measure.python(row) if measure.python is not None else None
+        value: Any = True
+        if measure is not None:
+            value = extra[-1] if measure.python is None else measure.python(row)
         if self.kind.ordered:
             assert self.declaration.order_by is not None
             key = tuple(getattr(row, name) for name in self.chain.keys[-1])

@@ -18,7 +18,8 @@ from typing import Any
 
 from sqlalchemy import Delete, Insert, Table, Update
 
-from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.dml import columns_written
+from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of
 
 __all__ = ["before_execute", "cover", "covered", "is_covered", "uncover"]
@@ -54,6 +55,7 @@ def before_execute(
     """The engine's event: refuse DML that nobody accounts for.
 
     Raises:
+        ReadOnlyAggregate: if it writes an aggregate.
         UncoveredChange: naming the table and what to do.
     """
     if not isinstance(statement, (Insert, Update, Delete)) or _covered.get():
@@ -65,10 +67,22 @@ def before_execute(
     plan = plan_of(table) if isinstance(table, Table) else None
     if plan is None:
         return
+    rows = [dict(row) for row in multiparams] or ([dict(params)] if params else [])
+    written = columns_written(statement, rows, connection.dialect)
+    kind = statement.__visit_name__.upper()
+    for name, aggregate in plan.columns.get(table, {}).items():
+        if written is not None and name in written:
+            raise ReadOnlyAggregate(
+                f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by {kind}; run repair() if it"
+                " is wrong"
+            )
+    if isinstance(statement, Update) and written is not None and not written & plan.column_keys(table):
+        return
     if table in plan.tables or (isinstance(statement, Delete) and table in plan.edges):
-        held = sorted(aggregate.name for aggregate in plan.depending_on(table))
-        raise UncoveredChange(
-            f"{type(statement).__name__} on {table.fullname} outside the unit of work would leave"
-            f" {', '.join(held)} wrong; use the Session (also for bulk statements: session.execute(…)), or the"
-            ' execution option {"denormalize": "unchecked"} and then repair()'
-        )
+        held = sorted(one.name for one in plan.depending_on(table) if one.strategy != "trigger")
+        if held:
+            raise UncoveredChange(
+                f"{kind} on {table.fullname} outside the unit of work would leave {', '.join(held)} wrong; use the"
+                " Session (also for bulk statements: session.execute(…)), or the execution option"
+                ' {"denormalize": "unchecked"} and then repair()'
+            )

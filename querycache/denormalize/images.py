@@ -103,7 +103,8 @@ def _by_row(
     found: Image,
 ) -> None:
     queried: Queried = locks.plan.memo(
-        ("rows", chain, level, above), lambda: chain.image((), level, above, rows=True)
+        ("rows", chain, level, above, *aggregates),
+        lambda: chain.image(aggregates, level, above, rows=True),
     )
     statement = locks.read(queried.statement)
     values: dict[Key, dict[Aggregate, list[Any]]] = {}
@@ -122,10 +123,15 @@ def _by_row(
 
 
 def _add(chain: Chain, values: Sequence[Any], held: dict[Aggregate, list[Any]]) -> None:
-    child = ChildRow(chain.leaf.class_.__name__, chain.leaf_columns, values)
+    """Evaluate one row for each aggregate; `values` are the child's columns and then the aggregates' extra ones."""
+    width = len(chain.leaf_columns)
+    child = ChildRow(chain.leaf.class_.__name__, chain.leaf_columns, values[:width])
+    start = width
     for aggregate, gathered in held.items():
-        if aggregate.counts(child):
-            gathered.append(aggregate.value_of(child))
+        extra = values[start : start + aggregate.extra_width]
+        start += aggregate.extra_width
+        if aggregate.counts(child, extra):
+            gathered.append(aggregate.value_of(child, extra))
 
 
 def recount(locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Iterable[Key]) -> Recounted:

@@ -161,10 +161,12 @@ class Keeper:
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
         for strategy in STRATEGIES.values():
-            strategy.forget(session)
-        self.show(session, stale)
+            strategy.flushed(session)
+        show(session, stale, self._shown)
 
-    def show(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
+    def after_bulk(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
         show(session, stale, self._shown)
 
     def after_rollback(self, session: Session) -> None:
@@ -176,7 +178,9 @@ class Keeper:
             if instance in session and sqlalchemy_inspect(instance).persistent:
                 session.expire(instance, names)
 
-    def after_transaction(self) -> None:
+    def after_transaction(self, session: Session) -> None:
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
         self._shown.clear()
 
 

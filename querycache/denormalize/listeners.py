@@ -70,4 +70,4 @@ def _after_rollback(session: Session, previous_transaction: Any) -> None:
 
 def _after_transaction_end(session: Session, transaction: Any) -> None:
     if transaction.parent is None:
-        keeper_of(session).after_transaction()
+        keeper_of(session).after_transaction(session)

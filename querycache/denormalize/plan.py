@@ -15,10 +15,10 @@ from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.chain import Aggregate, Chain, attributes_read, mapped_attributes
+from querycache.denormalize.chain import Aggregate, Chain, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
 
-__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of"]
+__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "relevant"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Plan:
             self.by_chain.setdefault(aggregate.chain, []).append(aggregate)
         self._mappers = list(mappers)
         self.relevant: dict[Place, frozenset[str]] = {
-            Place(chain, level): frozenset(_relevant(chain, level, held))
+            Place(chain, level): frozenset(relevant(chain, level, held))
             for chain, held in self.by_chain.items()
             for level in range(1, chain.depth + 1)
         }
@@ -105,6 +105,21 @@ class Plan:
                     seen.add(edge.table)
                     pending.append(edge.table)
         return found
+
+    def column_keys(self, table: Table) -> frozenset[str]:
+        """The keys of the columns of `table` whose change matters to an aggregate that no trigger keeps."""
+        found: set[str] = set()
+        for place, names in self.relevant.items():
+            if all(held.strategy == "trigger" for held in self.by_chain[place.chain]):
+                continue
+            mapper, secondary = place.chain.mappers[place.level], place.chain.links[place.level - 1].secondary
+            if table is secondary:
+                found.update(str(column.key) for column in table.columns)
+            for name in names:
+                for column in mapper.column_attrs[name].columns if name in mapper.column_attrs else ():
+                    if column.table is table:
+                        found.add(str(column.key))
+        return frozenset(found)
 
     @staticmethod
     def tables_of(place: Place) -> Iterable[Table]:
@@ -245,7 +260,8 @@ def plan_of(mapper_or_table: Any) -> Plan | None:
     return found if isinstance(found, Plan) else None
 
 
-def _relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:
+def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:
+    """The attributes whose change matters to the aggregates, at one level of their chain."""
     mapper = chain.mappers[level]
     names = set(chain.keys[level])
     joined: list[Any] = []
@@ -257,10 +273,7 @@ def _relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable
     if mapper.polymorphic_on is not None:
         names |= _attributes(mapper, [mapper.polymorphic_on])
     for aggregate in aggregates:
-        for given in (aggregate.declaration.measure, aggregate.declaration.where):
-            names |= attributes_read(given, chain)[0][level]
-        if aggregate.declaration.order_by is not None and level == chain.depth:
-            names.add(aggregate.declaration.order_by)
+        names |= aggregate.reads()[level]
     yield from names
     secondary = chain.links[level - 1].secondary
     # The plain columns change only inside the flush when the application sets a relationship instead. All of the

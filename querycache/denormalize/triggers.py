@@ -18,8 +18,8 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.elements import quoted_name
 
-from querycache.denormalize.chain import Aggregate, Chain, attribute_columns, attributes_read
-from querycache.denormalize.plan import Place, Plan
+from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
+from querycache.denormalize.plan import Plan, relevant
 from querycache.errors import ConfigurationError
 
 __all__ = ["drop_statements", "trigger_statements"]
@@ -39,8 +39,7 @@ def trigger_statements(plan: Plan, dialect: Dialect) -> list[str]:
     for number, aggregate in enumerate(_held(plan)):
         _check(aggregate, dialect)
         writer = _Writer(plan, aggregate, dialect)
-        for table, event, body, guard in writer.triggers():
-            name = _name(plan, aggregate, number, table, event)
+        for name, table, event, body, guard in writer.triggers(number):
             statements.extend(_render(dialect, name, table, event, body, guard))
     return statements
 
@@ -50,9 +49,9 @@ def drop_statements(plan: Plan, dialect: Dialect) -> list[str]:
     _check_dialect(plan, dialect)
     statements: list[str] = []
     for number, aggregate in enumerate(_held(plan)):
-        for table in _tables(aggregate):
+        for place, (_, table) in enumerate(_levels(aggregate)):
             for event in _EVENTS:
-                name = _name(plan, aggregate, number, table, event)
+                name = _name(aggregate, number, place, table, event)
                 if dialect.name == "postgresql":
                     statements.append(f"DROP TRIGGER IF EXISTS {name} ON {_quoted(dialect, table)}")
                     statements.append(f"DROP FUNCTION IF EXISTS {name}()")
@@ -77,7 +76,7 @@ def _check(aggregate: Aggregate, dialect: Dialect) -> None:
     if dialect.name not in ("mysql", "mariadb"):
         return
     chain = aggregate.chain
-    if aggregate.table in _tables(aggregate):
+    if any(table is aggregate.table for _, table in _levels(aggregate)):
         raise ConfigurationError(
             f"{aggregate.name}: a trigger of MariaDB and MySQL cannot update the table that it belongs to,"
             f" {aggregate.table.name}; take strategy 'sql'"
@@ -95,19 +94,20 @@ def _check(aggregate: Aggregate, dialect: Dialect) -> None:
                         )
 
 
-def _tables(aggregate: Aggregate) -> list[Table]:
-    tables: list[Table] = []
-    for mapper, link in zip(aggregate.chain.mappers[1:], aggregate.chain.links, strict=True):
-        table = mapper.local_table
+def _levels(aggregate: Aggregate) -> Iterator[tuple[int, Table]]:
+    """The tables that get triggers, with their level; a table may stand at several."""
+    for level, link in enumerate(aggregate.chain.links, start=1):
+        table = aggregate.chain.mappers[level].local_table
         assert isinstance(table, Table)
-        tables.extend(one for one in (table, link.secondary) if one is not None and one not in tables)
-    return tables
+        yield level, table
+        if link.secondary is not None:
+            yield level, link.secondary
 
 
-def _name(plan: Plan, aggregate: Aggregate, number: int, table: Table, event: str) -> str:
-    name = f"qc_{aggregate.table.name}_{aggregate.column.name}_{table.name}_{event[:3].lower()}".replace(".", "_")
-    # PostgreSQL cuts names at 63 characters.
-    return name if len(name) <= 60 else f"{name[:50]}_{number}_{event[:3].lower()}"
+def _name(aggregate: Aggregate, number: int, place: int, table: Table, event: str) -> str:
+    # PostgreSQL cuts names at 63 characters; what tells them apart comes last.
+    held = f"qc_{aggregate.table.name}_{aggregate.column.name}_{table.name}"
+    return f"{held[:45]}_{number}_{place}{event[:1].lower()}"
 
 
 def _quoted(dialect: Dialect, table: Table) -> str:
@@ -129,26 +129,23 @@ class _Writer:
         text = str(compiled)
         return text.replace("%%", "%") if self.dialect.paramstyle in ("format", "pyformat") else text
 
-    def triggers(self) -> Iterator[tuple[Table, str, list[str], str]]:
-        """(table, event, statements, condition) of each."""
-        for level in range(1, self.chain.depth + 1):
-            table = self.chain.mappers[level].local_table
-            assert isinstance(table, Table)
-            columns = self._columns(level, table)
-            secondary = self.chain.links[level - 1].secondary
+    def triggers(self, number: int) -> Iterator[tuple[str, Table, str, list[str], str]]:
+        """(name, table, event, statements, condition) of each."""
+        for place, (level, table) in enumerate(_levels(self.aggregate)):
+            secondary = table is self.chain.links[level - 1].secondary
+            columns = [] if secondary else self._columns(level, table)
             for event, rows in _EVENTS.items():
-                guard = self._differs(columns) if event == "UPDATE" else ""
-                yield table, event, self._body(level, rows), guard
-            if secondary is not None:
-                for event, rows in _EVENTS.items():
-                    yield secondary, event, self._recount([self._through(level, row) for row in rows], []), ""
+                name = _name(self.aggregate, number, place, table, event)
+                if secondary:
+                    body = self._recount([self._through(level, row) for row in rows], [])
+                else:
+                    body = self._body(level, rows)
+                yield name, table, event, body, self._differs(columns) if columns and event == "UPDATE" else ""
 
     def _columns(self, level: int, table: Table) -> list[str]:
         """The columns of `table` whose change matters."""
         mapper = self.chain.mappers[level]
-        names = self.plan.relevant[Place(self.chain, level)]
-        for given in (self.aggregate.declaration.measure, self.aggregate.declaration.where):
-            names |= attributes_read(given, self.chain)[0][level]
+        names = relevant(self.chain, level, [self.aggregate])
         return sorted(mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs)
 
     def _differs(self, columns: Sequence[str]) -> str:
@@ -199,11 +196,15 @@ class _Writer:
 
     def _amount(self, row: str) -> Any:
         measure = self.aggregate.measure(self._entities(row))
-        return literal_column("1") if measure is None else func.coalesce(measure, 0)
+        return literal_column("1") if measure is None else self._fragment(func.coalesce(measure, 0))
+
+    def _fragment(self, expression: Any) -> ColumnElement[Any]:
+        """The expression as text, so that NEW and OLD do not become tables of the statement's FROM."""
+        return literal_column(f"({self.text(expression)})", expression.type)
 
     def _conditions(self, row: str) -> list[ColumnElement[Any]]:
         condition = self.aggregate.condition(self._entities(row))
-        found = [] if condition is None else [condition]
+        found = [] if condition is None else [self._fragment(condition)]
         mapper = self.chain.leaf
         if mapper.single and mapper.polymorphic_on is not None:
             kinds = [heir.polymorphic_identity for heir in mapper.self_and_descendants]

@@ -49,7 +49,8 @@ def assert_columns(table: Table, actual: Iterable[dict[str, Any]], expected: Cal
         wanted = expected(row)
         found = {name: row[name] for name in wanted}
         key = tuple(row[column.name] for column in table.primary_key)
-        assert found == wanted, f"{table.name} {key}"
+        wrong = {name: (found[name], wanted[name]) for name in wanted if found[name] != wanted[name]}
+        assert not wrong, f"{table.name} {key}: (is, should be) {wrong}"
 
 
 @functools.cache

@@ -163,6 +163,7 @@ class TestForum:
     def test_move_of_a_new_child_before_the_flush(self, talk: SimpleNamespace) -> None:
         t1, t2 = talk.session.get_one(talk.m.Thread, 1), talk.session.get_one(talk.m.Thread, 2)
         comment = talk.m.Comment(message="a b", score=1, thread=t1)
+        talk.session.add(comment)
         comment.thread = t2
         comment.message = "a b c"
         saved(talk.session, talk.m)
@@ -183,6 +184,13 @@ class TestForum:
         comment.score = 1000
         talk.session.delete(comment)
         saved(talk.session, talk.m)
+
+    def test_move_by_foreign_key_and_delete_in_one_flush(self, talk: SimpleNamespace) -> None:
+        comment = talk.session.get_one(talk.m.Comment, 1)
+        comment.thread_id, comment.score = 2, 1000
+        talk.session.delete(comment)
+        saved(talk.session, talk.m)
+        assert talk.session.get(talk.m.Comment, 1) is None
 
     def test_insert_and_delete_in_one_transaction(self, talk: SimpleNamespace) -> None:
         comment = talk.m.Comment(message="a b", score=1, thread_id=1)
@@ -273,6 +281,11 @@ class TestForum:
         for comment in talk.session.scalars(select(talk.m.Comment)):
             comment.deleted = not comment.deleted
         saved(talk.session, talk.m)
+
+
+@strategies(*models.ANY_KIND)
+class TestStaleObjects:
+    """Not "memory": it takes what the object remembers for what the row holds."""
 
     def test_double_delete(self, talk: SimpleNamespace, engine: Any) -> None:
         comment = talk.session.get_one(talk.m.Comment, 1)

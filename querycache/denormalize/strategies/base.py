@@ -58,5 +58,9 @@ class Strategy:
         """Called after a flush that touched the plan; returns parents whose values are out of date in memory."""
         return {}
 
+    def flushed(self, session: Session) -> None:
+        """Called when a flush is over."""
+
     def forget(self, session: Session) -> None:
-        """Called when a flush is over, and after each rollback."""
+        """Called when what objects in memory say may have changed without an event: after bulk statements and
+        rollbacks, and at the end of the transaction."""

@@ -25,7 +25,7 @@ from querycache.denormalize.kinds import Increment
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Place
 from querycache.denormalize.strategies.base import Strategy, assigning
-from querycache.denormalize.strategies.live import LiveRow, known_parent, load_parents
+from querycache.denormalize.strategies.live import LiveRow, goes, known_parent, load_parents
 from querycache.denormalize.touched import Touched
 
 __all__ = ["Flush"]
@@ -125,7 +125,7 @@ class _Family:
         keys = {sqlalchemy_inspect(parent).identity for parent in self.parents.values()} - {None}
         self.locks.lock({Place(self.chain, 0): keys}, roots=True)
         queried: Queried = self.locks.plan.memo(
-            ("recount", self.chain, True), lambda: self.chain.recount((), rows=True)
+            ("rows of", self.chain), lambda: self.chain.recount((), rows=True)
         )
         statement = self.locks.read(queried.statement)
         positions = [self.chain.leaf_columns.index(name) for name in self.chain.keys[1]]
@@ -167,7 +167,7 @@ class _Family:
                     f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"
                     " strategy 'flush' cannot follow it, take strategy 'sql'"
                 )
-            if child not in self.session.deleted:
+            if not goes(self.session, child):
                 yield child
         for child in self.session.new:
             if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):

@@ -10,12 +10,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement
 from sqlalchemy import inspect as sqlalchemy_inspect
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import RelationshipDirection, Session
 
 from querycache.denormalize.chain import Chain, Key
 from querycache.denormalize.errors import UncoveredChange
 
-__all__ = ["LiveRow", "NotYet", "find_parent", "known_parent", "load_parents"]
+__all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
 
 
 class NotYet(Exception):
@@ -75,6 +75,26 @@ class LiveRow:
                 " that computes in Python; set it, or take strategy 'sql'"
             )
         return None
+
+
+def goes(session: Session, child: Any) -> bool:
+    """Whether the flush will delete `child`.
+
+    An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
+    the unit of work takes the deletion back.
+    """
+    if child not in session.deleted:
+        return False
+    state = sqlalchemy_inspect(child)
+    for step in state.mapper.relationships:
+        parent = state.dict.get(step.key) if step.key in state.committed_state else None
+        if step.direction is not RelationshipDirection.MANYTOONE or parent is None or parent in session.deleted:
+            continue
+        above = sqlalchemy_inspect(parent)
+        for back in above.mapper.relationships:
+            if back.key in above.committed_state and state.mapper.isa(back.mapper):
+                return False
+    return True
 
 
 def known_parent(instance: Any, chain: Chain, overlay: dict[str, Any] | None = None) -> tuple[bool, Any, Key | None]:

@@ -27,7 +27,7 @@ from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies.base import Strategy, assigning
-from querycache.denormalize.strategies.live import LiveRow, NotYet, find_parent, known_parent, load_parents
+from querycache.denormalize.strategies.live import LiveRow, NotYet, find_parent, goes, known_parent, load_parents
 from querycache.denormalize.touched import Touched
 
 __all__ = ["Memory"]
@@ -52,8 +52,11 @@ class Memory(Strategy):
         for aggregate in aggregates:
             self._ledgers[aggregate.column].settle(session)
 
+    def flushed(self, session: Session) -> None:
+        for ledger in self._ledgers.values():
+            ledger.written(session)
+
     def forget(self, session: Session) -> None:
-        """After a flush the rows say what is contributed; after a rollback the parents do not have it any more."""
         for ledger in self._ledgers.values():
             ledger.forget(session)
 
@@ -65,6 +68,8 @@ class _Ledger:
         self.aggregate = aggregate
         self.chain = aggregate.chain
         self.known: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
+        """What the parents in memory have of each child; `stored` what the rows have."""
+        self.stored: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
         self._busy = False
 
     def listen(self) -> None:
@@ -76,6 +81,8 @@ class _Ledger:
         }
         for name in sorted({*read, *chain.links[0].attributes, *chain.reverses[0]}):
             event.listen(getattr(leaf.class_, name), "set", self._on_set(name), propagate=True)
+        event.listen(leaf.class_, "expire", self._on_reload, propagate=True)
+        event.listen(leaf.class_, "refresh", lambda child, context, names: self._on_reload(child, names), propagate=True)
         collection = getattr(chain.root.class_, chain.relationships[0].key)
         event.listen(collection, "append", self._on_append, propagate=True)
         event.listen(collection, "remove", self._on_remove, propagate=True)
@@ -95,6 +102,16 @@ class _Ledger:
         if not self._within_flush() and self._now(child)[0] is parent:
             self._to(child, (None, 0))
 
+    def _on_reload(self, child: Any, names: Any) -> None:
+        """The object takes back what it was changed to; so does its parent."""
+        state = sqlalchemy_inspect(child)
+        now, stored = self.known.pop(state, (None, 0)), self.stored.pop(state, (None, 0))
+        if now[0] is stored[0] and now[1] == stored[1]:
+            return
+        for (parent, amount), sign in ((now, -1), (stored, 1)):
+            if parent is not None and amount and self.aggregate.key in parent.__dict__:
+                _add(parent, self.aggregate, sign * amount)
+
     def _within_flush(self) -> bool:
         # The flush sets foreign keys for changes that have been counted already.
         return guard.is_covered()
@@ -105,7 +122,7 @@ class _Ledger:
         known = self.known.get(state)
         if known is None:
             known = self._as_loaded(child) if state.has_identity else (None, 0)
-            self.known[state] = known
+            self.known[state] = self.stored[state] = known
         return known
 
     def _as_loaded(self, child: Any) -> Contribution:
@@ -155,10 +172,7 @@ class _Ledger:
             return parent
         with session.no_autoflush:
             found = load_parents(session, self.chain, {key}).get(key)
-        if found is None:
-            raise UncoveredChange(
-                f"{self.chain.root.class_.__name__} {key!r} does not exist; {self.aggregate.name} cannot be kept"
-            )
+        # Where the key belongs to no row, the database refuses the child, or nobody holds a count of it.
         return found
 
     def _overlays_link(self, overlay: dict[str, Any]) -> bool:
@@ -191,18 +205,25 @@ class _Ledger:
             if any(parent is one for one in fresh):
                 self.known[state] = (parent, 0)
         for child in session.deleted:
-            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):
+            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf) and goes(session, child):
                 self._to(child, (None, 0))
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
             if state.mapper.isa(self.chain.leaf) and (state in self.known or not state.has_identity):
                 self._move(child, {}, final=True)
 
+    def written(self, session: Session) -> None:
+        """A flush is over: the rows have what the parents have."""
+        for state, now in list(self.known.items()):
+            if state.session is session:
+                self.stored[state] = now
+
     def forget(self, session: Session) -> None:
         """Drop what is known of the session's children, and of those that contributed to its parents."""
         for state, (parent, _) in list(self.known.items()):
             if state.session is session or (parent is not None and parent in session):
                 del self.known[state]
+                self.stored.pop(state, None)
 
 
 def _add(parent: Any, aggregate: Aggregate, amount: Any) -> None:

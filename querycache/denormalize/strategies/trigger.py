@@ -18,7 +18,7 @@ from querycache.denormalize.plan import Plan, plan_of
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.triggers import drop_statements, trigger_statements
 
-__all__ = ["Trigger"]
+__all__ = ["Trigger", "parents_in"]
 
 
 class Trigger(Strategy):
@@ -29,14 +29,19 @@ class Trigger(Strategy):
             event.listen(plan.metadata, "after_create", _create)
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
-        stale: dict[Aggregate, set[Key]] = {}
-        for instance in (*session.identity_map.values(), *session.new):
-            state = sqlalchemy_inspect(instance)
-            for aggregate in aggregates:
-                if state.mapper.isa(aggregate.chain.root) and aggregate.key in state.dict:
-                    key = tuple(state.mapper.primary_key_from_instance(instance))
-                    stale.setdefault(aggregate, set()).add(key)
-        return stale
+        return parents_in(session, aggregates)
+
+
+def parents_in(session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
+    """The parents that the session holds with their column loaded."""
+    stale: dict[Aggregate, set[Key]] = {}
+    for instance in (*session.identity_map.values(), *session.new):
+        state = sqlalchemy_inspect(instance)
+        for aggregate in aggregates:
+            if state.mapper.isa(aggregate.chain.root) and aggregate.key in state.dict:
+                key = tuple(state.mapper.primary_key_from_instance(instance))
+                stale.setdefault(aggregate, set()).add(key)
+    return stale
 
 
 def _create(metadata: Any, connection: Connection, **options: Any) -> None:
