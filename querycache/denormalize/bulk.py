@@ -171,11 +171,11 @@ def _returning_keys(target: _Target, statement: Insert) -> tuple[set[Key], Resul
             f" {_dependents(target)} would be wrong; add objects to the Session instead"
         )
     width = len(target.key)
-    wanted = len(statement.returning_column_descriptions)
+    asked = len(statement.exported_columns) > 0
     result = target.state.invoke_statement(statement=statement.returning(*target.key))
     frozen = result.freeze()
     keys = {tuple(row[-width:]) for row in frozen()}
-    return keys, frozen().columns(*range(wanted)) if wanted else result
+    return keys, frozen().columns(*range(len(frozen().keys()) - width)) if asked else result
 
 
 def _change(target: _Target, statement: Update | Delete) -> Result[Any]:

@@ -64,7 +64,9 @@ def before_execute(
     if option in ("own", "unchecked"):
         return
     table = statement.table
-    plan = plan_of(table) if isinstance(table, Table) else None
+    if not isinstance(table, Table):
+        return
+    plan = plan_of(table)
     if plan is None:
         return
     rows = [dict(row) for row in multiparams] or ([dict(params)] if params else [])

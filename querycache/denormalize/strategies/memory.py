@@ -104,6 +104,8 @@ class _Ledger:
 
     def _on_reload(self, child: Any, names: Any) -> None:
         """The object takes back what it was changed to; so does its parent."""
+        if child is None:  # collected meanwhile, so it had no changes
+            return
         state = sqlalchemy_inspect(child)
         now, stored = self.known.pop(state, (None, 0)), self.stored.pop(state, (None, 0))
         if now[0] is stored[0] and now[1] == stored[1]:

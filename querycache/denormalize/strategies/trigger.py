@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import DDL, Connection, event
+from sqlalchemy import Connection, event
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
 
@@ -51,4 +51,4 @@ def _create(metadata: Any, connection: Connection, **options: Any) -> None:
     if plan is None:
         return
     for statement in (*drop_statements(plan, connection.dialect), *trigger_statements(plan, connection.dialect)):
-        connection.execute(DDL(statement.replace("%", "%%")))
+        connection.exec_driver_sql(statement)
