@@ -79,9 +79,9 @@ def _resolve(locks: Locks, changes: Changes) -> None:
             wanted.setdefault(chain, {}).setdefault(tuple(held), set()).add(parent)
     if not wanted:
         return
-    locks.lock(
-        {Place(chain, 0): set().union(*groups.values()) for chain, groups in wanted.items()}, roots=True
-    )
+    # All parents that will be written, in order, not only those to be counted: locking these first and the others by
+    # their UPDATE would be another order than that of a transaction which counts nothing.
+    locks.lock({Place(next(iter(wanted)), 0): changes.keys()}, roots=True)
     for chain, groups in wanted.items():
         for aggregates, keys in groups.items():
             counted = recount(locks, chain, aggregates, keys)

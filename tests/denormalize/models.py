@@ -176,6 +176,62 @@ def forum(strategy: str) -> SimpleNamespace:
 
 
 @functools.cache
+def counters(strategy: str) -> SimpleNamespace:
+    """Forum ← Thread ← Comment with additive columns only: the common case, for long runs."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    p = f"n_{strategy}"
+    s: Any = {"strategy": strategy}
+
+    class Forum(Base):
+        __tablename__ = f"{p}_forum"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        threads: Mapped[list[Thread]] = relationship("Thread", back_populates="forum")
+        if strategy in ANY_PATH:
+            score_sum: Mapped[int] = sum_of("threads.comments", "score", **s)
+
+    class Thread(Base):
+        __tablename__ = f"{p}_thread"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        forum_id: Mapped[int] = mapped_column(ForeignKey(f"{p}_forum.id"))
+        forum: Mapped[Forum] = relationship(Forum, back_populates="threads")
+        comments: Mapped[list[Comment]] = relationship("Comment", back_populates="thread")
+        comment_count: Mapped[int] = count_of("comments", **s)
+        score_sum: Mapped[int] = sum_of("comments", "score", where=VISIBLE, **s)
+
+    class Comment(Base):
+        __tablename__ = f"{p}_comment"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        score: Mapped[int | None]
+        deleted: Mapped[bool] = mapped_column(default=False)
+        thread_id: Mapped[int] = mapped_column(ForeignKey(f"{p}_thread.id"), index=True)
+        thread: Mapped[Thread] = relationship(Thread, back_populates="comments")
+
+    def check(session: Session) -> None:
+        comments = rows(session, Comment.__table__)
+        threads = rows(session, Thread.__table__)
+
+        def total(some: list[dict[str, Any]]) -> int:
+            return sum(c["score"] for c in some if c["score"] is not None)
+
+        def of_thread(thread: dict[str, Any]) -> dict[str, Any]:
+            mine = [c for c in comments if c["thread_id"] == thread["id"]]
+            return {"comment_count": len(mine), "score_sum": total([c for c in mine if not c["deleted"]])}
+
+        def of_forum(forum: dict[str, Any]) -> dict[str, Any]:
+            mine = {t["id"] for t in threads if t["forum_id"] == forum["id"]}
+            return {"score_sum": total([c for c in comments if c["thread_id"] in mine])}
+
+        assert_columns(Thread.__table__, threads, of_thread)
+        if strategy in ANY_PATH:
+            assert_columns(Forum.__table__, rows(session, Forum.__table__), of_forum)
+
+    return SimpleNamespace(Base=Base, Forum=Forum, Thread=Thread, Comment=Comment, check=check)
+
+
+@functools.cache
 def composite(strategy: str) -> SimpleNamespace:
     """Keys of two and three columns."""
 
