@@ -30,13 +30,16 @@ from querycache.denormalize.errors import (
     UncoveredChange,
 )
 from querycache.denormalize.listeners import install as _install
+from querycache.denormalize.verify import Difference, Report, repair, verify, verify_at_commit
 
 __all__ = [
     "AggregateMismatch",
     "DenormalizeError",
     "DenormalizeWarning",
+    "Difference",
     "Expression",
     "ReadOnlyAggregate",
+    "Report",
     "UncoveredChange",
     "aggregates_of",
     "avg_of",
@@ -48,7 +51,10 @@ __all__ = [
     "max_of",
     "min_of",
     "python",
+    "repair",
     "sum_of",
+    "verify",
+    "verify_at_commit",
 ]
 
 _install()

@@ -457,8 +457,9 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
             if not isinstance(origin, FromClause):
                 continue
             for level, aliases in enumerate(tables):
-                if origin in aliases:
-                    column = (aliases[origin].fullname, str(getattr(element, "name", "")))
+                known = aliases.get(origin)
+                if known is not None:
+                    column = (known.fullname, str(getattr(element, "name", "")))
                     read[level] |= mapped_attributes(chain.mappers[level], [column])
                     break
             else:

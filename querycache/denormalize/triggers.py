@@ -217,7 +217,7 @@ class _Writer:
         target = key[0] if len(key) == 1 else tuple_(*key)
         where = or_(*(_among(target, one) for one in affected))
         if self.dialect.name == "postgresql":
-            lock = select(literal_column("1")).select_from(aggregate.table).where(where).order_by(*key)
+            lock: Any = select(literal_column("1")).select_from(aggregate.table).where(where).order_by(*key)
             first = self.text(lock.with_for_update(key_share=True)).replace("SELECT", "PERFORM", 1)
         else:
             first = self.text(update(aggregate.table).where(where).values({aggregate.column: aggregate.column}))
@@ -246,8 +246,8 @@ class _Writer:
             return held if level == 1 else self._climb(level - 1, held)
         own = tuple(self._row(row, column) for column in mapper.primary_key)
         secondary = link.secondary.alias()
-        query = select(*(secondary.c[column.key] for column in link.upper)).where(
-            *(secondary.c[column.key] == value for column, value in zip(link.lower, own, strict=True))
+        query = select(*(secondary.c[str(column.key)] for column in link.upper)).where(
+            *(secondary.c[str(column.key)] == value for column, value in zip(link.lower, own, strict=True))
         )
         return query if level == 1 else self._climb(level - 1, query)
 
@@ -260,15 +260,15 @@ class _Writer:
         """The parents of the rows at `level` whose keys are `keys`."""
         mapper, link = self.chain.mappers[level], self.chain.links[level - 1]
         table = mapper.local_table.alias()
-        own = [table.c[column.key] for column in mapper.primary_key]
+        own = [table.c[str(column.key)] for column in mapper.primary_key]
         chosen = _among(own[0] if len(own) == 1 else tuple_(*own), keys)
         if link.secondary is None:
             upper = [table.c[mapper.column_attrs[name].columns[0].key] for name in link.attributes]
             query = select(*upper).where(chosen)
         else:
             secondary = link.secondary.alias()
-            joined = and_(*(secondary.c[c.key] == key for c, key in zip(link.lower, own, strict=True)))
-            query = select(*(secondary.c[c.key] for c in link.upper)).join_from(table, secondary, joined).where(chosen)
+            joined = and_(*(secondary.c[str(c.key)] == key for c, key in zip(link.lower, own, strict=True)))
+            query = select(*(secondary.c[str(c.key)] for c in link.upper)).join_from(table, secondary, joined).where(chosen)
         return query if level == 1 else self._climb(level - 1, query)
 
     def _locks(self, level: int, rows: Sequence[str]) -> list[str]:
@@ -290,13 +290,13 @@ class _Writer:
                     lower = self.chain.mappers[level]
                     keys = tuple(self._row(row, lower.column_attrs[name].columns[0]) for name in link.attributes)
                 chosen = _among(own[0] if len(own) == 1 else tuple_(*own), keys)
-                lock = select(literal_column("1")).select_from(table).where(chosen).order_by(*own)
+                lock: Any = select(literal_column("1")).select_from(table).where(chosen).order_by(*own)
                 statements.append(self.text(lock.with_for_update(read=True)).replace("SELECT", "PERFORM", 1))
                 below = table.alias()
                 names = self.chain.links[upper - 1].attributes
                 if not names:
                     break
-                picked = [below.c[column.key] for column in mapper.primary_key]
+                picked = [below.c[str(column.key)] for column in mapper.primary_key]
                 keys = select(*(below.c[mapper.column_attrs[name].columns[0].key] for name in names)).where(
                     _among(picked[0] if len(picked) == 1 else tuple_(*picked), keys)
                 )
