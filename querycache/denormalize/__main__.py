@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine
-from sqlalchemy.dialects import registry
+from sqlalchemy import Engine, MetaData, create_engine, make_url
+from sqlalchemy.exc import NoSuchModuleError
 
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.plan import Plan, plan_of
@@ -86,7 +86,10 @@ def _sql(base: Any, engine: Engine | None, dialect: str | None) -> int:
         plan = plan_of(aggregate.chain.root)
         if plan is not None and plan not in plans:
             plans.append(plan)
-    made = engine.dialect if engine is not None else registry.load(dialect or "")()
+    try:
+        made = engine.dialect if engine is not None else make_url(f"{dialect}://").get_dialect()()
+    except NoSuchModuleError as error:
+        raise ConfigurationError(f"--dialect {dialect}: {error}") from error
     for plan in plans:
         for statement in trigger_statements(plan, made):
             print(f"{statement};\n")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import Delete, Insert, Result, Table, Update, literal, select, tuple_
+from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, literal, select, tuple_
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
@@ -276,7 +276,7 @@ def _expected_parents(target: _Target, place: Place, touched: Touched) -> None:
         return
     for row in target.rows or literal_rows(target.statement, target.dialect):
         key = tuple(row.get(name) for name in names)
-        if None not in key and not any(hasattr(part, "__clause_element__") for part in key):
+        if not any(part is None or isinstance(part, ClauseElement) for part in key):
             touched.parents.setdefault(Place(place.chain, place.level - 1), set()).add(key)
 
 

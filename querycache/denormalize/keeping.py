@@ -174,9 +174,9 @@ class Keeper:
         self.works, self._stale = {}, {}
         for strategy in STRATEGIES.values():
             strategy.forget(session)
-        for instance, names in list(self._shown.items()):
-            if instance in session and sqlalchemy_inspect(instance).persistent:
-                session.expire(instance, names)
+        for state, names in list(self._shown.items()):
+            if state.session is session and state.persistent:
+                session.expire(state.object, names)
 
     def after_transaction(self, session: Session) -> None:
         for strategy in STRATEGIES.values():
@@ -201,31 +201,32 @@ def show(
         root = aggregate.chain.root
         for key in keys:
             instance = session.identity_map.get(root.identity_key_from_primary_key(key))
-            if instance is not None and aggregate.key in sqlalchemy_inspect(instance).dict:
-                by_root.setdefault(root, {}).setdefault(instance, []).append(aggregate.key)
-    for root, instances in by_root.items():
-        for instance, names in instances.items():
-            shown.setdefault(instance, set()).update(names)
+            state = None if instance is None else sqlalchemy_inspect(instance)
+            if state is not None and aggregate.key in state.dict:
+                by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
+    for root, states in by_root.items():
+        for state, names in states.items():
+            shown.setdefault(state, set()).update(names)
         if session.get_bind(mapper=root).dialect.is_async:
-            _read(session, root, instances)
+            _read(session, root, states)
         else:
-            for instance, names in instances.items():
-                session.expire(instance, names)
+            for state, names in states.items():
+                session.expire(state.object, names)
 
 
-def _read(session: Session, root: Any, instances: dict[Any, list[str]]) -> None:
-    names = sorted({name for held in instances.values() for name in held})
+def _read(session: Session, root: Any, states: dict[Any, list[str]]) -> None:
+    names = sorted({name for held in states.values() for name in held})
     keys = [attribute.key for attribute in (root.get_property_by_column(c) for c in root.primary_key)]
     columns = attribute_columns(root.class_, keys)
     statement = select(*columns, *attribute_columns(root.class_, names)).where(key_condition(columns))
     connection = session.connection(bind_arguments={"mapper": root})
-    by_key = {sqlalchemy_inspect(instance).identity: instance for instance in instances}
+    by_key = {state.identity: state for state in states}
     for chunk in chunks(by_key):
         for row in connection.execute(statement, parameters(chunk)):
-            instance = by_key[tuple(row[: len(keys)])]
+            state = by_key[tuple(row[: len(keys)])]
             for name, value in zip(names, row[len(keys) :], strict=True):
-                if name in instances[instance]:
-                    set_committed_value(instance, name, value)
+                if name in states[state]:
+                    set_committed_value(state.object, name, value)
 
 
 _keepers: weakref.WeakKeyDictionary[Session, Keeper] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Table, and_, select
+from sqlalchemy import ClauseElement, Table, and_, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 
@@ -175,7 +175,7 @@ def _parents(instance: Any, place: Place, touched: Touched) -> None:
     attributes = place.chain.links[place.level - 1].attributes
     if attributes:
         key = tuple(values.get(name) for name in attributes)
-        if None not in key and all(not hasattr(part, "__clause_element__") for part in key):
+        if not any(part is None or isinstance(part, ClauseElement) for part in key):
             touched.parents.setdefault(upper, set()).add(key)
     for reverse in place.chain.reverses[place.level - 1]:
         held = values.get(reverse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement
+from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
 
@@ -56,7 +56,7 @@ class LiveRow:
             value = getattr(self._instance, name)
         else:
             value = self._default(name)
-        if isinstance(value, ColumnElement) or hasattr(value, "__clause_element__"):
+        if isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
             raise UncoveredChange(
                 f"{chain.leaf.class_.__name__}.{name} was given as a SQL expression, whose value a strategy that computes in"
                 " Python cannot know; assign a value, or take strategy 'sql'"
@@ -120,6 +120,11 @@ def known_parent(instance: Any, chain: Chain, overlay: dict[str, Any] | None = N
 
 def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> tuple[bool, Any, Key | None]:
     key = tuple(overlay[name] if name in overlay else getattr(instance, name) for name in names)
+    if any(isinstance(part, ClauseElement) for part in key):
+        raise UncoveredChange(
+            f"{type(instance).__name__}.{', '.join(names)} was given as a SQL expression; a strategy that computes in"
+            " Python cannot know the parent. Assign a value, or take strategy 'sql'"
+        )
     return True, None, None if None in key else key
 
 
