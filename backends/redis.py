@@ -322,7 +322,7 @@ def _converse(connection: Any, commands: list[_Command]) -> list[Any]:
         for _ in commands:
             try:
                 replies.append(connection.read_response())
-            except redis.ResponseError as refusal:  # noqa: PERF203 - each reply may be one
+            except redis.ResponseError as refusal:
                 replies.append(refusal)
     except BaseException:
         connection.disconnect()

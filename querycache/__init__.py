@@ -2,7 +2,7 @@
 
 from querycache.cache import QueryCache
 from querycache.errors import CacheMiss, CacheUnavailable, ConfigurationError, QueryCacheError, UnknownRegion
-from querycache.events import CacheEvent, CacheStats
+from querycache.events import CacheEvent, CacheStats, Explanation
 from querycache.options import FromCache, Policy, RelationshipCache
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CacheStats",
     "CacheUnavailable",
     "ConfigurationError",
+    "Explanation",
     "FromCache",
     "Policy",
     "QueryCache",

@@ -1,4 +1,5 @@
-"""What the cache did: one event a decision, counted always and recorded on request."""
+"""What the cache tells of itself: what it did, one event a decision, counted always and recorded on request; and
+what it would do."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["CacheEvent", "CacheStats", "Outcome", "Telemetry"]
+__all__ = ["CacheEvent", "CacheStats", "Explanation", "Outcome", "Telemetry"]
 
 Outcome = Literal["hit", "miss", "stale", "bypass", "fill", "error"]
 
@@ -55,6 +56,31 @@ class CacheStats:
         """Hits as a part of all lookups, 0.0 to 1.0; 0.0 before the first."""
         lookups = self.hits + self.misses + self.stale
         return self.hits / lookups if lookups else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What the cache would do with a statement, and why.
+
+    Attributes:
+        cacheable: True if the cache would be asked.
+        reason: why it would not, or what it would find; in a few words.
+        region: name of the region; empty where nobody asked for the cache.
+        key: the key of the answer in the store.
+        tags: what the answer depends on, as far as it is known.
+        stored: True if there is a valid answer now.
+        age: seconds since that was stored, by the clocks of this process and the one that stored it.
+        promise: "strict", or what the store can promise instead.
+    """
+
+    cacheable: bool
+    reason: str
+    region: str = ""
+    key: str = ""
+    tags: tuple[str, ...] = ()
+    stored: bool = False
+    age: float | None = None
+    promise: str = ""
 
 
 class Telemetry:

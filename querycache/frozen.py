@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from sqlalchemy import FromClause, inspect
 from sqlalchemy.engine import Result
 
 from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
-from querycache.sa_internals import Prepared
+from querycache.sa_internals import Plan, Prepared
 
 __all__ = [
     "Entry",
@@ -30,6 +31,7 @@ __all__ = [
     "fingerprint",
     "fits",
     "freeze",
+    "layout",
     "merge_frozen_result",
 ]
 
@@ -57,40 +59,46 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
             nothing.
         main: the statement that was asked for.
         loads: the statements that came with it, by fingerprint.
+        layout: what each row holds, where the entry is found without its statement; empty elsewhere.
     """
 
     created: float
     main: FrozenStatement
     loads: dict[bytes, FrozenStatement]
 
+    @property
+    def immutable(self) -> bool:
+        """True if no value in it can be changed in place."""
+        return self.main.rows.immutable and all(each.rows.immutable for each in self.loads.values())
 
-def fingerprint(prepared: Prepared) -> bytes:
+    layout: str = ""
+
+
+def fingerprint(plan: Plan) -> bytes:
     """16 bytes that tell a statement, with its parameters and its database, from the others in an entry.
 
     Raises:
         UnkeyableValue: a parameter has no canonical form.
     """
-    return digest(
-        (bind_identity(prepared.invocation.engine), prepared.sql, canonical_parameters(prepared)), size=16
-    )
+    return digest((bind_identity(plan.engine), plan.sql, canonical_parameters(plan)), size=16)
 
 
-def canonical_parameters(prepared: Prepared) -> str:
+def canonical_parameters(plan: Plan) -> str:
     """The statement's parameters, as given to the driver, in canonical form."""
-    parameters: Any = prepared.parameters
+    parameters: Any = plan.parameters
     # drivers may ask for their own kind of sequence
     return canonical(dict(parameters) if hasattr(parameters, "keys") else tuple(parameters))
 
 
-def discriminators(prepared: Prepared) -> str:
+def discriminators(plan: Plan) -> str:
     """Values that do not reach this statement but those that complete it: criteria on a post-load's target.
 
     They only keep entries apart, so a value without a canonical form is represented by its type.
     """
-    if len(prepared.extracted) <= len(prepared.compiled.binds):
+    if len(plan.extracted) <= len(plan.compiled.binds):
         return ""
     values = []
-    for parameter in prepared.extracted:
+    for parameter in plan.extracted:
         try:
             values.append(canonical(parameter.effective_value))
         except UnkeyableValue as refusal:
@@ -98,9 +106,36 @@ def discriminators(prepared: Prepared) -> str:
     return ",".join(values)
 
 
-def fits(frozen: FrozenStatement, prepared: Prepared) -> bool:
-    """True if the stored columns are those of the statement: same names in the same order."""
-    return [name for name, _ in frozen.columns] == prepared.column_names()
+def layout(statement: Any) -> str:
+    """What a row of a select is made of: the classes of entities, the types and owners of columns.
+
+    Where that and the names of the columns are equal, rows of one statement can be read as rows of the other.
+    """
+    parts = []
+    for column in getattr(statement, "column_descriptions", ()):
+        kind, owner = column["type"], column.get("entity")
+        if not isinstance(kind, type):
+            kind = type(kind)
+        if owner is None:
+            owner = getattr(column["expr"], "table", None)
+        parts.append(f"{kind.__module__}.{kind.__qualname__} of {_owner(owner)}")
+    return ", ".join(parts)
+
+
+def _owner(owner: Any) -> str:
+    """A name for a mapped class, an alias of one, or a table, the same in every process."""
+    if isinstance(owner, FromClause):
+        return str(getattr(owner, "fullname", owner.description))
+    if owner is None:
+        return "none"
+    cls = inspect(owner).mapper.class_
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def fits(entry: Entry, prepared: Prepared) -> bool:
+    """True if the rows of an entry that was found without its statement can be read as this statement's."""
+    names = [name for name, _ in entry.main.columns]
+    return names == prepared.column_names() and entry.layout == layout(prepared.invocation.statement)
 
 
 def freeze(

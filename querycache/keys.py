@@ -31,6 +31,7 @@ from typing import Any
 from sqlalchemy import Column, Table
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
+from sqlalchemy.types import TypeEngine
 
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
 
@@ -95,7 +96,7 @@ def canonical(value: object) -> str:
     module = kind.__module__
     if module == "ipaddress":
         return f"{kind.__name__}({value})"
-    if module == "psycopg.types.json":
+    if module in ("psycopg.types.json", "psycopg.dbapi20"):  # Json, Jsonb, Binary
         return f"{kind.__name__}({canonical(value.obj)})"  # type: ignore[attr-defined]
     if module.startswith("psycopg.types.range"):
         bounds = (value.lower, value.upper, value.bounds)  # type: ignore[attr-defined]
@@ -160,12 +161,24 @@ def _walk(value: Any, update: Any) -> None:
     # Objects are told apart by what names them in every process; never by repr() or hash(), which hold
     # addresses and random seeds.
     kind = type(value)
-    if kind is tuple or kind is list:
-        update(b"(%d" % len(value))
+    if kind is tuple and value and isinstance(value[0], type) and issubclass(value[0], TypeEngine):
+        # A type and its arguments, which SQLAlchemy takes from a set.
+        _walk(value[0], update)
+        _walk_unordered(value[1:], update)
+    elif kind is tuple and value and all(isinstance(item, Mapper) for item in value):
+        # Classes that selectin_polymorphic has sorted by address.
+        _walk_unordered(value, update)
+    elif kind is tuple or kind is list:
+        update(b"(%d," % len(value))
+        previous = None
         for item in value:
-            _walk(item, update)
+            # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
+            # them. Where they are no defaults, it shows in the SQL.
+            if previous != "_compile_options":
+                _walk(item, update)
+            previous = item
     elif kind in _CANONICAL:
-        update(repr(value).encode("utf-8", "surrogatepass"))
+        update(f"{value!r},".encode("utf-8", "surrogatepass"))
     elif isinstance(value, Mapping):
         _walk_unordered(value.items(), update)
     elif isinstance(value, (set, frozenset)):
@@ -197,6 +210,6 @@ def _walk_unordered(values: Iterable[Any], update: Any) -> None:
         hasher = blake2b(digest_size=16)
         _walk(value, hasher.update)
         digests.append(hasher.digest())
-    update(b"{%d" % len(digests))
+    update(b"{%d," % len(digests))
     for each in sorted(digests):
         update(each)

@@ -37,6 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from querycache import versions
 from querycache.store import Mark, StoreBackend
@@ -69,10 +70,22 @@ class Reading:
     stale: bool
     """Whether an entry was found that is valid no more, or that could not be read."""
 
+    witness: int | None = None
+    """The version of the witness, read last: it differs from one reading to the next if anybody wrote between."""
+
     @property
     def fillable(self) -> bool:
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
+
+    def of(self, tags: set[str]) -> Reading:
+        """This reading with these of its tags alone."""
+        if tags.issuperset(self.tags):
+            return self
+        kept = [pair for pair in zip(self.tags, self.versions, strict=True) if pair[0] in tags]
+        return Reading(
+            tuple(tag for tag, _ in kept), tuple(version for _, version in kept), None, False, self.witness
+        )
 
     def union(self, other: Reading) -> Reading:
         """This reading together with a later one of further tags, for an answer that depends on both."""
@@ -86,6 +99,7 @@ class Reading:
             (*self.versions, *(version for _, version in more)),
             self.payload,
             self.stale,
+            self.witness if self.witness == other.witness else None,
         )
 
 
@@ -142,10 +156,10 @@ class Ledger:
                 payload = _open(blob, tags, found)
         stale = blob is not None and payload is None
         if payload is None and not all(map(versions.is_clean, found)):
-            found = self._tend(tags, found, witness)
+            found, witness = self._tend(tags, found, witness)
         elif self._unclean:
             self._forget(tags)
-        return Reading(tuple(tags), tuple(found), payload, stale)
+        return Reading(tuple(tags), tuple(found), payload, stale, witness)
 
     def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
         """Store an answer that was read from the database after the reading was taken.
@@ -155,14 +169,19 @@ class Ledger:
         """
         return reading.fillable and self.store.store(entry, _seal(payload, reading), ttl)
 
-    def _tend(self, tags: Sequence[str], found: list[int | None], witness: int | None) -> list[int | None]:
-        """Create and clear what can be created and cleared now; give the versions that there are then."""
+    def _tend(
+        self, tags: Sequence[str], found: list[int | None], witness: int | None
+    ) -> tuple[list[int | None], int | None]:
+        """Create and clear what can be created and cleared now; give the versions that there are then.
+
+        Of the witness too: it only differs from the one that was read where nobody else has changed it since.
+        """
         witness = self._tend_witness(witness)
         unclean = [tag for tag, version in zip(tags, found, strict=True) if not versions.is_clean(version)]
         if versions.is_clean(witness) or None in found:
             settled = dict(zip(unclean, self.store.settle(unclean, self._witness), strict=True))
             found = [settled.get(tag, version) for tag, version in zip(tags, found, strict=True)]
-        return [self._watch(tag, version) for tag, version in zip(tags, found, strict=True)]
+        return [self._watch(tag, version) for tag, version in zip(tags, found, strict=True)], witness
 
     def _tend_witness(self, version: int | None) -> int | None:
         if version is None:
@@ -256,8 +275,13 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
 
 
 def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
-    names = "\0".join(tags).encode("utf-8", "surrogatepass")
+    names = _names(tuple(tags))
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+@lru_cache(maxsize=1024)
+def _names(tags: tuple[str, ...]) -> bytes:
+    return "\0".join(tags).encode("utf-8", "surrogatepass")
 
 
 def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:

@@ -28,7 +28,7 @@ EXECUTION_OPTIONS = frozenset(
 """The execution options that querycache reads."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CacheOptions:
     """What one statement asks of the cache, checked.
 

@@ -56,9 +56,9 @@ class Unstorable(TypeError):
 class Form(NamedTuple):
     """How the values of one type are stored.
 
-    ``dump`` makes something plain, or lists of that, out of a value, and ``load`` the value out of it.
-    ``dump_many`` and ``load_many`` do the same for a list of values, where that can be done faster than one
-    by one. ``immutable`` tells whether several readers may share one loaded value.
+    ``dump`` makes something plain but not None, or lists of plain values, out of a value; ``load`` turns that
+    back. ``dump_many`` and ``load_many`` do the same for a list of values, where that can be done faster than
+    one by one. ``immutable`` tells whether several readers may share one loaded value.
     """
 
     tag: str
@@ -99,10 +99,12 @@ def unpack(packed: Any) -> Any:
 
 
 def pack_all(values: Iterable[Any]) -> list[Any]:
+    """Each value packed; see :func:`pack`."""
     return [pack(value) for value in values]
 
 
 def unpack_all(packed: Iterable[Any]) -> list[Any]:
+    """Each value unpacked; see :func:`unpack`."""
     return [unpack(value) for value in packed]
 
 
@@ -118,15 +120,21 @@ def is_document(value: Any) -> bool:
     return set(map(type, value)) <= PLAIN or all(map(is_document, value))
 
 
-def type_name(kind: type) -> str:
+def _type_name(kind: type) -> str:
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_bare(zone: tzinfo | None) -> bool:
-    """Whether ISO 8601 says all there is to say about ``zone``: none, or a fixed offset without a name."""
+    """Whether ISO 8601 says all there is to say about ``zone``: none, or a fixed offset without a name.
+
+    Offsets of fractions of a second are left out: CPython reads +00:00:00.000001 as UTC.
+    """
     if zone is None:
         return True
-    return type(zone) is timezone and zone.tzname(None) == timezone(zone.utcoffset(None)).tzname(None)
+    if type(zone) is not timezone:
+        return False
+    offset = zone.utcoffset(None)
+    return not offset.microseconds and zone.tzname(None) == timezone(offset).tzname(None)
 
 
 def _dump_zone(zone: tzinfo | None) -> Any:
@@ -136,7 +144,7 @@ def _dump_zone(zone: tzinfo | None) -> Any:
         return zone.key
     if type(zone) is timezone:
         return [zone.utcoffset(None) // _MICROSECOND, zone.tzname(None)]
-    raise Unstorable(f"time zone {type_name(type(zone))}", repr(zone))
+    raise Unstorable(f"time zone {_type_name(type(zone))}", repr(zone))
 
 
 def _load_zone(packed: Any) -> tzinfo | None:
@@ -205,11 +213,11 @@ def _loaded_type(tag: str) -> Any:
 
 
 def _dump_range(value: Any) -> Any:
-    return None if value.isempty else [pack(value.lower), pack(value.upper), value.bounds]
+    return [] if value.isempty else [pack(value.lower), pack(value.upper), value.bounds]
 
 
 def _load_range(tag: str, packed: Any) -> Any:
-    if packed is None:
+    if not packed:
         return _loaded_type(tag)(empty=True)
     lower, upper, bounds = packed
     return _loaded_type(tag)(unpack(lower), unpack(upper), bounds)
@@ -283,7 +291,7 @@ def form_of(kind: type) -> Form:
     """
     form = _FORMS.get(kind)
     if form is None:
-        tag = type_name(kind)
+        tag = _type_name(kind)
         form = _CLIENT_FORMS.get(tag)
         if form is None or _loaded_type(tag) is not kind:
             raise Unstorable(f"type {tag}")
