@@ -736,8 +736,9 @@ def is_unit_of_work(context: Any) -> bool:
 
 def dml_tables(compiled: Any) -> set[Table] | None:
     """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
-    # select(…).from_statement(…) may hold one that returns rows
-    statement = getattr(compiled.statement, "element", compiled.statement)
+    statement = compiled.statement
+    if statement.is_from_statement:  # select(Entity).from_statement(update(Entity).returning(Entity))
+        statement = statement.element
     tables = {_as_table(statement.table)}
     # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
     noted = statement._annotations
