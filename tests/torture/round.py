@@ -208,7 +208,8 @@ def run_round(
             lease=lease,
             threads=threads,
             writes=writes,
-            hesitation=0.03,
+            # What a mutant does wrong around COMMIT shows to those who read meanwhile.
+            hesitation=0.15 if mutant else 0.03,
             mutant=mutant,
             seed=seed,
         )

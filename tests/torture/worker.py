@@ -185,7 +185,7 @@ class _Worker:
             commit(connection)
             self._reached(AFTER_COMMIT)
 
-        dialect.do_commit = watched  # type: ignore[method-assign]
+        dialect.do_commit = watched  # type: ignore[method-assign, assignment]
 
     @contextlib.contextmanager
     def committing(self, hesitation: float) -> Iterator[None]:
