@@ -155,15 +155,15 @@ class MemcachedBackend(StoreBackend):
     # -- counters -------------------------------------------------------------------------------------------
 
     def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
-        created = versions.begun(None, versions.fresh())
+        new = versions.fresh()
         steps = Pipeline()
         for counter in counters:
-            steps.add(b"ma %b N0 J%d D1 v c" % (_encode(counter), created))
+            steps.add(b"ma %b N0 J%d D1 v c" % (_encode(counter), versions.begun(None, new)))
         marks = {}
         for counter, reply in zip(counters, self._step(steps, essential=True), strict=True):
             version = _version(reply)
             if version is None or versions.pending_of(version) > versions.MAX_PENDING:
-                marks[counter] = self._begin_anew(counter, reply, created)
+                marks[counter] = self._begin_anew(counter, reply, new + versions.GIVEN_UP + 1)
             else:
                 marks[counter] = Mark(versions.incarnation_of(version), reply.cas)
         return marks
@@ -214,14 +214,16 @@ class MemcachedBackend(StoreBackend):
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         found = self._read_for_change([counter for counter, _, _ in changes])
         steps = Pipeline()
-        for (counter, expected, version), reply in zip(changes, found, strict=True):
-            if _version(reply) == expected:
-                _add_change(steps, counter, reply, version)
-        replies = iter(self._step(steps))
-        return [
-            _version(reply) == expected and next(replies).code == b"HD"
+        swappable = [
+            # What is there but is no version is neither missing nor what was expected.
+            reply.code == b"EN" if expected is None else _version(reply) == expected
             for (_, expected, _), reply in zip(changes, found, strict=True)
         ]
+        for (counter, _, version), reply, wanted in zip(changes, found, swappable, strict=True):
+            if wanted:
+                _add_change(steps, counter, reply, version)
+        replies = iter(self._step(steps))
+        return [wanted and next(replies).code == b"HD" for wanted in swappable]
 
     def settle(self, counters: Sequence[str], witness: str) -> list[int | None]:
         planted = versions.planted(versions.fresh())

@@ -193,8 +193,11 @@ class RedisBackend(StoreBackend):
     # -- counters -------------------------------------------------------------------------------------------
 
     def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
-        created = versions.begun(None, versions.fresh())
-        reply = self._run("begin", counters, created, versions.MAX_PENDING, _COUNTER_TTL, essential=True)
+        new = versions.fresh()
+        created, recreated = new + versions.QUARANTINE + 1, new + versions.GIVEN_UP + 1
+        reply = self._run(
+            "begin", counters, created, recreated, versions.MAX_PENDING, _COUNTER_TTL, essential=True
+        )
         return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
 
     def end(self, marks: Mapping[str, Mark]) -> None:

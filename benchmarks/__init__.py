@@ -1,1 +1,1 @@
-"""What caching costs and what it brings, measured side by side."""
+"""What the library costs and what it gives: ``make bench``, or ``python -m benchmarks``."""

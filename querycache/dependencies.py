@@ -18,7 +18,12 @@ A *set write*, of which only the table is known, changes the table and its bulk 
     table:T       unless T is pinned  by every write to T
     bulk:T        if T is pinned      by set writes to T
     slot:T.c:N    if c is pinned      by row writes, old and new
+    change:T      if T is pinned by   by row writes but INSERT
+                  other than its key
     ============  ==================  =========================
+
+The last is there because the old values of a row come from an object, which may be older than the row: somebody may
+have moved it to another parent meanwhile. Only of its primary key is an UPDATE or DELETE sure, by its WHERE clause.
 
 A structure is analysed once and remembered on the compiled object, which lives in SQLAlchemy's bounded cache.
 """
@@ -43,7 +48,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Groupin
 from querycache.functions import is_stable
 from querycache.keys import structure_digest
 from querycache.sa_internals import Plan
-from querycache.tags import bulk_tag, slot_tag, table_tag
+from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 from querycache.textual import read_text
 
 __all__ = [
@@ -145,11 +150,13 @@ class Pin:
         table: the table, as declared.
         column: name of the column.
         parameters: names of the parameters, of which one may hold a list.
+        key: True for a column of the primary key.
     """
 
     table: TableName
     column: str
     parameters: tuple[str, ...]
+    key: bool
 
 
 @dataclass(slots=True)
@@ -199,6 +206,8 @@ class Analysis:
             schema, name = _translated(pin.table, translate)
             tags.extend(map(bulk_tag, _reader_labels(schema, name)))
             label = _label(schema, name)
+            if not pin.key:
+                tags.append(change_tag(label))
             tags.extend(slot_tag(label, pin.column, slot) for slot in sorted(slots))  # type: ignore[type-var, arg-type]
         whole = {_translated(table, translate) for table in self.tables if table not in pinned}
         for schema, name in whole:
@@ -240,7 +249,8 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         rendered = collector(
             compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
         )
-        memo.pins = tuple(_pins(rendered, memo))
+        # of several the first is taken that can be: a key changes least
+        memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         _read_texts(memo, compiled.dialect.name)
         compiled.__dict__[_MEMO] = memo
     return memo
@@ -374,7 +384,7 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
             if isinstance(value.type, type(tracked[column.name].type)) or isinstance(
                 tracked[column.name].type, type(value.type)
             ):
-                yield Pin(key, column.name, (name,))
+                yield Pin(key, column.name, (name,), tracked[column.name].primary_key)
 
 
 def _conjuncts(clause: Any) -> Iterator[Any]:
@@ -449,8 +459,10 @@ def row_write_tags(
     values: Iterable[tuple[str, object]],
     default_schema: str | None,
     slots: int,
+    *,
+    inserted: bool,
 ) -> Iterator[str]:
-    """The tags that a write of one row changes.
+    """The tags that writes of rows change.
 
     Args:
         table: the table.
@@ -458,6 +470,7 @@ def row_write_tags(
         values: (name of a tracked column, value), for old and new values.
         default_schema: the connection's default schema.
         slots: number of slots of a column.
+        inserted: True if all these rows are new.
     """
     known = []
     for column, value in values:
@@ -470,6 +483,8 @@ def row_write_tags(
         known.append((column, slot))
     for label in _writer_labels(schema, table.name, default_schema):
         yield table_tag(label)
+        if not inserted:
+            yield change_tag(label)
         for column, slot in known:
             yield slot_tag(label, column, slot)
 

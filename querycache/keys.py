@@ -169,7 +169,7 @@ def _walk(value: Any, update: Any) -> None:
         # Classes that selectin_polymorphic has sorted by address.
         _walk_unordered(value, update)
     elif kind is tuple or kind is list:
-        update(b"(%d" % len(value))
+        update(b"(%d," % len(value))
         previous = None
         for item in value:
             # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
@@ -178,7 +178,7 @@ def _walk(value: Any, update: Any) -> None:
                 _walk(item, update)
             previous = item
     elif kind in _CANONICAL:
-        update(repr(value).encode("utf-8", "surrogatepass"))
+        update(f"{value!r},".encode("utf-8", "surrogatepass"))
     elif isinstance(value, Mapping):
         _walk_unordered(value.items(), update)
     elif isinstance(value, (set, frozenset)):
@@ -210,6 +210,6 @@ def _walk_unordered(values: Iterable[Any], update: Any) -> None:
         hasher = blake2b(digest_size=16)
         _walk(value, hasher.update)
         digests.append(hasher.digest())
-    update(b"{%d" % len(digests))
+    update(b"{%d," % len(digests))
     for each in sorted(digests):
         update(each)

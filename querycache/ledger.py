@@ -189,7 +189,7 @@ class Ledger:
             if not self.store.swap([(self._witness, None, planted)])[0]:
                 return None
             version = planted
-        if versions.is_quarantined_only(version) and self._nothing_was_lost():
+        if versions.is_provable(version) and self._nothing_was_lost():
             # Proven after the witness was read, and true only if no writer has touched it since.
             clean = versions.cleared(version, versions.fresh())
             if self.store.swap([(self._witness, version, clean)])[0]:

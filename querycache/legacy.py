@@ -46,6 +46,9 @@ class CachingQuery(Query[T]):
         decide what is stored, not what is found. Where something else is stored than what this query returns
         (another entity, other columns), the database is asked, with a warning.
 
+        Where tenants, locales or roles must not share answers, give the cache a ``scope``: it is part of what is
+        looked up, here as elsewhere.
+
         Other options are given as always: ``.execution_options(cache_ttl=60, cache_region="long")``.
 
         Args:

@@ -736,11 +736,14 @@ def is_unit_of_work(context: Any) -> bool:
 
 def dml_tables(compiled: Any) -> set[Table] | None:
     """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
-    tables = {_as_table(compiled.statement.table)}
+    statement = compiled.statement
+    if statement.is_from_statement:  # select(Entity).from_statement(update(Entity).returning(Entity))
+        statement = statement.element
+    tables = {_as_table(statement.table)}
     # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
-    noted = compiled.statement._annotations
+    noted = statement._annotations
     tables.update(noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted)
-    for extra in getattr(compiled.compile_state, "_extra_froms", None) or ():
+    for extra in getattr(compiled.dml_compile_state, "_extra_froms", None) or ():
         tables.add(_as_table(extra))
     if getattr(compiled, "ctes", None):
         tables |= written_in_ctes(compiled)

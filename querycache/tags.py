@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = [
     "EVERYTHING",
     "bulk_tag",
+    "change_tag",
     "key_tag",
     "region_tag",
     "slot_tag",
@@ -49,6 +50,11 @@ def table_tag(table: str) -> str:
 def bulk_tag(table: str) -> str:
     """The tag of writes to a table of which the rows are not known."""
     return f"bulk:{table}"
+
+
+def change_tag(table: str) -> str:
+    """The tag of changes to rows of a table that were there before."""
+    return f"change:{table}"
 
 
 def slot_tag(table: str, column: str, slot: int) -> str:

@@ -11,6 +11,7 @@ can read a field off the text, and so can an operator who looks at the server:
     10 -  5  004182   generation  counts the writes since then
     4        0        quarantine  1: the tag was created when nobody could know whether an earlier one
                                   was lost together with the marks of writers that are still at work
+                                  2: the marks on it were given up, though their writers may be at work
     3 -  0   0002     pending     how many writers have begun and not ended
     ======== ======== =========== ==================================================================
 
@@ -35,6 +36,7 @@ import secrets
 
 __all__ = [
     "GENERATION",
+    "GIVEN_UP",
     "INCARNATION",
     "MAX_PENDING",
     "QUARANTINE",
@@ -46,14 +48,16 @@ __all__ = [
     "healed",
     "incarnation_of",
     "is_clean",
-    "is_quarantined_only",
+    "is_provable",
     "parse",
     "pending_of",
     "planted",
 ]
 
 QUARANTINE = 10**4
-"""What the quarantine digit is worth."""
+"""What a quarantine is worth."""
+GIVEN_UP = 2 * QUARANTINE
+"""What the quarantine is worth of a tag whose marks were given up."""
 GENERATION = 10**5
 """What one generation is worth."""
 INCARNATION = 10**11
@@ -101,8 +105,11 @@ def pending_of(version: int) -> int:
     return version % QUARANTINE
 
 
-def is_quarantined_only(version: int) -> bool:
-    """Whether the version is unclean for its quarantine alone."""
+def is_provable(version: int) -> bool:
+    """Whether the version is unclean only because an earlier one may have been lost.
+
+    Whoever can prove that nothing was ever lost may clear it. Marks that were given up are no such loss.
+    """
     return version % GENERATION == QUARANTINE
 
 
@@ -111,8 +118,10 @@ def begun(version: int | None, new: int) -> int:
 
     :param new: a :func:`fresh` version, taken where the tag needs a new incarnation.
     """
-    if version is None or pending_of(version) >= MAX_PENDING:
+    if version is None:
         return new + QUARANTINE + 1
+    if pending_of(version) >= MAX_PENDING:
+        return new + GIVEN_UP + 1
     return version + 1
 
 
@@ -143,7 +152,7 @@ def cleared(version: int, new: int) -> int:
     With marks on it the tag gets a new incarnation, so that a writer given up for dead that ends after all
     does not take off the mark of a living one.
     """
-    return new if pending_of(version) else version + GENERATION - QUARANTINE
+    return new if pending_of(version) else version - version % GENERATION + GENERATION
 
 
 def healed(version: int, new: int) -> int:
@@ -152,4 +161,4 @@ def healed(version: int, new: int) -> int:
     Quarantine alone is over by then. Marks are given up by way of a new quarantine, since they need not be as
     old as the lease.
     """
-    return planted(new) if pending_of(version) else cleared(version, new)
+    return new + GIVEN_UP if pending_of(version) else cleared(version, new)

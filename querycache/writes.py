@@ -59,6 +59,30 @@ _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
 @dataclass(slots=True)
+class _Rows:
+    """Rows of a table that a flush has written.
+
+    Attributes:
+        values: old and new values of their tracked columns.
+        known: False if there are some that only the database knows.
+        inserted: True if all of them are new.
+    """
+
+    values: set[tuple[str, object]] = field(default_factory=set)
+    known: bool = True
+    inserted: bool = True
+
+    def add(self, state: Any, table: Table) -> None:
+        self.inserted = self.inserted and state.key is None
+        for column in tracked_columns(table):
+            for value in sa_internals.old_and_new(state, column):
+                if value is sa_internals.UNKNOWN:
+                    self.known = False
+                else:
+                    self.values.add((column.name, value))
+
+
+@dataclass(slots=True)
 class Transaction:
     """What one database connection has written since its transaction began.
 
@@ -333,36 +357,29 @@ class Writes:
             self._resolve(connection.info, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
-        values: dict[Table, list[tuple[str, object]] | None] = {}
+        rows: dict[Table, _Rows] = {}
         for state in sa_internals.flushed(context):
             for table in state.mapper.tables:
-                if not isinstance(table, Table):
-                    continue
-                rows = values.setdefault(table, [])
-                if rows is not None:
-                    known = _row_values(state, table)
-                    values[table] = None if known is None else rows + known
+                if isinstance(table, Table):
+                    rows.setdefault(table, _Rows()).add(state, table)
         for connection in sa_internals.connections(session):
-            self._resolve(connection.info, connection.dialect, values)
+            self._resolve(connection.info, connection.dialect, rows)
 
-    def _resolve(
-        self,
-        info: Mapping[Any, Any],
-        dialect: Dialect,
-        values: Mapping[Table, list[tuple[str, object]] | None],
-    ) -> None:
+    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, _Rows]) -> None:
         """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
         transaction = self._of(info)
         if transaction is None:
             return
         default = dialect.default_schema_name
         for table, schemas in transaction.unresolved.items():
-            known = values.get(table)
+            known = rows.get(table)
             schema, name = _name(table, schemas)
-            if known is None:
+            if known is None or not known.known:
                 transaction.tags.update(set_write_tags((schema, name), default))
             else:
-                transaction.tags.update(row_write_tags(table, schema, known, default, self._declared.slots))
+                slots, inserted = self._declared.slots, known.inserted
+                tags = row_write_tags(table, schema, known.values, default, slots, inserted=inserted)
+                transaction.tags.update(tags)
         transaction.unresolved.clear()
 
     # --- the end of a transaction ------------------------------------------------------------------------
@@ -489,14 +506,3 @@ def _schema_map(context: Any) -> SchemaMap:
 
 def _name(table: Table, schemas: SchemaMap) -> TableName:
     return schemas.get(table.schema, table.schema), table.name
-
-
-def _row_values(state: Any, table: Table) -> list[tuple[str, object]] | None:
-    """Old and new values of a flushed object's tracked columns; None where one of them is not known."""
-    values: list[tuple[str, object]] = []
-    for column in tracked_columns(table):
-        for value in sa_internals.old_and_new(state, column):
-            if value is sa_internals.UNKNOWN:
-                return None
-            values.append((column.name, value))
-    return values

@@ -16,7 +16,7 @@ for i = 1, #KEYS - 1 do
       version = clean
       redis.call('SET', counter, version, 'EX', ttl)
     else
-      redis.call('INCRBY', counter, 90000)
+      redis.call('INCRBY', counter, 100000 - 10000 * quarantine(version))
       version = redis.call('GET', counter)
     end
   end

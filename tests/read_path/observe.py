@@ -13,7 +13,7 @@ import decimal
 import enum
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 from sqlalchemy import Engine, Row, RowMapping, event, inspect
 from sqlalchemy.exc import NoInspectionAvailable, SQLAlchemyError
 from sqlalchemy.orm import InstanceState
-from sqlalchemy.orm.exc import DetachedInstanceError
 
 __all__ = ["Observer", "Traffic", "outcome_of", "traffic"]
 
@@ -44,10 +43,13 @@ _ADDRESS = re.compile(r"0x[0-9a-f]+")
 
 @dataclass
 class Traffic:
-    """What reached a database: the statements, and how many connections were taken for them."""
+    """What reached a database: the statements, and how many connections were taken for them.
+
+    Equal if the statements are: one that cannot be compiled fails before or after a connection was taken.
+    """
 
     statements: list[tuple[str, str]] = field(default_factory=list)
-    checkouts: int = 0
+    checkouts: int = field(default=0, compare=False)
 
     @property
     def nothing(self) -> bool:
@@ -141,16 +143,13 @@ class Observer:
         return notes
 
 
-def outcome_of(action: Any) -> Any:
+# What SQLAlchemy raises, its own assertions and what Python raises for it included.
+_ERRORS = (SQLAlchemyError, AssertionError, AttributeError, LookupError, StopIteration, TypeError)
+
+
+def outcome_of(action: Callable[[], Any]) -> Any:
     """What an action returns, or the error that it raises."""
     try:
         return action()
-    except (
-        SQLAlchemyError,
-        DetachedInstanceError,
-        AttributeError,
-        TypeError,
-        LookupError,
-        StopIteration,
-    ) as error:
+    except _ERRORS as error:
         return error

@@ -167,7 +167,7 @@ class TestMemcached(StoreContract, ServerContract):
         assert trips(lambda: store.remove(tags)) == 1
         assert trips(lambda: store.get_serialized_multi(tags)) == 1
         assert trips(lambda: store.settle(fresh_names(3), "no witness")) == 1
-        [witness] = put(store, [version_of(10_000_000, 0, False, 0)])
+        [witness] = put(store, [version_of(10_000_000, 0, 0, 0)])
         assert trips(lambda: store.settle(fresh_names(3), witness)) == 2
         marks |= store.begin(tags)
         store.begin(tags[:1])
@@ -225,9 +225,9 @@ class TestMemcached(StoreContract, ServerContract):
 
     def test_a_server_added_or_gone_is_no_danger_to_the_ledger(self, pair: tuple[Server, Server]) -> None:
         one, two = self.on_both(pair[0]), self.on_both(*pair)
-        [name] = put(one, [version_of(10_000_000, 5, False, 0)])
+        [name] = put(one, [version_of(10_000_000, 5, 0, 0)])
         two.bump([name])
-        assert read(one, [name]) == [version_of(10_000_000, 6, False, 0)]
+        assert read(one, [name]) == [version_of(10_000_000, 6, 0, 0)]
         one.close()
         two.close()
 
@@ -263,7 +263,7 @@ class TestMemcached(StoreContract, ServerContract):
     ) -> None:
         monkeypatch.setattr(breaker, "COOL_DOWN", 0.0)
         store = MemcachedBackend({"url": private_memcached.url})
-        [name] = put(store, [version_of(10_000_000, 0, False, 0)])
+        [name] = put(store, [version_of(10_000_000, 0, 0, 0)])
         marks = store.begin([name])
         private_memcached.restart()
         store.end(marks)
@@ -334,12 +334,12 @@ class TestMemcached(StoreContract, ServerContract):
         assert is_new(store.settle([name, other], "witness")[0], versions.QUARANTINE)
         assert is_new(read(store, [name])[0], versions.QUARANTINE)
         client.set(name, garbage)
-        assert store.swap([(name, None, version_of(10_000_000, 0, False, 0))]) == [True]
+        assert store.swap([(name, None, version_of(10_000_000, 0, 0, 0))]) == [False]
         client.set(name, garbage)
         marks = store.begin([other, name])
-        assert is_new(read(store, [name])[0], versions.QUARANTINE + 1)
+        assert is_new(read(store, [name])[0], versions.GIVEN_UP + 1)
         store.end(marks)
-        assert is_new(read(store, [name])[0], versions.QUARANTINE)
+        assert is_new(read(store, [name])[0], versions.GIVEN_UP)
 
     @pytest.mark.parametrize(
         ("settings", "noop", "message"),

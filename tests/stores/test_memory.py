@@ -28,7 +28,7 @@ class TestMemory(StoreContract):
 
     def test_settle_with_a_witness_that_is_missing_leaves_counters_unclean(self, store: StoreBackend) -> None:
         """Not here: a witness that is missing was never marked."""
-        [counter] = put(store, [version_of(10_000_000, 0, True, 0)])
+        [counter] = put(store, [version_of(10_000_000, 0, versions.QUARANTINE, 0)])
         assert all(map(versions.is_clean, store.settle([counter, *fresh_names(1)], fresh_names(1)[0])))
 
     def test_nothing_is_ever_lost(self, store: MemoryBackend) -> None:
@@ -66,8 +66,8 @@ class TestMemory(StoreContract):
 
     def test_D13_tags_without_end_do_not_grow_without_bound(self) -> None:
         store = MemoryBackend({"max_bytes": 400_000})
-        [marked] = put(store, [version_of(10_000_000, 0, False, 1)])
-        [quarantined] = put(store, [version_of(10_000_000, 0, True, 0)])
+        [marked] = put(store, [version_of(10_000_000, 0, 0, 1)])
+        [quarantined] = put(store, [version_of(10_000_000, 0, versions.QUARANTINE, 0)])
         store.settle(["often used"], "witness")
         [often_used] = read(store, ["often used"])
         for number in range(5_000):
@@ -77,8 +77,8 @@ class TestMemory(StoreContract):
         assert read(store, ["tag 0", "tag 4999"])[0] is None
         assert read(store, ["tag 4999"])[0] is not None
         assert read(store, [marked, quarantined]) == [
-            version_of(10_000_000, 0, False, 1),
-            version_of(10_000_000, 0, True, 0),
+            version_of(10_000_000, 0, 0, 1),
+            version_of(10_000_000, 0, versions.QUARANTINE, 0),
         ]
 
     @pytest.mark.parametrize("size", [16, 200, 3_000, 100_000])

@@ -24,6 +24,7 @@ from tests.stores.contract import (
     ServerContract,
     StoreContract,
     fresh_names,
+    is_new,
     put,
     read,
     region_of,
@@ -141,7 +142,7 @@ class TestRedis(StoreContract, ServerContract):
         store = RedisBackend({"url": private_redis.url})
         other = RedisBackend({"url": private_redis.url})
         store.store("entry", b"payload")
-        [name] = put(store, [version_of(10_000_000, 0, False, 0)])
+        [name] = put(store, [version_of(10_000_000, 0, 0, 0)])
         with redis.Redis.from_url(private_redis.url) as client:
             client.save()
         marks = store.begin([name])
@@ -284,8 +285,9 @@ class TestRedis(StoreContract, ServerContract):
             client.set(key, garbage)
             assert not versions.is_clean(store.settle([name], "witness")[0])
             client.set(key, garbage)
+            assert store.swap([(name, None, versions.fresh())]) == [False]
             store.begin([name])
-            assert versions.pending_of(read(store, [name])[0] or 0) == 1
+            assert is_new(read(store, [name])[0], versions.GIVEN_UP + 1)
 
     def test_a_key_of_another_type_is_an_outage_of_its_tag_only(
         self, store: StoreBackend, client: redis.Redis

@@ -20,7 +20,6 @@ from sqlalchemy import (
     Connection,
     Engine,
     ForeignKey,
-    Integer,
     MetaData,
     String,
     Table,
@@ -53,8 +52,8 @@ __all__ = [
     "Author",
     "Base",
     "Book",
-    "Engineer",
     "Employee",
+    "Engineer",
     "Loan",
     "Manager",
     "OtherProcess",
@@ -206,7 +205,8 @@ class Asking:
 
     def objects(self, statement: Any, *relationships: Any) -> list[Any]:
         return sorted(
-            self(statement, *relationships).unique().scalars(), key=lambda each: (type(each).__name__, each.id)
+            self(statement, *relationships).unique().scalars(),
+            key=lambda each: (type(each).__name__, each.id),
         )
 
 

@@ -21,7 +21,7 @@ from redis import Redis
 from sqlalchemy import (
     Column,
     Engine,
-    ForeignKey,
+    ForeignKeyConstraint,
     Integer,
     Table,
     create_engine,
@@ -40,8 +40,8 @@ from tests.writes.library import (
     Author,
     Base,
     Book,
-    Engineer,
     Employee,
+    Engineer,
     Loan,
     Manager,
     OtherProcess,
@@ -60,11 +60,9 @@ LEASE = 0.3
 deferred = Table(
     "deferred",
     Base.metadata,
-    Column(
-        "author_id",
-        ForeignKey("author.id", deferrable=True, initially="DEFERRED"),
-        primary_key=True,
-        autoincrement=False,
+    Column("author_id", Integer, primary_key=True, autoincrement=False),
+    ForeignKeyConstraint(["author_id"], ["author.id"], deferrable=True, initially="DEFERRED").ddl_if(
+        dialect="postgresql"
     ),
 )
 
@@ -392,8 +390,9 @@ class Write:
     sample: bool = False
 
 
-_NEW = {"id": 9, "title": "new", "price": 12, "author_id": 1}
-_MOVED = {"id": 2, "title": "moved", "author_id": 3, "price": 90}
+_NEW: dict[str, Any] = {"id": 9, "title": "new", "price": 12, "author_id": 1}
+_MOVED: dict[str, Any] = {"id": 2, "title": "moved", "author_id": 3, "price": 90}
+_CONFLICT: dict[str, Any] = {"index_elements": ["id"], "set_": {"author_id": 3}}
 _books: Any = Book.__table__
 _authors: Any = Author.__table__
 
@@ -547,10 +546,16 @@ WRITES: Mapping[str, Write] = {
         _authors.insert().prefix_with("OR REPLACE").values(id=1, name="again"), only=LITE
     ),
     "Core upsert on SQLite": _core(
-        sqlite.insert(Book).values(_MOVED).on_conflict_do_update(index_elements=["id"], set_={"author_id": 3}), only=LITE
+        sqlite.insert(Book)
+        .values(_MOVED)
+        .on_conflict_do_update(index_elements=["id"], set_={"author_id": 3}),
+        only=LITE,
     ),
     "Core upsert on PostgreSQL": _core(
-        postgresql.insert(Book).values(_MOVED).on_conflict_do_update(index_elements=["id"], set_={"author_id": 3}), only=PG
+        postgresql.insert(Book)
+        .values(_MOVED)
+        .on_conflict_do_update(index_elements=["id"], set_={"author_id": 3}),
+        only=PG,
     ),
     "Core upsert on MariaDB": _core(
         mysql.insert(Book).values(_MOVED).on_duplicate_key_update(author_id=3), only=MY
@@ -568,12 +573,15 @@ WRITES: Mapping[str, Write] = {
     ),
     "text update": _text("UPDATE book SET author_id = :author WHERE id = :id", author=3, id=2, sample=True),
     "text delete, ON DELETE CASCADE": _text("DELETE FROM author WHERE id = :id", id=1, sample=True),
-    "text with a CTE": _text("WITH gone AS (SELECT 2 AS id) DELETE FROM book WHERE id IN (SELECT id FROM gone)"),
+    "text with a CTE": _text(
+        "WITH gone AS (SELECT 2 AS id) DELETE FROM book WHERE id IN (SELECT id FROM gone)"
+    ),
     "text, not understood": _text("REPLACE INTO author (id, name) VALUES (1, 'again')", only=(*LITE, *MY)),
     "driver update": _driver("UPDATE book SET author_id = 3 WHERE id = 2"),
     "driver delete": _driver("DELETE FROM book WHERE id = 2"),
     "driver COMMIT": Write(
-        lambda unit: (_driver("UPDATE book SET price = 1").change(unit), _driver("COMMIT").change(unit)), core=True
+        lambda unit: (_driver("UPDATE book SET price = 1").change(unit), _driver("COMMIT").change(unit)),
+        core=True,
     ),
     # definitions
     "TRUNCATE": _text("TRUNCATE TABLE book_tag", only=(*PG, *MY)),
@@ -598,7 +606,9 @@ def _commits_by_itself(dialect: str, name: str) -> bool:
 
 
 def _ends(dialect: str, way: str, name: str) -> Iterator[tuple[str, End]]:
-    in_full = way == "Session" and dialect == "postgresql" or way in ("Session", "Engine") and WRITES[name].sample
+    in_full = (way == "Session" and dialect == "postgresql") or (
+        way in ("Session", "Engine") and WRITES[name].sample
+    )
     for end_name, end in ENDS.items():
         if not in_full and end_name not in _IN_SHORT:
             continue
