@@ -33,6 +33,8 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
 
+from querycache.sa_internals import root_engine
+
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
 
 
@@ -128,8 +130,10 @@ def bind_identity(engine: Engine) -> str:
     """Which database an engine speaks to, without its password.
 
     An SQLite database in memory belongs to one engine, and so does what a ``creator`` connects to when the
-    URL does not say: such engines get a random identity of their own.
+    URL does not say: such engines get a random identity of their own, which they share with what
+    ``Engine.execution_options`` makes from them.
     """
+    engine = root_engine(engine)
     url = engine.url
     if url.get_backend_name() == "sqlite":
         name = url.database

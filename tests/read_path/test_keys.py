@@ -308,4 +308,4 @@ def test_databases_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert bind_identity(create_engine("sqlite:///a.db")) == bind_identity(create_engine(urls[7]))
     private = create_engine("sqlite://")
-    assert bind_identity(private) == bind_identity(private)
+    assert bind_identity(private) == bind_identity(private.execution_options(isolation_level="AUTOCOMMIT"))
