@@ -269,7 +269,11 @@ class Interceptor:
 
     def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
-        if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
+        # not state.execution_options, which is made for whoever asks: most statements are not for the cache
+        if (
+            "cache_key" in state.local_execution_options
+            or "cache_key" in state.statement.get_execution_options()
+        ):
             return self._options_from(sa_internals.effective_options(state))
         for option in sa_internals.statement_options(state.statement):
             if isinstance(option, FromCache):

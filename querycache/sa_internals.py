@@ -28,6 +28,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
+from sqlalchemy.pool.base import _AdhocProxiedConnection
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import BindParameter, TextClause
@@ -55,6 +56,7 @@ __all__ = [
     "in_transaction",
     "is_autocommit",
     "is_flushing",
+    "is_initializing",
     "is_textual",
     "is_unit_of_work",
     "isolation_level",
@@ -549,6 +551,11 @@ def default_isolation_level(dialect: Any) -> str | None:
     return level.replace("_", " ").upper() if level else None
 
 
+def is_initializing(connection: Connection) -> bool:
+    """True for the connection on which a dialect gets to know its database."""
+    return isinstance(connection._dbapi_connection, _AdhocProxiedConnection)
+
+
 def isolation_level(connection: Connection) -> str | None:
     """The isolation level of a connection, in capitals and with spaces, without asking the database."""
     level: str | None = connection.get_execution_options().get("isolation_level")
@@ -581,7 +588,7 @@ class Tap(Protocol):
 
     def executed(self, context: Any) -> None: ...
 
-    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
+    def begin(self, info: dict[Any, Any]) -> None: ...
 
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
 
@@ -589,6 +596,17 @@ class Tap(Protocol):
 
 
 _TAPS = "_querycache_taps"
+_READS = "_querycache_reads"
+
+
+def reads_only(compiled: Any) -> bool:
+    """True for a compiled statement of which :func:`note_reads_only` was told."""
+    return compiled is not None and _READS in compiled.__dict__
+
+
+def note_reads_only(compiled: Any) -> None:
+    """Remember of a compiled statement, which is kept and used again, that it writes nothing."""
+    compiled.__dict__[_READS] = True
 
 
 def tap(engine: Engine, listener: Tap) -> None:
@@ -630,20 +648,21 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
 
 def _info(connection: Any) -> dict[Any, Any] | None:
-    """The dictionary of a connection; None for those that a dialect makes for itself."""
+    """The dictionary of a connection; None for those that a dialect makes for itself.
+
+    It is empty while nothing was noted, and then there is nothing to tell anybody.
+    """
     try:
-        info = connection.info
+        return connection.info  # type: ignore[no-any-return]
     except (AttributeError, NotImplementedError):
         return None
-    return info if isinstance(info, dict) else None
 
 
 def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        info = _info(connection)
-        if info is not None:
+        if info := _info(connection):
             for each in taps:
-                each.begin(info, dialect)
+                each.begin(info)
         return run(connection, *args, **kwargs)
 
     return begin
@@ -652,7 +671,7 @@ def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Ca
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
         info = _info(connection)
-        if info is None:
+        if not info:
             return run(connection, *args, **kwargs)
         for each in taps:
             try:
@@ -688,9 +707,9 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) ->
         try:
             return run(connection, *args, **kwargs)
         finally:
-            info = _info(connection)
-            for each in taps if info is not None else ():
-                each.end(cast("dict[Any, Any]", info))
+            if info := _info(connection):
+                for each in taps:
+                    each.end(info)
 
     return rollback
 

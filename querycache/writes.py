@@ -140,7 +140,6 @@ class Writes:
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
-        self._begun_key = f"{self._info_key}:begun"
         # dialects whose transactions may keep an old view of the database for more than a statement
         self._old_views: set[Dialect] = set()
         self._settled: set[Dialect] = set()
@@ -200,7 +199,6 @@ class Writes:
                 if transaction.snapshot is None and not transaction.wrote:
                     transaction.snapshot = dict.fromkeys(self._regions.ledgers)
                     self._old_views.add(connection.dialect)
-                    connection.info.pop(self._begun_key, None)  # its first statement is past
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
@@ -229,10 +227,16 @@ class Writes:
 
     def executing(self, sql: str, context: Any) -> bool:
         """A statement is about to run. Returns True where it commits itself, and :meth:`executed` is to follow."""
-        connection: Connection = context.root_connection
-        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
-            self._first_statement(connection)
         compiled = context.compiled
+        connection: Connection = context.root_connection
+        if context.dialect not in self._settled:
+            if sa_internals.is_initializing(connection):
+                return False
+            self._settle(context.dialect)
+        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
+            self._before_snapshot(connection)
+        if sa_internals.reads_only(compiled):
+            return False
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text:
             text = read_text(sql, connection.dialect.name)
@@ -248,6 +252,8 @@ class Writes:
             self._phase_one(connection.info, connection.dialect)
             return True
         else:
+            if connection.dialect.name != "sqlite" or context.compiled.statement.is_select:
+                sa_internals.note_reads_only(compiled)
             return False
         if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
             self._phase_one(connection.info, connection.dialect)
@@ -336,7 +342,7 @@ class Writes:
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        if self.watch(connection.engine):
+        if connection.engine not in self._watched and self.watch(connection.engine):
             # It began unseen, and where the Session was bound to a Connection it may have written.
             if self._takes_snapshots(connection):
                 self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
@@ -375,22 +381,25 @@ class Writes:
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
-    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None:
-        """A transaction is about to begin; what it sees of the database is settled by its first statement."""
+    def begin(self, info: dict[Any, Any]) -> None:
+        """A transaction is about to begin on a connection of which something was noted."""
         info.pop(self._savepoint_key, None)
         transaction = self._of(info)
         # One that is not marked goes on: two Connections can share what the driver calls a connection.
         if transaction is not None and transaction.marked is not None:
             self._phase_two(info)
-        info[self._begun_key] = True
-        if dialect not in self._settled:
-            self._settled.add(dialect)
-            if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
-                self._old_views.add(dialect)
 
-    def _first_statement(self, connection: Connection) -> None:
-        if not connection.info.pop(self._begun_key, False):
-            return
+    def _settle(self, dialect: Dialect) -> None:
+        """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
+        self._settled.add(dialect)
+        if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
+            self._old_views.add(dialect)
+
+    def _before_snapshot(self, connection: Connection) -> None:
+        """What a transaction sees of the database is settled by its first statement: remember what was there before."""
+        transaction = self._of(connection.info)
+        if transaction is not None and transaction.snapshot is not None:
+            return  # not the first
         if connection.info.get(self._isolation_key):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         elif self._takes_snapshots(connection):
