@@ -234,7 +234,8 @@ class QueryCache:
             tables: every answer that depends on one of these tables, named as ``table`` or ``schema.table``.
             entities: every answer that depends on a table of one of these mapped classes.
             statement: every answer to this statement, whatever its parameters.
-            region: alone, every answer in this region; with others, only there.
+            region: alone, every answer in this region; with others, only in the store of this region, which others
+                may share.
             everything: True for every answer in every region.
             session: make it part of this session's transaction: it takes effect when that commits, and not if it
                 rolls back. ``region`` cannot be given with others then.

@@ -387,7 +387,7 @@ class Interceptor:
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
         name = options.key if isinstance(options.key, str) else ""
         if options.exact:
-            return region.entry_key(digest((name, scope)))
+            return region.entry_key(digest((region.name, name, scope)))
         identity = bind_identity(plan.engine)
         parts = (
             analysis.structure,
@@ -397,6 +397,10 @@ class Interceptor:
             discriminators(plan),
             name,
             scope,
+            # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
+            region.name,
+            canonical(frozenset(options.tags)),
+            canonical(frozenset(options.tables)),
         )
         return region.entry_key(digest(parts))
 
