@@ -23,11 +23,12 @@ is at work anywhere, so every mark on the tag, kept or lost, is dead, and clears
 clean, heal by **lease**: a process that for a whole lease, on its own monotonic clock, has seen a tag in one
 incarnation and never clean, clears a quarantine; marks it first turns into a quarantine, which then lasts
 another lease. This is right as long as no writer spends longer than a lease between its mark and the end of
-its COMMIT. A witness that is missing need not wait where the store can prove that nothing was ever lost, so
-that a new server serves at once.
+its COMMIT. Where the store can prove that nothing was ever lost, the witness need not wait for its first
+lease, so that a new server serves at once; for marks that were given up that is no proof.
 
 What each step does to a version is in :mod:`querycache.versions`. That no interleaving of writers, readers,
-crashes and losses gives a stale hit is checked exhaustively in ``tests/test_ledger_model.py``.
+crashes and losses gives a stale hit is checked exhaustively in ``tests/test_ledger_model.py``, and on this
+code, under random schedules, in ``tests/test_ledger_schedules.py``.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class Reading:
     """Whether an entry was found that is valid no more, or that could not be read."""
 
     witness: int | None = None
-    """The version of the witness, read last: it differs from one reading to the next if anybody wrote between."""
+    """The version of the witness, read last: it differs from one reading to the next if anybody wrote
+    between."""
 
     @property
     def fillable(self) -> bool:

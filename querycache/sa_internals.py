@@ -734,11 +734,15 @@ def is_unit_of_work(context: Any) -> bool:
     return not context.invoked_statement._propagate_attrs
 
 
+def _dml(compiled: Any) -> Any:
+    """The INSERT, UPDATE or DELETE, also where ``select(Entity).from_statement(…)`` is to load what it returns."""
+    statement = compiled.statement
+    return statement.element if statement.is_from_statement else statement
+
+
 def dml_tables(compiled: Any) -> set[Table] | None:
     """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
-    statement = compiled.statement
-    if statement.is_from_statement:  # select(Entity).from_statement(update(Entity).returning(Entity))
-        statement = statement.element
+    statement = _dml(compiled)
     tables = {_as_table(statement.table)}
     # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
     noted = statement._annotations
@@ -768,7 +772,7 @@ def _as_table(selectable: Any) -> Any:
 
 def is_upsert(compiled: Any) -> bool:
     """True if an INSERT may change or replace rows that are there."""
-    statement = compiled.statement
+    statement = _dml(compiled)
     return bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
 
 

@@ -200,6 +200,7 @@ class Writes:
                 if transaction.snapshot is None and not transaction.wrote:
                     transaction.snapshot = dict.fromkeys(self._regions.ledgers)
                     self._old_views.add(connection.dialect)
+                    connection.info.pop(self._begun_key, None)  # its first statement is past
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""

@@ -118,7 +118,18 @@ def test_a_version_is_read_from_its_digits(version: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"0", b"-1", b"1" * 18, b"1" * 20, b"x" * 19, b" " + b"1" * 18, b"+" + b"1" * 18, b"\xb2" * 19, b"1_1" * 6],
+    [
+        b"",
+        b"0",
+        b"-1",
+        b"1" * 18,
+        b"1" * 20,
+        b"x" * 19,
+        b" " + b"1" * 18,
+        b"+" + b"1" * 18,
+        b"\xb2" * 19,
+        b"1_1" * 6,
+    ],
 )
 def test_anything_else_is_none(text: bytes) -> None:
     assert versions.parse(text) is None

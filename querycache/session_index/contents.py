@@ -65,6 +65,7 @@ class Contents:
         read.
     :ivar related: the ids of the other objects that the key of an object was read from.
     :ivar dependents: the same the other way round.
+    :ivar settling: whether stale objects are being read at the moment.
     """
 
     __slots__ = (
@@ -76,6 +77,7 @@ class Contents:
         "order",
         "placed",
         "related",
+        "settling",
         "stale",
         "unknown",
     )
@@ -91,11 +93,12 @@ class Contents:
         self.modified: Marks = {}
         self.related: dict[int, tuple[int, ...]] = {}
         self.dependents: dict[int, Marks] = {}
+        self.settling = False
 
     def put(self, entry: Entry, keys: Keys) -> None:
         """Place an object that is not placed.
 
-        :raises TypeError: if a key cannot be ordered among the others; the object is then not placed.
+        :raises TypeError: if a key cannot be ordered among the others; the object is then in no bucket.
         """
         ident = entry.ident
         self.placed[ident] = keys
@@ -111,7 +114,7 @@ class Contents:
                         if key != key or (isinstance(key, tuple) and any(part != part for part in key)):
                             raise TypeError("it is not equal to itself")
                         self.order.add(key)
-                    except TypeError:
+                    except BaseException:
                         self.drop(entry)
                         raise
                 bucket = self.buckets[key] = {}

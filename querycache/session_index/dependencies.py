@@ -106,6 +106,12 @@ class Dependencies:
 
         :raises ConfigurationError: if an attribute belongs to another class and no relationship leads there.
         """
+        for attribute in self._relationships:
+            if attribute.prop.lazy in ("dynamic", "write_only"):
+                raise ConfigurationError(
+                    f"index {self._label}: depends_on has {attribute}, which is "
+                    f"lazy={attribute.prop.lazy!r} and holds no objects in memory"
+                )
         reached = [self._mapper]
         for mapper in reached:
             for attribute in self._relationships:

@@ -13,7 +13,13 @@ from sqlalchemy.orm.attributes import instance_dict, instance_state
 from querycache.errors import ConfigurationError
 from querycache.session_index.contents import Contents, Keys, Record, has_none
 from querycache.session_index.dependencies import Dependencies, all_attributes
-from querycache.session_index.errors import InvalidKey, UniqueConflict, UnknownKeys, describe
+from querycache.session_index.errors import (
+    IndexFunctionError,
+    InvalidKey,
+    UniqueConflict,
+    UnknownKeys,
+    describe,
+)
 from querycache.session_index.keys import KeySpec
 from querycache.session_index.loading import load_keys
 from querycache.session_index.reading import UNKNOWN, Reader
@@ -184,7 +190,7 @@ class Index(Generic[T]):
 
         :raises ConfigurationError: if an index cannot be made of what was declared.
         """
-        self._spec.configure()
+        self._spec.configure(ordered=self.ordered)
         self._dependencies.configure()
         self._tracker.depend_on(self._spec.attributes)
         if self._spec.undeclared:
@@ -250,18 +256,28 @@ class Index(Generic[T]):
         return record, contents
 
     def _settle(self, session: Session, record: Record, contents: Contents, persisted: bool) -> None:
+        if contents.settling:
+            raise IndexFunctionError(f"index {self.name}: its function looks up this index itself")
         record.distribute(partial(scan, session, self._mapper.class_))
+        self._recheck(contents)
+        contents.settling = True
+        try:
+            for ident in list(contents.stale):
+                mark = contents.stale.get(ident)
+                obj = None if mark is None else mark()
+                if mark is not None and obj is not None:
+                    self._reindex(session, record, contents, persisted, ident, mark, obj)
+                contents.stale.pop(ident, None)
+        finally:
+            contents.settling = False
+
+    def _recheck(self, contents: Contents) -> None:
+        """Mark what may have become known without an event."""
         for ident, footprint in list(contents.footprints.items()):
             entry = contents.unknown.get(ident)
             obj = None if entry is None else entry()
             if obj is not None and self._footprint(obj) != footprint:
                 contents.stale[ident] = instance_state(obj).obj
-        for ident in list(contents.stale):
-            mark = contents.stale.get(ident)
-            obj = None if mark is None else mark()
-            if mark is not None and obj is not None:
-                self._reindex(session, record, contents, persisted, ident, mark, obj)
-            contents.stale.pop(ident, None)
 
     def _reindex(
         self,
@@ -275,11 +291,10 @@ class Index(Generic[T]):
     ) -> None:
         keys: Keys | None = None
         related: list[object] = []
+        reader = None
         if session.identity_map.contains_state(instance_state(obj)) or obj in session:
             reader = Reader(session, record.guard, obj, persisted)
             keys, related = self._read(reader)
-            if reader.rewinds:
-                contents.modified[ident] = mark
         linked = self._dependencies.linked
         try:
             record.place(contents, ident, obj, keys, keep=linked)
@@ -288,6 +303,8 @@ class Index(Generic[T]):
                 f"index {self.name} is ordered, and the key of {describe(obj)} has no place among its keys: "
                 f"{error}"
             ) from error
+        if reader is not None and reader.rewinds:
+            contents.modified[ident] = mark
         if linked:
             with record:
                 contents.link(ident, mark, [id(instance_state(other)) for other in related])

@@ -10,7 +10,7 @@ from sqlalchemy.orm import QueryableAttribute, Session
 
 from querycache.errors import ConfigurationError
 from querycache.session_index.errors import InvalidKey, describe
-from querycache.session_index.parts import FunctionPart, Part, stored
+from querycache.session_index.parts import FunctionPart, Part, RelationshipPart, stored
 from querycache.session_index.reading import UNKNOWN, Reader, Unknown
 
 __all__ = ["KeySpec"]
@@ -42,15 +42,18 @@ class KeySpec:
         """The attributes that the parts read."""
         return (attribute for part in self.parts for attribute in part.attributes)
 
-    def configure(self) -> None:
+    def configure(self, *, ordered: bool) -> None:
         """Find out what depends on the mapper configuration.
 
+        :param ordered: whether the keys are to have an order.
         :raises ConfigurationError: if the parts do not make a key.
         """
         for part in self.parts:
             part.configure()
         self.many = self.many or self.parts[0].many
         self.silent = any(part.silent for part in self.all_parts)
+        if ordered and any(isinstance(part, RelationshipPart) for part in self.parts):
+            raise ConfigurationError(f"index {self.label}: objects have no order; leave out ordered=True")
         if len(self.parts) > 1 and (self.many or any(part.many for part in self.parts)):
             raise ConfigurationError(
                 f"index {self.label}: an index of many keys for each object has one attribute or function, "
@@ -102,6 +105,8 @@ class KeySpec:
             )
         for key in keys:
             self._check_hashable(key, None)
+            if key is UNKNOWN or (isinstance(key, tuple) and UNKNOWN in key):
+                raise InvalidKey(f"index {self.label} is looked up by values, not by SQL: {value!r}")
         return keys
 
     def twins(self, session: Session, key: Any) -> list[Hashable]:

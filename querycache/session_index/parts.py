@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from sqlalchemy import BinaryExpression, BooleanClauseList, Column
 from sqlalchemy.orm import (
+    CompositeProperty,
     InstanceState,
     QueryableAttribute,
     RelationshipDirection,
@@ -66,8 +67,14 @@ def _local(state: InstanceState[Any], session: Session) -> InstanceState[Any]:
 def canonical(key: Any) -> Any:
     """A form that is equal for all forms of one key; for comparing keys read at different times."""
     if isinstance(key, InstanceState):
-        return key.key or key
+        return key if key.key is None else _identity(key.key)
     return tuple(canonical(item) for item in key) if type(key) is tuple else key
+
+
+def _identity(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The identity of an object as a key: without the token that only sharded sessions use, as a tuple with
+    None in it counts as NULL."""
+    return key[:2] if key[2] is None else key
 
 
 class Part(ABC):
@@ -120,8 +127,15 @@ class ColumnPart(Part):
 class CompositePart(Part):
     """A composite attribute, kept as the tuple of its columns, as composite classes are seldom hashable."""
 
-    def __init__(self, attributes: tuple[QueryableAttribute[Any], ...]) -> None:
+    def __init__(
+        self,
+        label: str,
+        prop: CompositeProperty[Any],
+        attributes: tuple[QueryableAttribute[Any], ...],
+    ) -> None:
         self.attributes = attributes
+        self._label = label
+        self._class = prop.composite_class
         self._keys = [attribute.key for attribute in attributes]
 
     def read(self, reader: Reader) -> Any:
@@ -131,12 +145,17 @@ class CompositePart(Part):
     def forms(self, session: Session, value: Any) -> tuple[Any, ...]:
         if value is None:
             return ((None,) * len(self._keys),)
-        if isinstance(value, tuple):
-            return (value,)
+        if isinstance(value, tuple) and len(value) == len(self._keys):
+            return (tuple(value),)
         if hasattr(value, "__composite_values__"):
             return (tuple(value.__composite_values__()),)
-        # as SQLAlchemy does it: the columns are the parameters of the class
-        return (tuple(getattr(value, name) for name in inspect.signature(type(value)).parameters),)
+        if isinstance(self._class, type) and isinstance(value, self._class):
+            # as SQLAlchemy does it: the columns are the parameters of the class
+            return (tuple(getattr(value, name) for name in inspect.signature(self._class).parameters),)
+        raise InvalidKey(
+            f"index {self._label} is looked up by a {getattr(self._class, '__name__', self._class)} or a "
+            f"tuple of {len(self._keys)} values, not by {value!r}"
+        )
 
 
 class RelationshipPart(Part):
@@ -177,7 +196,9 @@ class RelationshipPart(Part):
             return UNKNOWN
         if any(value is None for value in values):
             return None
-        return self._property.mapper.identity_key_from_primary_key(tuple(values), reader.state.identity_token)
+        return _identity(
+            self._property.mapper.identity_key_from_primary_key(tuple(values), reader.state.identity_token)
+        )
 
     def forms(self, session: Session, value: Any) -> tuple[Any, ...]:
         if value is None:
@@ -194,8 +215,8 @@ class RelationshipPart(Part):
         if value is None or not self._foreign:
             return (value,)
         if isinstance(value, InstanceState):
-            return (value,) if value.key is None else (value, value.key)
-        here = session.identity_map.get(value)
+            return (value,) if value.key is None else (value, _identity(value.key))
+        here = session.identity_map.get(value if len(value) == 3 else (*value, None))
         return (value,) if here is None else (value, instance_state(here))
 
 

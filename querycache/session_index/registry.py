@@ -149,7 +149,9 @@ class SessionIndex:
 
     def __getattr__(self, name: str) -> Index[Any]:
         found = {
-            cls: index for (cls, its_name), index in self.__dict__["_indexes"].items() if its_name == name
+            cls: index
+            for (cls, its_name), index in vars(self).get("_indexes", {}).items()
+            if its_name == name
         }
         if len(found) == 1:
             return next(iter(found.values()))
@@ -287,5 +289,5 @@ def _part(label: str, attribute: QueryableAttribute[Any]) -> Part:
     if isinstance(attribute.prop, RelationshipProperty):
         return RelationshipPart(label, attribute)
     if isinstance(attribute.prop, CompositeProperty):
-        return CompositePart(columns_of(attribute))
+        return CompositePart(label, attribute.prop, columns_of(attribute))
     return ColumnPart(attribute)

@@ -59,20 +59,24 @@ _LIFECYCLE_EVENTS: Final = (
 
 
 class Listeners:
-    """Event listeners that are removed together."""
+    """Event listeners that are removed together; they do not keep a session alive."""
 
     def __init__(self) -> None:
-        self._listeners: list[tuple[Any, str, Callable[..., Any]]] = []
+        self._listeners: list[tuple[Callable[[], Any], str, Callable[..., Any]]] = []
 
     def add(self, target: Any, name: str, function: Callable[..., Any], **options: Any) -> None:
         """Register a listener with SQLAlchemy."""
         event.listen(target, name, function, **options)
-        self._listeners.append((target, name, function))
+        held = weakref.ref(target) if isinstance(target, Session) else lambda: target
+        self._listeners.append((held, name, function))
 
     def remove(self) -> None:
         """Remove all of them."""
         while self._listeners:
-            event.remove(*self._listeners.pop())
+            held, name, function = self._listeners.pop()
+            target = held()
+            if target is not None:
+                event.remove(target, name, function)
 
 
 def listen_to_class(

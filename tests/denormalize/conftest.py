@@ -88,7 +88,11 @@ def empty(engine: Engine, metadata: MetaData) -> None:
                         f"SELECT setval(pg_get_serial_sequence('{table.name}', '{key[0].name}'), 1000)"
                     )
         else:
-            switch = "PRAGMA foreign_keys = {}" if engine.dialect.name == "sqlite" else "SET FOREIGN_KEY_CHECKS = {}"
+            switch = (
+                "PRAGMA foreign_keys = {}"
+                if engine.dialect.name == "sqlite"
+                else "SET FOREIGN_KEY_CHECKS = {}"
+            )
             connection.exec_driver_sql(switch.format("OFF"))
             for name in tables:
                 connection.exec_driver_sql(f"DELETE FROM {name}")

@@ -36,9 +36,11 @@ def _database(server_url: str) -> Iterator[str]:
     administration = create_engine(server_url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     with administration.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
-        try:
-            yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
-        finally:
+    try:
+        yield make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    finally:
+        # Not the connection from above: other fixtures hang up whoever is connected to the worker's database.
+        with administration.connect() as connection:
             connection.execute(text(f"DROP DATABASE {name}"))
 
 

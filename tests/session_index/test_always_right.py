@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 from sqlalchemy import insert, select
-from sqlalchemy.orm import Session, joinedload, make_transient, selectinload, sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    joinedload,
+    make_transient,
+    mapped_column,
+    selectinload,
+    sessionmaker,
+)
 from sqlalchemy.orm.attributes import flag_modified
 
 from querycache.session_index import SessionIndex
@@ -288,6 +297,61 @@ class TestInheritance:
         with statements.none():
             assert by_grade.lookup(session, 5).unknown == {manager}
         assert by_grade(session, 5, unknown="load") == {manager}
+
+    def test_concrete_inheritance(self, indexes: SessionIndex, session: Session) -> None:
+        class Other(DeclarativeBase):
+            pass
+
+        class Animal(Other):
+            __tablename__ = "animal"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str | None]
+            legs: Mapped[int | None]
+
+        class Cat(Animal):
+            __tablename__ = "cat"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str | None]
+            __mapper_args__ = {"concrete": True}
+
+        by_name = indexes.index(Animal.name)
+        indexes.indexed(Animal, "upper")(lambda animal: animal.name and animal.name.upper())
+        cats_by_name = indexes.index(Cat.name)
+        animal, cat = Animal(name="x"), Cat(name="x")
+        session.add_all([animal, cat])
+        assert by_name(session, "x") == indexes.upper(session, "X") == {animal, cat}
+        assert cats_by_name(session, "x") == {cat}
+        cat.name = "y"
+        assert by_name(session, "y") == indexes.upper(session, "Y") == cats_by_name(session, "y") == {cat}
+
+    def test_classes_mapped_after_the_index(self, indexes: SessionIndex, session: Session) -> None:
+        class Other(DeclarativeBase):
+            pass
+
+        class Animal(Other):
+            __tablename__ = "animal"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            kind: Mapped[str]
+            name: Mapped[str | None]
+            __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+
+        by_name = indexes.index(Animal.name)
+        indexes.indexed(Animal, "lives")(lambda animal: getattr(animal, "lives", 1))
+        animal = Animal(name="x")
+        session.add(animal)
+        assert by_name(session, "x") == indexes.lives(session, 1) == {animal}
+
+        class Cat(Animal):
+            lives: Mapped[int | None] = mapped_column()
+            __mapper_args__ = {"polymorphic_identity": "cat"}
+
+        cat = Cat(name="x", lives=9)
+        session.add(cat)
+        assert by_name(session, "x") == {animal, cat}
+        assert indexes.lives(session, 9) == {cat}
+        cat.name, cat.lives = "y", 8
+        assert by_name(session, "y") == indexes.lives(session, 8) == {cat}
+        assert indexes.verify(session) == []
 
 
 class TestKindsOfValues:

@@ -16,9 +16,7 @@ from examples import session_index as example
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_documentation_runs(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_documentation_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "session-index.md").read_text(), re.DOTALL)
     assert len(blocks) == 4
     module = ModuleType("documentation")
@@ -49,6 +47,8 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert [entry["what"] for entry in json.loads(capsys.readouterr().out)] == [line.what for line in lines]
 
 
-@pytest.mark.parametrize(("ratio", "reach", "reached"), [(2, ">= 1", True), (2, "<= 1", False), (2, "", True)])
+@pytest.mark.parametrize(
+    ("ratio", "reach", "reached"), [(2, ">= 1", True), (2, "<= 1", False), (2, "", True)]
+)
 def test_whether_a_number_is_reached(ratio: float, reach: str, reached: bool) -> None:
     assert benchmark.Line("x", ratio, reach, 1, 1).reached is reached

@@ -156,6 +156,17 @@ class TestUnique:
         with pytest.raises(UniqueConflict):
             session.flush()
 
+    def test_of_a_parent_known_by_the_foreign_key_only(self, indexes: SessionIndex, session: Session) -> None:
+        indexes.index(Item.owner, unique=True)
+        ann = Person(id=1)
+        one, other = add(session, Item(owner_id=1), Item(owner_id=2))
+        add(session, ann)
+        session.flush()
+        other.owner_id = 1
+        with pytest.raises(UniqueConflict) as caught:
+            session.flush()
+        assert set(caught.value.objects) == {one, other}
+
     def test_many_keys(self, indexes: SessionIndex, session: Session) -> None:
         indexes.index(Item.tags, multi=True, unique=True)
         add(session, Item(tags=["a", "b"]), Item(tags=["c", "b"]))
@@ -273,6 +284,11 @@ class TestOrdered:
             order.first(session, unknown="raise")
         assert order.first(session, unknown="load") is one
         assert order.range(session, unknown="raise") == [one, two]
+
+    def test_objects_have_no_order(self, indexes: SessionIndex) -> None:
+        for attributes in ([Item.owner], [Item.title, Item.owner], [Item.labels]):
+            with pytest.raises(ConfigurationError, match="objects have no order"):
+                indexes.index(*attributes, ordered=True)
 
     def test_it_has_to_be_declared(self, indexes: SessionIndex, session: Session) -> None:
         by_age = indexes.index(Person.age)
@@ -454,6 +470,19 @@ class TestRefusals:
         with pytest.raises(InvalidKey, match=r"the key \['a'\] is not hashable"):
             by_raw(session, ["a"])
 
+    def test_looking_up_by_sql(self, indexes: SessionIndex, session: Session) -> None:
+        pair = indexes.index(Person.name, Person.age)
+        for index, value in ((indexes.index(Person.name), Person.name == "x"), (pair, ("x", Person.age))):
+            with pytest.raises(InvalidKey, match="is looked up by values, not by SQL"):
+                index(session, value)
+
+    @pytest.mark.parametrize("value", [1, "xy", (1,), (1, 2, 3), Label()])
+    def test_looking_up_a_composite_by_something_else(
+        self, indexes: SessionIndex, session: Session, value: Any
+    ) -> None:
+        with pytest.raises(InvalidKey, match="is looked up by a Point or a tuple of 2 values, not by"):
+            indexes.index(Item.position)(session, value)
+
     @pytest.mark.parametrize(
         "attribute",
         [
@@ -504,6 +533,8 @@ class TestRefusals:
             other.detach()
         with pytest.raises(ConfigurationError, match="lazy='write_only' and holds no objects in memory"):
             indexes.index(Parent.write_only)
+        with pytest.raises(ConfigurationError, match="lazy='dynamic' and holds no objects in memory"):
+            indexes.indexed(Parent, "x", depends_on=[Parent.dynamic])(lambda parent: 1)
 
     def test_no_attribute(self, indexes: SessionIndex) -> None:
         with pytest.raises(ConfigurationError, match="give one or more attributes"):

@@ -77,6 +77,7 @@ def test_one_session_which_is_not_kept_alive(new_index: NewIndex) -> None:
     session = Session()
     indexes = new_index(session)
     assert accepts(indexes, session) and not accepts(indexes, Session())
+    indexes.index(Person.name, unique=True)
     gone = weakref.ref(session)
     del session
     gc.collect()

@@ -243,6 +243,17 @@ class TestFunctionsThatRaise:
         person.age = 3
         assert grown(session, "x") == set()
 
+    def test_a_function_that_looks_up_its_own_index(
+        self, indexes: SessionIndex, session: Session, people: list[Person]
+    ) -> None:
+        indexes.indexed(Person, "namesakes")(lambda person: len(indexes.namesakes(session, 1)))
+        with pytest.raises(
+            IndexFunctionError, match=r"index Person.namesakes: its function looks up this index"
+        ):
+            indexes.namesakes(session, 2)
+        with pytest.raises(IndexFunctionError):
+            indexes.namesakes(session, 2)
+
     def test_a_function_may_look_up_in_other_indexes(
         self, indexes: SessionIndex, session: Session, people: list[Person]
     ) -> None:

@@ -89,6 +89,8 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
         )
         for illegal in report.illegal[:5]:
             _say(f"    {illegal}")
+        for when in report.times:
+            _say(f"    {when}")
     return total
 
 

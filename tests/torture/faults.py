@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import redis
 
 from tests.servers import Server
+from tests.torture.history import now
 from tests.torture.worker import AFTER_COMMIT, BEFORE_COMMIT, FLUSH_IN_COMMIT
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Faults:
 
     Attributes:
         injected: how many of each kind.
+        times: begin and end of each, in nanoseconds.
     """
 
     def __init__(self, workers: Workers, store: Server, kinds: Sequence[str], random: Random) -> None:
@@ -61,6 +63,7 @@ class Faults:
         self._kinds = list(kinds)
         self._todo: list[str] = []
         self.injected: Counter[str] = Counter()
+        self.times: list[tuple[str, int, int]] = []
 
     def inject(self) -> None:
         """One fault, all kinds in turn in an order of chance."""
@@ -81,8 +84,10 @@ class Faults:
             "pause": self._pause,
             "starve": self._starve,
         }
+        begin = now()
         if actions[kind]():
             self.injected[kind] += 1
+            self.times.append((kind, begin, now()))
 
     # --- the workers ------------------------------------------------------------------------------------
 

@@ -63,11 +63,13 @@ class Intent(msgspec.Struct, array_like=True, frozen=True, tag=1):
         txn: the row in the log table that is committed with it.
         time: when.
         writes: the rows that it changes, with their states after it.
+        steps: by which ways, for reports.
     """
 
     txn: str
     time: int
     writes: dict[int, State | None]
+    steps: list[str] = []
 
 
 class Outcome(msgspec.Struct, array_like=True, frozen=True, tag=2):

@@ -106,6 +106,7 @@ class Judge:
         self._rows = [_Versions(row, [initial_state(row)]) for row in range(ROWS)]
         self.commits = 0
         self.contradictions: list[str] = []
+        """Where histories and database do not agree, so that nothing can be judged."""
         for intent in sorted(intents, key=lambda each: each.time):
             outcome = outcomes.get(intent.txn)
             if intent.txn not in committed:
@@ -116,7 +117,7 @@ class Judge:
             process = int(intent.txn.partition("-")[0])
             latest = outcome.time if outcome is not None else buried.get(process, _NEVER)
             for row, state in intent.writes.items():
-                self._rows[row].add(state, intent.time, latest, intent.txn)
+                self._rows[row].add(state, intent.time, latest, f"{intent.txn} ({', '.join(intent.steps)})")
         self._of_stamp: list[dict[State | None, list[int]]] = []
         for versions in self._rows:
             versions.settle()
@@ -137,6 +138,16 @@ class Judge:
                                 versions.latest[index] = min(versions.latest[index], read.end)
         for versions in self._rows:
             versions.settle()
+
+    def compare(self, contents: Mapping[int, State]) -> None:
+        """Compare what the writes have left with what is in the database at the end: a check of the judge itself."""
+        for versions in self._rows:
+            found = contents.get(versions.row)
+            if versions.states[-1] != found:
+                self.contradictions.append(
+                    f"{name_of(versions.row)} is {found} in the end, but {versions.writers[-1]} left it "
+                    f"as {versions.states[-1]}"
+                )
 
     def judge(self, read: Read) -> Iterator[Illegal]:
         """Why this read is illegal; nothing where it is not."""

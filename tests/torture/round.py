@@ -50,6 +50,7 @@ class Report:
         cache: what the caches counted, by outcome and reason.
         illegal: reads that nothing explains.
         seconds: of work, without starting servers and judging.
+        times: when the faults were, for rounds with illegal reads; in nanoseconds.
     """
 
     reads: int = 0
@@ -62,6 +63,7 @@ class Report:
     cache: Counter[str] = field(default_factory=Counter)
     illegal: list[Illegal] = field(default_factory=list)
     seconds: float = 0.0
+    times: list[str] = field(default_factory=list)
 
     @property
     def hit_ratio(self) -> float:
@@ -79,6 +81,7 @@ class Report:
         self.cache += other.cache
         self.illegal += other.illegal
         self.seconds += other.seconds
+        self.times += other.times
 
 
 class Workers:
@@ -208,7 +211,8 @@ def run_round(
             lease=lease,
             threads=threads,
             writes=writes,
-            hesitation=0.03,
+            # What a mutant does wrong around COMMIT shows to those who read meanwhile.
+            hesitation=0.15 if mutant else 0.03,
             mutant=mutant,
             seed=seed,
         )
@@ -227,6 +231,8 @@ def run_round(
         report = _judge(directory, workers, database)
         report.seconds = took
         report.faults = faults.injected
+        if report.illegal:
+            report.times = [f"{kind} from {begin} to {end}" for kind, begin, end in faults.times]
         return report
 
 
@@ -256,8 +262,9 @@ def _judge(directory: Path, workers: Workers, database: Engine) -> Report:
     with database.connect() as connection:
         committed = frozenset(connection.scalars(select(schema.log.c.txn)))
     judge = Judge(intents, outcomes, committed, workers.buried)
+    judge.compare(schema.contents(database))
     if judge.contradictions:
-        raise AssertionError(f"the database has lost commits: {judge.contradictions[:3]}")
+        raise AssertionError(f"histories and database do not agree: {judge.contradictions[:3]}")
     judge.learn(reads)
     for read in reads:
         report.illegal.extend(judge.judge(read))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table, insert
+from sqlalchemy import BigInteger, Column, ForeignKey, Integer, String, Table, insert, select
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -26,6 +26,7 @@ __all__ = [
     "Shelf",
     "State",
     "book_row",
+    "contents",
     "create",
     "initial_state",
     "link_row",
@@ -134,6 +135,19 @@ def _initial_books() -> Iterator[dict[str, int]]:
     for book in range(BOOKS):
         stamp, shelf, colour = initial_state(book_row(book)) or ()
         yield {"id": book, "stamp": stamp, "shelf_id": shelf, "colour": colour}
+
+
+def contents(engine: Engine) -> dict[int, State]:
+    """All rows as they are now."""
+    with engine.connect() as connection:
+        found: dict[int, State] = {}
+        for shelf, stamp in connection.execute(select(Shelf.id, Shelf.stamp)):
+            found[shelf_row(shelf)] = (stamp,)
+        for book, *values in connection.execute(select(Book.id, Book.stamp, Book.shelf_id, Book.colour)):
+            found[book_row(book)] = tuple(values)
+        for book, mark in connection.execute(select(links)):
+            found[link_row(book, mark)] = ()
+    return found
 
 
 def create(engine: Engine) -> None:

@@ -185,7 +185,7 @@ class _Worker:
             commit(connection)
             self._reached(AFTER_COMMIT)
 
-        dialect.do_commit = watched  # type: ignore[method-assign]
+        dialect.do_commit = watched  # type: ignore[method-assign, assignment]
 
     @contextlib.contextmanager
     def committing(self, hesitation: float) -> Iterator[None]:
@@ -264,6 +264,7 @@ class _Thread:
                     savepoint.rollback()
                     session.expunge_all()
                     writing.own = before
+                    writing.steps.append("roll back")
                     self.read_own(session, start, writing)
             end = self.random.random()
             if end < 0.1:
@@ -304,7 +305,7 @@ class _Thread:
     @contextlib.contextmanager
     def decided(self, txn: str, writing: Writing) -> Iterator[None]:
         """Note that a commit is called, and how that ends."""
-        self.history.add(Intent(txn, now(), dict(writing.own)))
+        self.history.add(Intent(txn, now(), dict(writing.own), writing.steps))
         try:
             yield
         except BaseException as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -42,6 +42,7 @@ class Writing:
         self.random = random
         self._stamps = stamps
         self.own: dict[int, State | None] = {}
+        self.steps: list[str] = []
         self._found: dict[int, State | None] = {}
         few = random.choice((1, 1, 2, 4))
         self._books = sorted({int(random.random() ** 2 * BOOKS) for _ in range(few)})
@@ -64,10 +65,9 @@ class Writing:
 
     def step(self, executor: Executor) -> None:
         """Change something."""
-        if isinstance(executor, Session):
-            self.random.choice(_STEPS)(self, executor)
-        else:
-            self.random.choice(_CORE_STEPS)(self, executor)
+        step = self.random.choice(_STEPS if isinstance(executor, Session) else _CORE_STEPS)
+        self.steps.append(step.__name__)
+        step(self, executor)
 
     # --- what is there, and what will be --------------------------------------------------------------
 
@@ -263,9 +263,7 @@ def _connection(executor: Executor) -> Connection:
     return executor.connection() if isinstance(executor, Session) else executor
 
 
-Step = Callable[[Writing, Any], None]
-
-_CORE_STEPS: Sequence[Step] = (
+_CORE_STEPS: Sequence[Any] = (
     Writing.core,
     Writing.core_marks,
     Writing.textual,
@@ -273,7 +271,7 @@ _CORE_STEPS: Sequence[Step] = (
     Writing.core_shelf,
 )
 # The unit of work more often than the others, as in life; it alone writes rows rather than sets.
-_STEPS: Sequence[Step] = (
+_STEPS: Sequence[Any] = (
     *[Writing.unit_of_work] * 5,
     *[Writing.by_relationship] * 2,
     *[Writing.shelf] * 3,

@@ -52,6 +52,7 @@ __all__ = [
     "Author",
     "Base",
     "Book",
+    "Commit",
     "Employee",
     "Engineer",
     "Loan",
@@ -182,6 +183,25 @@ def configure_sqlite(engine: Engine) -> Engine:
             connection.execute("PRAGMA synchronous = OFF")
 
     return engine
+
+
+class Commit:
+    """The COMMIT of an engine, in the hands of a test. To be made before anybody attaches to the engine.
+
+    Attributes:
+        instead: what to do instead of it, given the real one and the connection; None for the real one.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._real = engine.dialect.do_commit
+        self.instead: Callable[[Callable[[Any], None], Any], None] | None = None
+        engine.dialect.do_commit = self  # type: ignore[method-assign, assignment]
+
+    def __call__(self, connection: Any) -> None:
+        if self.instead is None:
+            self._real(connection)
+        else:
+            self.instead(self._real, connection)
 
 
 # --- readers --------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 from redis import Redis
@@ -40,6 +39,7 @@ from tests.writes.library import (
     Author,
     Base,
     Book,
+    Commit,
     Employee,
     Engineer,
     Loan,
@@ -72,6 +72,7 @@ class World:
     """A database, a store, a cache between them, and another process on both."""
 
     engine: Engine
+    commit: Commit
     cache: QueryCache
     sessions: sessionmaker[Session]
     other: OtherProcess | None
@@ -134,6 +135,7 @@ def _wrong(answers: Mapping[str, object], expected: Mapping[str, object]) -> lis
 @contextlib.contextmanager
 def _world(database: str, store: str) -> Iterator[World]:
     engine = configure_sqlite(create_engine(database))
+    commit = Commit(engine)
     Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
     cache = QueryCache(store, lease=LEASE).attach(engine)
@@ -143,7 +145,7 @@ def _world(database: str, store: str) -> Iterator[World]:
         other = None
         if store != "memory://":
             other = stack.enter_context(OtherProcess.running(database, store, lease=LEASE))
-        world = World(engine, cache, sessions, other)
+        world = World(engine, commit, cache, sessions, other)
         _warm_up(world)
         yield world
     cache.detach(engine)
@@ -317,18 +319,18 @@ def _roll_back_to_savepoint(world: World, unit: Unit, change: Change) -> None:
 @contextlib.contextmanager
 def _failing_commit(world: World, *, carried_out: bool) -> Iterator[None]:
     """COMMIT raises, before or after the database has done it."""
-    real = world.engine.dialect.do_commit
 
-    def fail(connection: Any) -> None:
+    def fail(real: Callable[[Any], None], connection: Any) -> None:
         if carried_out:
             real(connection)
         raise OSError("connection lost in COMMIT")
 
-    with (
-        mock.patch.object(world.engine.dialect, "do_commit", fail),
-        pytest.raises(OSError, match="connection lost"),
-    ):
-        yield
+    world.commit.instead = fail
+    try:
+        with pytest.raises(OSError, match="connection lost"):
+            yield
+    finally:
+        world.commit.instead = None
 
 
 def _fail_before_commit(world: World, unit: Unit, change: Change) -> None:

@@ -6,9 +6,10 @@ A *naive way* is the same check with one protection taken out: it must fail then
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,17 @@ from querycache import QueryCache, dependencies, sa_internals
 from querycache.errors import CacheUnavailable
 from querycache.writes import Writes
 from tests.servers import Server
-from tests.writes.library import Author, Base, Book, Loan, Tag, book_tag, configure_sqlite, fill_library
+from tests.writes.library import (
+    Author,
+    Base,
+    Book,
+    Commit,
+    Loan,
+    Tag,
+    book_tag,
+    configure_sqlite,
+    fill_library,
+)
 
 
 class Library:
@@ -64,6 +75,8 @@ class Library:
 
     def __init__(self, engine: Engine, store: str = "memory://", **arguments: Any) -> None:
         self.engine = engine
+        commit = engine.dialect.__dict__.get("test_commit")
+        self._commit: Commit = commit or engine.dialect.__dict__.setdefault("test_commit", Commit(engine))
         self.cache = QueryCache(store, **{"lease": 0.3, **arguments}).attach(engine)
         self.sessions = sessionmaker(engine)
         self.cache.attach(self.sessions)
@@ -99,6 +112,12 @@ class Library:
         with self.engine.begin() as connection:
             for statement in statements:
                 connection.execute(statement)
+
+    @contextlib.contextmanager
+    def committing(self, instead: Callable[[Callable[[Any], None], Any], None] | None) -> Iterator[None]:
+        """Something else than COMMIT is done when it is asked for; for None, COMMIT itself."""
+        with mock.patch.object(self._commit, "instead", instead):
+            yield
 
     def database(self, statement: Any) -> list[Any]:
         with self.engine.connect() as connection:
@@ -158,11 +177,18 @@ def test_E1_a_released_savepoint_is_not_the_commit(postgresql_engine: Engine) ->
 def test_E1_what_was_written_before_a_savepoint_is_not_forgotten(postgresql_engine: Engine) -> None:
     check_savepoint(Library(postgresql_engine))
 
-    def forget_at_each(self: Writes, session: Session) -> None:
-        for connection in sa_internals.connections(session):
-            self._phase_two(connection.info)
+    listeners = Writes.session_listeners
 
-    with naive(Writes, "_after_commit", forget_at_each):
+    def with_after_commit(self: Writes) -> Mapping[str, Any]:
+        """As if the event told of a COMMIT, and no more."""
+
+        def forget(session: Session) -> None:
+            for connection in sa_internals.connections(session):
+                self.end(connection.info)
+
+        return {**listeners(self), "after_commit": forget}
+
+    with naive(Writes, "session_listeners", with_after_commit):
         check_savepoint(Library(postgresql_engine))
 
 
@@ -305,18 +331,14 @@ def test_E7_no_clock_decides(library: Library, monkeypatch: pytest.MonkeyPatch, 
 
 def check_unknown_outcome(library: Library) -> None:
     library.fill(PRICES)
-    real = library.engine.dialect.do_commit
 
-    def lost(connection: Any) -> None:
+    def lost(real: Callable[[Any], None], connection: Any) -> None:
         real(connection)
         raise OSError("lost")
 
     with library.sessions() as session:
         session.execute(RAISE_PRICE)
-        with (
-            mock.patch.object(library.engine.dialect, "do_commit", lost),
-            pytest.raises(OSError, match="lost"),
-        ):
+        with library.committing(lost), pytest.raises(OSError, match="lost"):
             session.commit()
     assert library.is_right(PRICES)
 
@@ -324,24 +346,22 @@ def check_unknown_outcome(library: Library) -> None:
 def test_E8_a_commit_whose_outcome_is_unknown(library: Library) -> None:
     check_unknown_outcome(library)
 
-    def only_after_success(self: Writes, connection: Connection) -> None:
-        connection.info.pop(self._info_key, None)
+    def only_after_success(self: Writes, info: dict[Any, Any]) -> None:
+        if sys.exc_info()[0] is None:
+            self._phase_two(info)
+        info.pop(self._info_key, None)
 
-    with (
-        naive(Writes, "_rollback", only_after_success),
-        mock.patch.object(Writes, "_phase_one", lambda self, connection: None),
-    ):
-        check_unknown_outcome(Library(library.engine))
+    with naive(Writes, "end", only_after_success):
+        check_unknown_outcome(Library(library.engine, consistency="commit"))
 
 
 def test_E9_the_mark_of_one_writer_is_not_wiped_by_another(postgresql_engine: Engine) -> None:
     library = Library(postgresql_engine)
     library.fill(PRICES)
-    real = library.engine.dialect.do_commit
     seen = []
 
-    def slow(connection: Any) -> None:
-        with mock.patch.object(library.engine.dialect, "do_commit", real):
+    def slow(real: Callable[[Any], None], connection: Any) -> None:
+        with library.committing(None):
             library.write(
                 update(Book).where(Book.id == 1).values(price=71)
             )  # another writer, begun and ended
@@ -350,7 +370,7 @@ def test_E9_the_mark_of_one_writer_is_not_wiped_by_another(postgresql_engine: En
 
     with library.sessions() as session:
         session.execute(RAISE_PRICE)
-        with mock.patch.object(library.engine.dialect, "do_commit", slow):
+        with library.committing(slow):
             session.commit()
     assert seen == ["stale bypass pending"]
     assert library.is_right(PRICES)
