@@ -269,8 +269,17 @@ class Interceptor:
 
     def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
-        if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
-            return self._options_from(sa_internals.effective_options(state))
+        options = sa_internals.effective_options(state)
+        # a loop, and no generator: every statement comes through here, cached or not
+        for name in options:
+            if isinstance(name, str) and name.startswith("cache_"):
+                return self._options_from(
+                    options, None if "cache_key" in options else self._asked_otherwise(state)
+                )
+        return self._asked_otherwise(state)
+
+    def _asked_otherwise(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What is asked for a statement by other ways than its execution options."""
         for option in sa_internals.statement_options(state.statement):
             if isinstance(option, FromCache):
                 return option.cache_options
@@ -284,19 +293,22 @@ class Interceptor:
                     return self._policies[cls]
         return None
 
-    def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
+    def _options_from(self, options: Mapping[str, Any], refined: CacheOptions | None) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
-        given = tuple(
-            (name, type(options[name]), options[name])
-            for name in options
-            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
+        given = (
+            refined,
+            *(
+                (name, type(value), tuple(value) if type(value) is list else value)
+                for name, value in options.items()
+                if isinstance(name, str) and name.startswith("cache_")
+            ),
         )
         try:
             known = self._known_options.get(given)
-        except TypeError:  # a list among the values
-            return CacheOptions.from_execution_options(options)
+        except TypeError:  # a set among the values
+            return CacheOptions.from_execution_options(options, refined)
         if known is None:
-            known = CacheOptions.from_execution_options(options)
+            known = CacheOptions.from_execution_options(options, refined)
             if len(self._known_options) > 1000:
                 self._known_options.clear()
             self._known_options[given] = known

@@ -164,7 +164,7 @@ def test_a_missing_extra(url: str, extra: str, monkeypatch: pytest.MonkeyPatch) 
 # --- From a file -----------------------------------------------------------------------------------
 
 FILES: dict[str, tuple[str, list[str]]] = {
-    "no TOML": ("[querycache", ["config.toml", "line 1"]),
+    "no TOML": ("[querycache]\nttl = = 5", ["config.toml", "line 2"]),
     "no table": ("[cache]\nttl = 5", ["config.toml", "[querycache]"]),
     "an unknown key": ("[querycache]\ncolour = 'red'", ["config.toml", "'colour'", "namespace"]),
     "an unknown key of a region": (
@@ -287,7 +287,15 @@ def test_a_word_alone_refines_a_policy(engine: Engine) -> None:
     )
     with Session(engine) as db, cache.recording() as events:
         cache.attach(db)
-        for options in ({}, {}, {"cache_mode": "bypass"}, {"cache_mode": "refresh"}, {"cache_region": "pages"}, {"cache_key": False}):  # fmt: skip
+        refinements: list[dict[str, Any]] = [
+            {},
+            {},
+            {"cache_mode": "bypass"},
+            {"cache_mode": "refresh"},
+            {"cache_region": "pages"},
+            {"cache_key": False},
+        ]
+        for options in refinements:
             db.scalars(select(Thing), execution_options=options).all()
     found = [(event.outcome, event.reason, event.region) for event in events if event.outcome != "fill"]
     assert found == [
