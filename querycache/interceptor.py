@@ -376,7 +376,9 @@ class Interceptor:
                     raise _Bypass(name)
         load_options = sa_internals.load_options(options)
         if load_options is not None:
-            if load_options["refresh_state"] is not None:
+            refreshed = load_options["refresh_state"]
+            # A loader may need a column that the statement has deferred: what it asks then is part of the answer.
+            if refreshed is not None and (not within or refreshed.expired or refreshed.expired_attributes):
                 raise _Refresh("refresh")
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
