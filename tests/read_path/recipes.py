@@ -7,7 +7,7 @@ statement it runs and how it consumes the result. `perform` does it, against the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -441,6 +441,13 @@ class Performance:
     afterwards: list[Any]
     traffic: Traffic
 
+    def in_any_order(self) -> Performance:
+        """The same with statements in order of text: SQLAlchemy keeps the attributes of a class in a set, and so
+        runs the loaders of several in an order that differs from process to process."""
+        afterwards = [(*what, sorted(statements)) for *what, statements in self.afterwards]
+        traffic = replace(self.traffic, statements=sorted(self.traffic.statements))
+        return replace(self, afterwards=afterwards, traffic=traffic)
+
 
 def perform(
     engine: Engine,
@@ -461,6 +468,9 @@ def perform(
             answers += [
                 observer.describe(outcome_of(lambda: _ask(db, scenario, options))) for _ in range(times)
             ]
+        if any(what == "delete" for _, what in scenario.changes):
+            # The unit of work goes through the objects that it deletes in the order of a set.
+            seen.statements.sort()
         return Performance(answers, observer.touch(engine), seen)
 
 
