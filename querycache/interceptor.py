@@ -459,6 +459,7 @@ class Interceptor:
                 self._telemetry.emit("hit", region.name, request.name)
                 return result
         if options.mode == "only":
+            self._telemetry.emit(outcome, region.name, request.name, reason)
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
                 "cache_mode='only' forbids to ask the database"
