@@ -21,9 +21,9 @@ from querycache import QueryCache
 from tests.read_path.models import Base, Post, User
 from tests.read_path.observe import traffic
 from tests.read_path.process import Process
-from tests.read_path.recipes import Performance, Rows, Scenario, perform, put_rows, rows, scenarios
+from tests.read_path.recipes import Performance, Rows, Scenario, perform, put_rows, relatives, rows, scenarios
 
-EXAMPLES = int(os.environ.get("QUERYCACHE_EXAMPLES", "120"))
+EXAMPLES = int(os.environ.get("QUERYCACHE_EXAMPLES", "60"))
 """How many are tried. Without a word the same in every run, with QUERYCACHE_EXAMPLES others each time."""
 
 UNCACHED: dict[str, object] = {}
@@ -70,6 +70,8 @@ def test_with_the_cache_as_without(
     once = perform(engine, CachedSession, scenario, UNCACHED)
     twice = perform(engine, CachedSession, scenario, UNCACHED, times=2)
 
+    for recipe in relatives(scenario.recipe):
+        perform(engine, CachedSession, Scenario(recipe), CACHED)
     with cache.recording() as events:
         assert perform(engine, CachedSession, scenario, CACHED) == once
     filled = "fill" in [event.outcome for event in events]
