@@ -193,6 +193,12 @@ class RedisBackend(StoreBackend):
         scheme = _SCHEMES[address.scheme]
         place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
         self._name = f"Redis at {place or 'localhost'}"
+        database = address.path.strip("/")
+        if scheme != "unix" and database and not database.isdecimal():
+            # the client would take the first database without a word
+            raise ConfigurationError(
+                f"the Redis store cannot use {database!r} as the number of a database; write redis://host:6379/0"
+            )
         tls = [name for name in options if name.startswith("ssl_")]
         if tls and scheme != "rediss":
             raise ConfigurationError(f"option {tls[0]!r} needs TLS: write rediss:// instead of {scheme}://")

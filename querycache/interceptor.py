@@ -269,12 +269,18 @@ class Interceptor:
 
     def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
-        # not state.execution_options, which is made for whoever asks: most statements are not for the cache
-        if (
-            "cache_key" in state.local_execution_options
-            or "cache_key" in state.statement.get_execution_options()
-        ):
-            return self._options_from(sa_internals.effective_options(state))
+        # Every statement comes through here, cached or not. So there are loops and no generators, and
+        # state.execution_options, which is made for whoever asks, is not asked for.
+        for given in (state.local_execution_options, state.statement.get_execution_options()):
+            for name in given:
+                if isinstance(name, str) and name.startswith("cache_"):
+                    options = sa_internals.effective_options(state)
+                    refined = None if "cache_key" in options else self._asked_otherwise(state)
+                    return self._options_from(options, refined)
+        return self._asked_otherwise(state)
+
+    def _asked_otherwise(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What is asked for a statement by other ways than its execution options."""
         for option in sa_internals.statement_options(state.statement):
             if isinstance(option, FromCache):
                 return option.cache_options
@@ -288,19 +294,22 @@ class Interceptor:
                     return self._policies[cls]
         return None
 
-    def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
+    def _options_from(self, options: Mapping[str, Any], refined: CacheOptions | None) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
-        given = tuple(
-            (name, type(options[name]), options[name])
-            for name in options
-            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
+        given = (
+            refined,
+            *(
+                (name, type(value), tuple(value) if type(value) is list else value)
+                for name, value in options.items()
+                if isinstance(name, str) and name.startswith("cache_")
+            ),
         )
         try:
             known = self._known_options.get(given)
-        except TypeError:  # a list among the values
-            return CacheOptions.from_execution_options(options)
+        except TypeError:  # a set among the values
+            return CacheOptions.from_execution_options(options, refined)
         if known is None:
-            known = CacheOptions.from_execution_options(options)
+            known = CacheOptions.from_execution_options(options, refined)
             if len(self._known_options) > 1000:
                 self._known_options.clear()
             self._known_options[given] = known
@@ -368,7 +377,9 @@ class Interceptor:
                     raise _Bypass(name)
         load_options = sa_internals.load_options(options)
         if load_options is not None:
-            if load_options["refresh_state"] is not None:
+            refreshed = load_options["refresh_state"]
+            # A loader may need a column that the statement has deferred: what it asks then is part of the answer.
+            if refreshed is not None and (not within or refreshed.expired or refreshed.expired_attributes):
                 raise _Refresh("refresh")
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
@@ -391,7 +402,7 @@ class Interceptor:
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
         name = options.key if isinstance(options.key, str) else ""
         if options.exact:
-            return region.entry_key(digest((name, scope)))
+            return region.entry_key(digest((region.name, name, scope)))
         identity = bind_identity(plan.engine)
         parts = (
             analysis.structure,
@@ -401,6 +412,10 @@ class Interceptor:
             discriminators(plan),
             name,
             scope,
+            # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
+            region.name,
+            canonical(frozenset(options.tags)),
+            canonical(frozenset(options.tables)),
         )
         return region.entry_key(digest(parts))
 
@@ -445,6 +460,7 @@ class Interceptor:
                 self._telemetry.emit("hit", region.name, request.name)
                 return result
         if options.mode == "only":
+            self._telemetry.emit(outcome, region.name, request.name, reason)
             raise CacheMiss(
                 f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
                 "cache_mode='only' forbids to ask the database"

@@ -244,6 +244,7 @@ def test_A6_only_from_the_cache(sqlite_forum: Engine, cache: QueryCache, session
         cache.invalidate(key="names")
         with pytest.raises(CacheMiss, match="stale"):
             db.scalars(only)
+    assert (cache.stats().hits, cache.stats().misses, cache.stats().stale) == (1, 2, 1)
 
 
 # --- A7 --------------------------------------------------------------------------------------------
