@@ -34,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m querycache.denormalize", description="Check and repair denormalized columns."
     )
-    parser.add_argument("--app", required=True, metavar="MODULE:ATTRIBUTE", help="declarative base or MetaData")
+    parser.add_argument(
+        "--app", required=True, metavar="MODULE:ATTRIBUTE", help="declarative base or MetaData"
+    )
     parser.add_argument("--url", help="SQLAlchemy URL of the database, for check and repair")
     parser.add_argument("--dialect", help="for sql without --url: postgresql, mariadb, mysql or sqlite")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--batch", type=int, default=500)
     mend = commands.add_parser("repair", help="put right what is wrong, a batch of parents at a time")
     mend.add_argument("--batch", type=int, default=200)
-    mend.add_argument("--after", help="JSON printed by a run that was interrupted: where to go on", type=json.loads)
+    mend.add_argument(
+        "--after", help="JSON printed by a run that was interrupted: where to go on", type=json.loads
+    )
     commands.add_parser("sql", help="print the triggers of strategy 'trigger'")
     given = parser.parse_args(arguments)
     try:
@@ -74,7 +78,9 @@ def _load(app: str, url: str | None) -> tuple[Any, Engine | None]:
         raise ConfigurationError(f"--app {app}: {error}") from error
     engine = create_engine(url) if url else None
     if not isinstance(found, MetaData) and not isinstance(getattr(found, "metadata", None), MetaData):
-        raise ConfigurationError(f"--app {app} is {found!r}; it must be a declarative base, a mapped class or a MetaData")
+        raise ConfigurationError(
+            f"--app {app} is {found!r}; it must be a declarative base, a mapped class or a MetaData"
+        )
     return found, engine
 
 

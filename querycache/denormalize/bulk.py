@@ -91,7 +91,11 @@ class _Target:
             watched = place.chain.mappers[place.level]
             if table is place.chain.links[place.level - 1].secondary:
                 self.pairs.append(place)
-            elif (mapper.isa(watched) or watched.isa(mapper)) if mapper is not None else table in watched.tables:
+            elif (
+                (mapper.isa(watched) or watched.isa(mapper))
+                if mapper is not None
+                else table in watched.tables
+            ):
                 self.places.append(place)
 
     @property
@@ -182,7 +186,10 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
     if (
         isinstance(statement, Update)
         and target.places
-        and (target.columns is None or target.columns & {str(column.key) for column in target.table.primary_key})
+        and (
+            target.columns is None
+            or target.columns & {str(column.key) for column in target.table.primary_key}
+        )
         and not target.rows
     ):
         raise UncoveredChange(

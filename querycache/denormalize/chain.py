@@ -16,7 +16,20 @@ from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sqlalchemy import BindParameter, ColumnElement, FromClause, Join, Select, Table, and_, bindparam, case, select, tuple_, types
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    FromClause,
+    Join,
+    Select,
+    Table,
+    and_,
+    bindparam,
+    case,
+    select,
+    tuple_,
+    types,
+)
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty, aliased
 from sqlalchemy.sql import visitors
@@ -90,7 +103,9 @@ class Chain:
         ConfigurationError: for a relationship that no strategy can follow.
     """
 
-    def __init__(self, root: Mapper[Any], relationships: tuple[RelationshipProperty[Any], ...], name: str) -> None:
+    def __init__(
+        self, root: Mapper[Any], relationships: tuple[RelationshipProperty[Any], ...], name: str
+    ) -> None:
         self.root = root
         self.relationships = relationships
         self.mappers: tuple[Mapper[Any], ...] = (root, *(step.mapper for step in relationships))
@@ -196,9 +211,9 @@ def _reverses(upper: Mapper[Any], step: RelationshipProperty[Any], lower: Mapper
                 step.secondary_synchronize_pairs or ()
             ):
                 yield other.key
-        elif other.direction is RelationshipDirection.MANYTOONE and _columns(other.synchronize_pairs) == _columns(
-            step.synchronize_pairs
-        ):
+        elif other.direction is RelationshipDirection.MANYTOONE and _columns(
+            other.synchronize_pairs
+        ) == _columns(step.synchronize_pairs):
             yield other.key
 
 
@@ -349,7 +364,11 @@ class Aggregate:
         if isinstance(type_, types.Numeric) and isinstance(value, (int, Decimal)):
             number = Decimal(value)
             # Databases round halves away from zero when they store a Numeric.
-            return number if type_.scale is None else number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
+            return (
+                number
+                if type_.scale is None
+                else number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
+            )
         return value
 
     def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
@@ -435,7 +454,8 @@ def mapped_attributes(mapper: Mapper[Any], columns: Iterable[tuple[str, str]]) -
         attribute.key
         for attribute in mapper.column_attrs
         for column in attribute.columns
-        if isinstance(getattr(column, "table", None), Table) and (column.table.fullname, column.name) in wanted
+        if isinstance(getattr(column, "table", None), Table)
+        and (column.table.fullname, column.name) in wanted
     }
 
 

@@ -134,7 +134,10 @@ def _check_order(aggregate: Aggregate) -> None:
 def _check_python(aggregate: Aggregate) -> None:
     """ "flush" and "memory" evaluate in Python, one step down, and cannot see what the database does by itself."""
     chain, strategy = aggregate.chain, aggregate.strategy
-    for given, role in ((aggregate.declaration.measure, "the measure"), (aggregate.declaration.where, "where=")):
+    for given, role in (
+        (aggregate.declaration.measure, "the measure"),
+        (aggregate.declaration.where, "where="),
+    ):
         if given is not None and given.python is None:
             raise ConfigurationError(
                 f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
@@ -189,7 +192,9 @@ def _check_index(aggregate: Aggregate) -> None:
     link = [chain.leaf.column_attrs[name].columns[0].name for name in chain.links[0].attributes]
     wanted = aggregate.declaration.order_by
     if wanted is None:
-        read = attributes_read(aggregate.declaration.measure, chain)[0][-1] if not aggregate.in_python else set()
+        read = (
+            attributes_read(aggregate.declaration.measure, chain)[0][-1] if not aggregate.in_python else set()
+        )
         if len(read) != 1:
             return
         (wanted,) = read

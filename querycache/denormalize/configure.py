@@ -13,7 +13,13 @@ from typing import Any
 from sqlalchemy import MetaData, Table
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.exc import InvalidRequestError, NoInspectionAvailable
-from sqlalchemy.orm import InstrumentedAttribute, MappedColumn, Mapper, RelationshipProperty, configure_mappers
+from sqlalchemy.orm import (
+    InstrumentedAttribute,
+    MappedColumn,
+    Mapper,
+    RelationshipProperty,
+    configure_mappers,
+)
 
 from querycache.denormalize import checks
 from querycache.denormalize.chain import Aggregate, Chain
@@ -66,7 +72,9 @@ def build() -> None:
         metadata = _metadata(mapper)
         # Mappers are noted one by one, the plan is made of all that share the tables.
         together = {held for held in _pending if _metadata(held) is metadata}
-        together |= {held for held in mapper.registry.mappers if held.configured and _metadata(held) is metadata}
+        together |= {
+            held for held in mapper.registry.mappers if held.configured and _metadata(held) is metadata
+        }
         _pending.difference_update(together)
         try:
             plan = _plan(metadata, mapper, together)
@@ -187,7 +195,9 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
         for key, column, declaration in _declarations(root):
             name = f"{root.class_.__name__}.{key}"
             if not isinstance(column.table, Table):
-                raise ConfigurationError(f"{name}: an aggregate needs a column of a table, not of {column.table!r}")
+                raise ConfigurationError(
+                    f"{name}: an aggregate needs a column of a table, not of {column.table!r}"
+                )
             steps = _steps(root, declaration, name)
             identity = (root, *steps)
             chain = chains.get(identity)

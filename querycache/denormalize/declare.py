@@ -136,7 +136,15 @@ def _column(
         raise ConfigurationError(
             f"{kind.name}: unknown strategy {strategy!r}; there are {', '.join(map(repr, STRATEGY_NAMES))}"
         )
-    for taken in ("default", "insert_default", "server_default", "onupdate", "server_onupdate", "nullable", "info"):
+    for taken in (
+        "default",
+        "insert_default",
+        "server_default",
+        "onupdate",
+        "server_onupdate",
+        "nullable",
+        "info",
+    ):
         if taken in options:
             raise ConfigurationError(f"{kind.name}: {taken}= is set by the aggregate and cannot be given")
     declaration = Declaration(

@@ -43,7 +43,9 @@ class ChildRow:
             ) from None
 
 
-def image(locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], touched: Mapping[int, set[Key]]) -> Image:
+def image(
+    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], touched: Mapping[int, set[Key]]
+) -> Image:
     """The parts of all joined rows of `chain` that contain a touched row.
 
     Args:
@@ -148,7 +150,12 @@ def recount(locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: I
 
 
 def _recount(
-    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Iterable[Key], rows: bool, found: Recounted
+    locks: Locks,
+    chain: Chain,
+    aggregates: Sequence[Aggregate],
+    keys: Iterable[Key],
+    rows: bool,
+    found: Recounted,
 ) -> None:
     plan: Plan = locks.plan
     queried: Queried = plan.memo(

@@ -1,9 +1,9 @@
 """Keeping: what happens around one flush, from the changes in the session to the UPDATEs of the parents.
 
-    before the flush    collect what is touched, lock it, take the image before
-    (SQLAlchemy flushes)
-    after it            check that nothing else was touched, take the image after, write the difference
-    when it is over     show the new values to the objects in the session
+before the flush    collect what is touched, lock it, take the image before
+(SQLAlchemy flushes)
+after it            check that nothing else was touched, take the image after, write the difference
+when it is over     show the new values to the objects in the session
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Work:
         for chain, held in aggregates.items():
             levels = _levels(chain, after)
             root = chain.root.base_mapper
-            before = {renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()}
+            before = {
+                renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()
+            }
             if not levels and not before:
                 continue
             if chain.depth > 1:

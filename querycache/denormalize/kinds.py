@@ -168,7 +168,9 @@ class Sum(Kind):
     def fold(self, values: Iterable[Any]) -> Parts:
         known = [value for value in values if value is not None]
         if any(isinstance(value, float) for value in known):
-            raise DenormalizeError("sum_of: the measure gave a float; sums of floats drift, return an int or a Decimal")
+            raise DenormalizeError(
+                "sum_of: the measure gave a float; sums of floats drift, return an int or a Decimal"
+            )
         return (sum(known),)
 
     def combine(self, one: Parts, other: Parts) -> Parts:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from sqlalchemy import Engine, event
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy import Connection, Engine, MetaData, event
+from sqlalchemy.orm import Mapper, Session, configure_mappers
 
 from querycache.denormalize import bulk, configure, guard, readonly
+from querycache.denormalize.declare import INFO_KEY
 from querycache.denormalize.keeping import keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
@@ -27,6 +28,7 @@ def install() -> None:
     """Listen to mapper configuration. Called once, by the package itself."""
     event.listen(Mapper, "mapper_configured", lambda mapper, cls: configure.note(mapper))
     event.listen(Mapper, "after_configured", configure.build)
+    event.listen(MetaData, "before_create", _before_create)
     configure.on_plan(_plan_made)
 
 
@@ -45,6 +47,12 @@ def _plan_made(plan: Plan) -> None:
         event.listen(Session, "after_flush_postexec", _after_flush_postexec)
         event.listen(Session, "after_soft_rollback", _after_rollback)
         event.listen(Session, "after_transaction_end", _after_transaction_end)
+
+
+def _before_create(metadata: MetaData, connection: Connection, **options: Any) -> None:
+    """`create_all()` may come before anything has configured the mappers, and must make the triggers all the same."""
+    if any(INFO_KEY in column.info for table in metadata.tables.values() for column in table.columns):
+        configure_mappers()
 
 
 def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:

@@ -126,7 +126,8 @@ class Locks:
             return
         key = tuple(table.primary_key.columns)
         statement = self.plan.memo(
-            ("for delete", table), lambda: select(*key).where(key_condition(key)).order_by(*key).with_for_update()
+            ("for delete", table),
+            lambda: select(*key).where(key_condition(key)).order_by(*key).with_for_update(),
         )
         for chunk in chunks(keys):
             self.connection.execute(statement, parameters(chunk))
@@ -195,9 +196,11 @@ class Locks:
         assert isinstance(table, Table)
         statement = self.plan.memo(
             ("write", mapper.base_mapper),
-            lambda: update(table)
-            .where(key_condition(tuple(mapper.base_mapper.primary_key)))
-            .values({_harmless(table): _harmless(table)}),
+            lambda: (
+                update(table)
+                .where(key_condition(tuple(mapper.base_mapper.primary_key)))
+                .values({_harmless(table): _harmless(table)})
+            ),
         )
         self.connection.execute(statement, parameters(keys), execution_options=OWN)
 
@@ -216,4 +219,6 @@ def _link(chain: Chain, level: int) -> tuple[str, ...]:
 
 def _harmless(table: Table) -> Any:
     """A column whose rewriting takes no stronger lock than any update: not a key, if there is another."""
-    return next((c for c in table.columns if not c.primary_key and not c.unique and c.onupdate is None), table.c[0])
+    return next(
+        (c for c in table.columns if not c.primary_key and not c.unique and c.onupdate is None), table.c[0]
+    )

@@ -65,7 +65,9 @@ class Edge:
 class Plan:
     """All aggregates of one MetaData."""
 
-    def __init__(self, metadata: MetaData, aggregates: list[Aggregate], mappers: Iterable[Mapper[Any]]) -> None:
+    def __init__(
+        self, metadata: MetaData, aggregates: list[Aggregate], mappers: Iterable[Mapper[Any]]
+    ) -> None:
         self.metadata = metadata
         self.aggregates = aggregates
         self.by_chain: dict[Chain, list[Aggregate]] = {}
@@ -95,7 +97,10 @@ class Plan:
     def depending_on(self, table: Table) -> set[Aggregate]:
         """The aggregates that rows of `table` contribute to, by themselves or by what their deletion takes along."""
         found = {
-            held for place in self.relevant if table in self.tables_of(place) for held in self.by_chain[place.chain]
+            held
+            for place in self.relevant
+            if table in self.tables_of(place)
+            for held in self.by_chain[place.chain]
         }
         pending, seen = [table], {table}
         while pending:
@@ -156,7 +161,9 @@ class Plan:
             for step in mapper.relationships:
                 if not step.viewonly and self._moves(step, place):
                     watch.collections.append((step.key, place))
-        watch.orphans = [step.key for step in mapper.relationships if step.cascade.delete_orphan and not step.viewonly]
+        watch.orphans = [
+            step.key for step in mapper.relationships if step.cascade.delete_orphan and not step.viewonly
+        ]
         watch.guards_deletes = any(table in self.edges for table in mapper.tables)
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
         return watch
@@ -242,7 +249,9 @@ class Plan:
 
         def visit(mapper: Mapper[Any], path: frozenset[Mapper[Any]]) -> int:
             if mapper not in ranks:
-                uppers = [visit(upper, path | {mapper}) for upper in above.get(mapper, ()) if upper not in path]
+                uppers = [
+                    visit(upper, path | {mapper}) for upper in above.get(mapper, ()) if upper not in path
+                ]
                 ranks[mapper] = max(uppers, default=-1) + 1
             return ranks[mapper]
 
@@ -295,7 +304,11 @@ def _attributes(mapper: Mapper[Any], elements: Iterable[Any]) -> set[str]:
     """The attributes of `mapper` that are one of the columns among `elements`, whatever annotations those carry."""
     return mapped_attributes(
         mapper,
-        [(held.table.fullname, held.name) for held in elements if isinstance(getattr(held, "table", None), Table)],
+        [
+            (held.table.fullname, held.name)
+            for held in elements
+            if isinstance(getattr(held, "table", None), Table)
+        ],
     )
 
 

@@ -217,13 +217,14 @@ def spread(locks: Locks, touched: Touched) -> None:
     while pending:
         table, keys = pending.popitem()
         for number, edge in enumerate(plan.edges.get(table, ())):
-            statement = locks.read(
-                plan.memo(("edge", table, number), partial(_edge, edge, table))
-            )
+            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, table)))
             reached: set[Key] = set()
             for chunk in chunks(keys):
                 reached.update(
-                    keys_of(locks.connection.execute(statement, parameters(chunk)), len(edge.table.primary_key.columns))
+                    keys_of(
+                        locks.connection.execute(statement, parameters(chunk)),
+                        len(edge.table.primary_key.columns),
+                    )
                 )
             for place in edge.places:
                 touched.rows.setdefault(place, set()).update(reached)
@@ -251,7 +252,11 @@ def missed(plan: Plan, before: Touched, again: Touched) -> None:
         UncoveredChange: if a row was changed that had not been announced, so that its old contribution is unknown.
     """
     for place, keys in again.rows.items():
-        late = {key for key in keys - before.rows.get(place, set()) if not _follows(place, key, plan.relevant[place], before, again)}
+        late = {
+            key
+            for key in keys - before.rows.get(place, set())
+            if not _follows(place, key, plan.relevant[place], before, again)
+        }
         if not late:
             continue
         raise UncoveredChange(

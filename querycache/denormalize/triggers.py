@@ -140,13 +140,21 @@ class _Writer:
                     body = self._recount([self._through(level, row) for row in rows], [])
                 else:
                     body = self._body(level, rows)
-                yield name, table, event, body, self._differs(columns) if columns and event == "UPDATE" else ""
+                yield (
+                    name,
+                    table,
+                    event,
+                    body,
+                    self._differs(columns) if columns and event == "UPDATE" else "",
+                )
 
     def _columns(self, level: int, table: Table) -> list[str]:
         """The columns of `table` whose change matters."""
         mapper = self.chain.mappers[level]
         names = relevant(self.chain, level, [self.aggregate])
-        return sorted(mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs)
+        return sorted(
+            mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs
+        )
 
     def _differs(self, columns: Sequence[str]) -> str:
         quote = self.dialect.identifier_preparer.quote
@@ -161,7 +169,12 @@ class _Writer:
 
     def _body(self, level: int, rows: Sequence[str]) -> list[str]:
         link = self.chain.links[0]
-        if self.aggregate.kind.additive and self.chain.depth == 1 and link.secondary is None and not self._extra_join():
+        if (
+            self.aggregate.kind.additive
+            and self.chain.depth == 1
+            and link.secondary is None
+            and not self._extra_join()
+        ):
             return [self._increment(rows)]
         return self._recount([self._above(level, row) for row in rows], self._locks(level, rows))
 
@@ -187,7 +200,9 @@ class _Writer:
 
     def _parent_of_row(self, row: str) -> tuple[ColumnElement[Any], ...]:
         mapper = self.chain.mappers[1]
-        return tuple(self._row(row, mapper.column_attrs[name].columns[0]) for name in self.chain.links[0].attributes)
+        return tuple(
+            self._row(row, mapper.column_attrs[name].columns[0]) for name in self.chain.links[0].attributes
+        )
 
     def _entities(self, row: str) -> tuple[Any, ...]:
         leaf = self.chain.leaf
@@ -220,9 +235,15 @@ class _Writer:
             lock: Any = select(literal_column("1")).select_from(aggregate.table).where(where).order_by(*key)
             first = self.text(lock.with_for_update(key_share=True)).replace("SELECT", "PERFORM", 1)
         else:
-            first = self.text(update(aggregate.table).where(where).values({aggregate.column: aggregate.column}))
+            first = self.text(
+                update(aggregate.table).where(where).values({aggregate.column: aggregate.column})
+            )
         value = self._whole()
-        return [*locks, first, self.text(update(aggregate.table).where(where).values({aggregate.column: value}))]
+        return [
+            *locks,
+            first,
+            self.text(update(aggregate.table).where(where).values({aggregate.column: value})),
+        ]
 
     def _whole(self) -> Any:
         aggregate = self.aggregate
@@ -268,7 +289,11 @@ class _Writer:
         else:
             secondary = link.secondary.alias()
             joined = and_(*(secondary.c[str(c.key)] == key for c, key in zip(link.lower, own, strict=True)))
-            query = select(*(secondary.c[str(c.key)] for c in link.upper)).join_from(table, secondary, joined).where(chosen)
+            query = (
+                select(*(secondary.c[str(c.key)] for c in link.upper))
+                .join_from(table, secondary, joined)
+                .where(chosen)
+            )
         return query if level == 1 else self._climb(level - 1, query)
 
     def _locks(self, level: int, rows: Sequence[str]) -> list[str]:
@@ -288,7 +313,9 @@ class _Writer:
                 own = list(mapper.primary_key)
                 if keys is None:
                     lower = self.chain.mappers[level]
-                    keys = tuple(self._row(row, lower.column_attrs[name].columns[0]) for name in link.attributes)
+                    keys = tuple(
+                        self._row(row, lower.column_attrs[name].columns[0]) for name in link.attributes
+                    )
                 chosen = _among(own[0] if len(own) == 1 else tuple_(*own), keys)
                 lock: Any = select(literal_column("1")).select_from(table).where(chosen).order_by(*own)
                 statements.append(self.text(lock.with_for_update(read=True)).replace("SELECT", "PERFORM", 1))

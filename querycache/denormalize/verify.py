@@ -111,7 +111,9 @@ def verify(
             locks = Locks(connection, _plan(chain))
             position = 0
             for keys in _batches(connection, chain, batch):
-                wanted = [key for number, key in enumerate(keys, position) if chosen is None or number in chosen]
+                wanted = [
+                    key for number, key in enumerate(keys, position) if chosen is None or number in chosen
+                ]
                 position += len(keys)
                 if not wanted:
                     continue
@@ -266,7 +268,9 @@ def _next(connection: Connection, chain: Chain, last: Key | None, size: int) -> 
     columns = attribute_columns(chain.root.class_, chain.keys[0])
     statement = select(*columns).order_by(*columns).limit(size)
     if last is not None:
-        statement = statement.where(columns[0] > last[0] if len(columns) == 1 else tuple_(*columns) > tuple_(*last))
+        statement = statement.where(
+            columns[0] > last[0] if len(columns) == 1 else tuple_(*columns) > tuple_(*last)
+        )
     return keys_of(connection.execute(statement), len(columns))
 
 

@@ -41,7 +41,10 @@ def change(session: Session, m: Any, draw: random.Random, highest: int) -> None:
     child = None
     if what > 0.3:
         child = session.scalars(
-            select(m.Comment).where(m.Comment.id >= draw.randint(1, max(1, highest))).order_by(m.Comment.id).limit(1)
+            select(m.Comment)
+            .where(m.Comment.id >= draw.randint(1, max(1, highest)))
+            .order_by(m.Comment.id)
+            .limit(1)
         ).first()
     if child is None:
         values = {"thread_id": draw.randint(1, PARENTS), "score": draw.choice([None, *range(-3, 20)])}
@@ -56,7 +59,9 @@ def change(session: Session, m: Any, draw: random.Random, highest: int) -> None:
         session.delete(child)
 
 
-def work(url: str, made_by: str, strategy: str, isolation: str, operations: int, seed: int, results: Any) -> None:
+def work(
+    url: str, made_by: str, strategy: str, isolation: str, operations: int, seed: int, results: Any
+) -> None:
     warnings.simplefilter("ignore", SAWarning)  # deleting a row that another process has deleted
     m: Any = getattr(models, made_by)(strategy)
     engine = create_engine(url, isolation_level=isolation)
@@ -119,7 +124,9 @@ def run(
         results: Any = context.SimpleQueue()
         share = -(-operations // processes)
         workers = [
-            context.Process(target=work, args=(url, made_by, strategy, isolation, share, seed, results), daemon=True)
+            context.Process(
+                target=work, args=(url, made_by, strategy, isolation, share, seed, results), daemon=True
+            )
             for seed in range(processes)
         ]
         for worker in workers:
@@ -143,7 +150,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.denormalize.concurrency", description=__doc__)
     parser.add_argument("--database", choices=["postgresql", "mariadb"], default="postgresql")
     parser.add_argument("--strategy", choices=["sql", "recount", "flush", "trigger"], default="sql")
-    parser.add_argument("--isolation", choices=["READ COMMITTED", "REPEATABLE READ"], default="READ COMMITTED")
+    parser.add_argument(
+        "--isolation", choices=["READ COMMITTED", "REPEATABLE READ"], default="READ COMMITTED"
+    )
     parser.add_argument("--models", choices=["counters", "forum"], default="counters")
     parser.add_argument("--operations", type=int, default=200_000)
     parser.add_argument("--processes", type=int, default=8)
@@ -162,7 +171,9 @@ def main() -> int:
         processes=given.processes,
     )
     seconds = time.perf_counter() - started
-    print(f"{given.database} {given.isolation} {given.models} strategy {given.strategy!r}: every column is right; {dict(met)}, {seconds:.0f} s")
+    print(
+        f"{given.database} {given.isolation} {given.models} strategy {given.strategy!r}: every column is right; {dict(met)}, {seconds:.0f} s"
+    )
     if given.strategy == "sql" and met["deadlocks"]:
         print(f"but there were {met['deadlocks']} deadlocks")
         return 1

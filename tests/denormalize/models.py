@@ -44,7 +44,9 @@ def rows(session: Session, table: Any) -> list[dict[str, Any]]:
     return [dict(row._mapping) for row in session.connection().execute(select(table))]
 
 
-def assert_columns(table: Table, actual: Iterable[dict[str, Any]], expected: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def assert_columns(
+    table: Table, actual: Iterable[dict[str, Any]], expected: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     for row in actual:
         wanted = expected(row)
         found = {name: row[name] for name in wanted}
@@ -100,7 +102,9 @@ def forum(strategy: str) -> SimpleNamespace:
             worst: Mapped[int | None] = min_of("comments", "score", where=VISIBLE, **s)
             mean: Mapped[Decimal | None] = avg_of("comments", "score", type_=Numeric(10, 4), **s)
             flagged: Mapped[bool] = exists_of("comments", where=FLAGGED, **s)
-            last: Mapped[str | None] = latest_of("comments", "message", order_by="score", type_=String(80), **s)
+            last: Mapped[str | None] = latest_of(
+                "comments", "message", order_by="score", type_=String(80), **s
+            )
         if strategy != "trigger":
             python_words: Mapped[int] = sum_of(
                 "comments", python(lambda c: len((c.message or "").split()), columns=("message",)), **s
@@ -146,7 +150,9 @@ def forum(strategy: str) -> SimpleNamespace:
                 expected |= {
                     "best": max(scores, default=None),
                     "worst": min(values(visible, "score"), default=None),
-                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001")) if scores else None,
+                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001"))
+                    if scores
+                    else None,
                     "flagged": any(score < 0 for score in scores),
                     "last": last[-1]["message"] if last else None,
                 }
@@ -341,7 +347,9 @@ def groups(strategy: str) -> SimpleNamespace:
         age: Mapped[int] = mapped_column(default=30)
         active: Mapped[bool] = mapped_column(default=True)
         groups: Mapped[list[Group]] = relationship(Group, secondary=membership, back_populates="members")
-        letters: Mapped[list[Letter]] = relationship("Letter", back_populates="member", cascade="all, delete-orphan")
+        letters: Mapped[list[Letter]] = relationship(
+            "Letter", back_populates="member", cascade="all, delete-orphan"
+        )
         group_count: Mapped[int] = count_of("groups", **s)
 
     class Letter(Base):
@@ -456,7 +464,9 @@ def cascades(strategy: str) -> SimpleNamespace:
     class User(Base):
         __tablename__ = f"{p}_user"
         id: Mapped[int] = mapped_column(primary_key=True)
-        comments: Mapped[list[Comment]] = relationship("Comment", back_populates="author", passive_deletes=True)
+        comments: Mapped[list[Comment]] = relationship(
+            "Comment", back_populates="author", passive_deletes=True
+        )
         comment_count: Mapped[int] = count_of("comments", **s)
         threaded_count: Mapped[int] = count_of("comments", where=lambda c: c.quoted_id.is_not(None), **s)
 
@@ -496,7 +506,10 @@ def cascades(strategy: str) -> SimpleNamespace:
 
         def of_user(user: dict[str, Any]) -> dict[str, Any]:
             mine = [c for c in comments if c["author_id"] == user["id"]]
-            return {"comment_count": len(mine), "threaded_count": sum(c["quoted_id"] is not None for c in mine)}
+            return {
+                "comment_count": len(mine),
+                "threaded_count": sum(c["quoted_id"] is not None for c in mine),
+            }
 
         def of_thread(thread: dict[str, Any]) -> dict[str, Any]:
             return {"comment_count": sum(c["thread_id"] == thread["id"] for c in comments)}

@@ -6,7 +6,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, ForeignKey, Index, Integer, MetaData, Numeric, SmallInteger, String, Table, create_engine
+from sqlalchemy import (
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    SmallInteger,
+    String,
+    Table,
+    create_engine,
+)
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -67,16 +78,28 @@ def configured(aggregate: Callable[[], Any], *, child_args: tuple[Any, ...] = ()
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "missing relationship": (lambda: count_of("kids", type_=Integer), "no relationship 'kids'; it has: children"),
-    "missing second step": (lambda: count_of("children.toys", type_=Integer), "Child has no relationship 'toys'"),
+    "missing relationship": (
+        lambda: count_of("kids", type_=Integer),
+        "no relationship 'kids'; it has: children",
+    ),
+    "missing second step": (
+        lambda: count_of("children.toys", type_=Integer),
+        "Child has no relationship 'toys'",
+    ),
     "many to one": (lambda: count_of("children.parent", type_=Integer), "from the many to the one"),
     "no path": (lambda: count_of(7, type_=Integer), "7 is not a path"),  # type: ignore[arg-type]
-    "missing measure": (lambda: sum_of("children", "size", type_=Integer), "no column attribute 'size', which the measure reads"),
+    "missing measure": (
+        lambda: sum_of("children", "size", type_=Integer),
+        "no column attribute 'size', which the measure reads",
+    ),
     "missing columns": (
         lambda: sum_of("children", python(lambda c: c.n, columns=("size",)), type_=Integer),
         "no column attribute 'size'",
     ),
-    "not sql": (lambda: sum_of("children", lambda c: 7, type_=Integer), "must return a SQL expression, got 7"),
+    "not sql": (
+        lambda: sum_of("children", lambda c: 7, type_=Integer),
+        "must return a SQL expression, got 7",
+    ),
     "count in text": (lambda: count_of("children", type_=String(10)), "a count needs an integer column"),
     "sum of text": (lambda: sum_of("children", "text", type_=Integer), "needs a number to add up"),
     "sum of numeric in integer": (lambda: sum_of("children", "price", type_=Integer), "cannot hold sums of"),
@@ -84,13 +107,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "small sum": (lambda: sum_of("children", "n", type_=SmallInteger), "outgrow SmallInteger"),
     "average in integer": (lambda: avg_of("children", "n", type_=Integer), "needs a Numeric or Float column"),
     "exists in integer": (lambda: exists_of("children", type_=Integer), "needs a Boolean column"),
-    "max of text in integer": (lambda: max_of("children", "text", type_=Integer), "cannot hold values of type"),
+    "max of text in integer": (
+        lambda: max_of("children", "text", type_=Integer),
+        "cannot hold values of type",
+    ),
     "order": (
         lambda: latest_of("children", "n", order_by="when", type_=Integer),
         "order_by='when' is not a column attribute",
     ),
     "table off the path": (
-        lambda: count_of("children", where=lambda c: Table("x", MetaData(), Column("y")).c.y == 1, type_=Integer),
+        lambda: count_of(
+            "children", where=lambda c: Table("x", MetaData(), Column("y")).c.y == 1, type_=Integer
+        ),
         "not on the path",
     ),
     "column of the parent": (
@@ -211,7 +239,8 @@ def test_extremes_with_an_index_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         configured(
-            lambda: max_of("children", "n", type_=Integer), child_args=(Index("by_n", "parent_id", "n", "text"),)
+            lambda: max_of("children", "n", type_=Integer),
+            child_args=(Index("by_n", "parent_id", "n", "text"),),
         )
 
 
@@ -299,7 +328,9 @@ def test_python_errors_name_the_attribute() -> None:
     m.Base.metadata.create_all(engine)
     with Session(engine) as session:
         session.add(m.Parent(children=[m.Child(n=1)]))
-        with pytest.raises(AttributeError, match="reads 'parent'; it is given the row's column attributes, id, "):
+        with pytest.raises(
+            AttributeError, match="reads 'parent'; it is given the row's column attributes, id, "
+        ):
             session.flush()
 
 

@@ -52,7 +52,9 @@ def statements(engine: Engine) -> Iterator[list[str]]:
     """The SQL that the engine runs meanwhile, one entry for each set of parameters."""
     seen: list[str] = []
 
-    def record(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+    def record(
+        connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
         seen.extend([statement] * (len(parameters) if many else 1))
 
     event.listen(engine, "before_cursor_execute", record)
@@ -112,7 +114,9 @@ class TestTwoTransactions:
         at_once(*[insert_one] * 4)
         checked(shop)
 
-    def test_F1_counting_and_writing_in_one_statement_is_what_loses_updates(self, shop: SimpleNamespace) -> None:
+    def test_F1_counting_and_writing_in_one_statement_is_what_loses_updates(
+        self, shop: SimpleNamespace
+    ) -> None:
         """The naive way, in SQL: it must fail here, or the test above proves nothing."""
         if shop.engine.dialect.name != "postgresql":
             return  # MariaDB's locking reads save the naive way from this interleaving
@@ -252,7 +256,9 @@ def memory() -> Iterator[SimpleNamespace]:
 
 
 class TestAttributeEvents:
-    def test_F4_transient_parents_and_keyword_arguments_in_either_order(self, memory: SimpleNamespace) -> None:
+    def test_F4_transient_parents_and_keyword_arguments_in_either_order(
+        self, memory: SimpleNamespace
+    ) -> None:
         m = memory.m
         thread = m.Thread()
         m.Comment(thread=thread, message="one two", score=3)
@@ -266,7 +272,10 @@ class TestAttributeEvents:
         comment = m.Comment(message="a b")
         one.comments.append(comment)
         comment.thread = one
-        assert (one.comment_count, two.comment_count) == (1, None)  # defaults come with the flush, as everywhere
+        assert (one.comment_count, two.comment_count) == (
+            1,
+            None,
+        )  # defaults come with the flush, as everywhere
         two.comments.append(comment)
         assert (one.comment_count, two.comment_count) == (0, 1)
         session.add_all([one, two])
@@ -348,7 +357,9 @@ class TestMoves:
 
 
 class TestNeverSilent:
-    @pytest.mark.parametrize("how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core"])
+    @pytest.mark.parametrize(
+        "how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core"]
+    )
     def test_F8_what_passes_the_session_by_is_refused(self, shop: SimpleNamespace, how: str) -> None:
         m, session = shop.m, shop.session
         calls: dict[str, Callable[[], Any]] = {
@@ -491,7 +502,9 @@ class TestReadOnly:
         with shop.engine.connect() as connection, pytest.raises(ReadOnlyAggregate):
             connection.execute(update(m.Thread.__table__).values(comment_count=5))
 
-    def test_F10_a_later_save_of_the_parent_does_not_write_the_stale_value(self, shop: SimpleNamespace) -> None:
+    def test_F10_a_later_save_of_the_parent_does_not_write_the_stale_value(
+        self, shop: SimpleNamespace
+    ) -> None:
         thread = shop.session.get_one(shop.m.Thread, 1)
         assert thread.comment_count == 5
         with Session(shop.engine) as other:
@@ -537,7 +550,9 @@ def test_rounding_by_the_database_is_what_counts(engine: Engine, opened: Open) -
     """The measure counts as the database stores it, not as the object was given it."""
     m = models.forum("sql")
     session = opened(m)
-    session.add(m.Thread(id=1, comments=[m.Comment(price=Decimal("1.005")), m.Comment(price=Decimal("2.004"))]))
+    session.add(
+        m.Thread(id=1, comments=[m.Comment(price=Decimal("1.005")), m.Comment(price=Decimal("2.004"))])
+    )
     session.commit()
     m.check(session)
 
@@ -551,7 +566,9 @@ def test_python_measure_with_sql_condition(engine: Engine, opened: Open) -> None
         id: Mapped[int] = mapped_column(primary_key=True)
         children: Mapped[list["Child"]] = relationship("Child")
         odd: Mapped[int] = sum_of("children", python(lambda c: c.n % 2), where=lambda c: c.n > 2)
-        least: Mapped[int | None] = min_of("children", lambda c: c.n * 2, where=python(lambda c: c.n % 2 == 0))
+        least: Mapped[int | None] = min_of(
+            "children", lambda c: c.n * 2, where=python(lambda c: c.n % 2 == 0)
+        )
         mean: Mapped[Decimal | None] = avg_of("children", python(lambda c: c.n), type_=Numeric(10, 2))
 
     class Child(Base):

@@ -41,10 +41,23 @@ def talk(strategy: str, opened: Open) -> SimpleNamespace:
     u1, u2 = m.User(id=1), m.User(id=2)
     session.add_all([f1, f2, t1, t2, t3, u1, u2])
     for number, (thread, author, message, score) in enumerate(
-        [(t1, u1, "one two", 5), (t1, u2, "three", -1), (t2, u1, "four five six", 3), (t2, u2, None, None), (t3, u1, "x", 8)]
+        [
+            (t1, u1, "one two", 5),
+            (t1, u2, "three", -1),
+            (t2, u1, "four five six", 3),
+            (t2, u2, None, None),
+            (t3, u1, "x", 8),
+        ]
     ):
         session.add(
-            m.Comment(id=number + 1, thread=thread, author=author, message=message, score=score, price=Decimal("1.25"))
+            m.Comment(
+                id=number + 1,
+                thread=thread,
+                author=author,
+                message=message,
+                score=score,
+                price=Decimal("1.25"),
+            )
         )
     saved(session, m)
     return SimpleNamespace(m=m, session=session)
@@ -82,7 +95,9 @@ class TestForum:
 
     def test_new_parent_with_new_children(self, talk: SimpleNamespace) -> None:
         m = talk.m
-        talk.session.add(m.Thread(id=9, forum_id=2, comments=[m.Comment(message="a", score=1), m.Comment(message="b c")]))
+        talk.session.add(
+            m.Thread(id=9, forum_id=2, comments=[m.Comment(message="a", score=1), m.Comment(message="b c")])
+        )
         saved(talk.session, talk.m)
 
     def test_change_of_the_measure(self, talk: SimpleNamespace) -> None:
@@ -330,7 +345,9 @@ class TestBulk:
 
     def test_update_that_moves(self, talk: SimpleNamespace) -> None:
         m = talk.m
-        talk.session.execute(update(m.Comment).where(m.Comment.id.in_([1, 3])).values(thread_id=3, author_id=2))
+        talk.session.execute(
+            update(m.Comment).where(m.Comment.id.in_([1, 3])).values(thread_id=3, author_id=2)
+        )
         saved(talk.session, m)
 
     def test_update_that_does_not_matter(self, talk: SimpleNamespace) -> None:
@@ -352,7 +369,9 @@ class TestBulk:
         saved(talk.session, m)
 
     def test_update_of_the_middle(self, talk: SimpleNamespace) -> None:
-        talk.session.execute(update(talk.m.Thread).where(talk.m.Thread.id == 1).values(forum_id=2, open=False))
+        talk.session.execute(
+            update(talk.m.Thread).where(talk.m.Thread.id == 1).values(forum_id=2, open=False)
+        )
         saved(talk.session, talk.m)
 
     def test_delete(self, talk: SimpleNamespace) -> None:
@@ -394,8 +413,12 @@ class TestBulk:
 
     def test_insert_from_select(self, talk: SimpleNamespace) -> None:
         m = talk.m
-        source = select(m.Comment.thread_id, m.Comment.message, m.Comment.score, func.coalesce(m.Comment.deleted, False))
-        talk.session.execute(insert(m.Comment).from_select(["thread_id", "message", "score", "deleted"], source))
+        source = select(
+            m.Comment.thread_id, m.Comment.message, m.Comment.score, func.coalesce(m.Comment.deleted, False)
+        )
+        talk.session.execute(
+            insert(m.Comment).from_select(["thread_id", "message", "score", "deleted"], source)
+        )
         saved(talk.session, m)
 
     def test_core_statements_through_the_session(self, talk: SimpleNamespace) -> None:
@@ -532,7 +555,11 @@ class TestManyToMany:
 
     def test_append_and_remove_from_either_side(self, club: SimpleNamespace) -> None:
         m, session = club.m, club.session
-        g1, one, three = session.get_one(m.Group, 1), session.get_one(m.Member, 1), session.get_one(m.Member, 3)
+        g1, one, three = (
+            session.get_one(m.Group, 1),
+            session.get_one(m.Member, 1),
+            session.get_one(m.Member, 3),
+        )
         g1.members.append(three)
         saved(session, m)
         one.groups.append(session.get_one(m.Group, 2))
@@ -590,7 +617,9 @@ class TestInheritance:
         one, two = m.Manager(id=1), m.Manager(id=2)
         session.add_all([m.Person(id=9), one, two])
         session.flush()
-        session.add_all([m.Task(id=1, manager=one), m.Urgent(id=2, manager=one), m.Bug(id=3, manager=two, severity=4)])
+        session.add_all(
+            [m.Task(id=1, manager=one), m.Urgent(id=2, manager=one), m.Bug(id=3, manager=two, severity=4)]
+        )
         saved(session, m)
         session.get_one(m.Bug, 3).manager = one
         session.get_one(m.Urgent, 2).manager_id = 2
@@ -655,7 +684,9 @@ class TestCascades:
         saved(session, m)
 
     @strategies("trigger")
-    def test_triggers_see_the_cascades_of_the_database(self, strategy: str, opened: Open, engine: Any) -> None:
+    def test_triggers_see_the_cascades_of_the_database(
+        self, strategy: str, opened: Open, engine: Any
+    ) -> None:
         if engine.dialect.name == "mysql":
             from querycache.errors import ConfigurationError
 
@@ -664,7 +695,15 @@ class TestCascades:
             return
         m = models.cascades(strategy)
         session = opened(m)
-        session.add_all([m.User(id=1), m.Quote(id=1), m.Forum(id=1), m.Thread(id=1, forum_id=1), m.Thread(id=2, forum_id=1)])
+        session.add_all(
+            [
+                m.User(id=1),
+                m.Quote(id=1),
+                m.Forum(id=1),
+                m.Thread(id=1, forum_id=1),
+                m.Thread(id=2, forum_id=1),
+            ]
+        )
         session.flush()
         session.add_all([m.Comment(id=n, thread_id=1 + n % 2, author_id=1, quoted_id=1) for n in range(1, 9)])
         saved(session, m)

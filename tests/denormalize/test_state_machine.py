@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from sqlalchemy import Engine, create_engine, delete, event, select, update
 from sqlalchemy.orm import Session
 
@@ -62,7 +68,11 @@ def machine(strategy: str, engine: Engine) -> type[RuleBasedStateMachine]:
                 comment.deleted = not comment.deleted
                 self.settled = False
 
-        @rule(pick=PICK, thread=st.one_of(st.none(), THREADS), how=st.sampled_from(["object", "key", "collection"]))
+        @rule(
+            pick=PICK,
+            thread=st.one_of(st.none(), THREADS),
+            how=st.sampled_from(["object", "key", "collection"]),
+        )
         def move(self, pick: int, thread: int | None, how: str) -> None:
             if (comment := self.comment(pick)) is None:
                 return

@@ -30,12 +30,19 @@ def wrong(request: pytest.FixtureRequest, opened: Open, engine: Engine) -> Simpl
             connection.execute(insert(m.Forum.__table__), [{"id": n} for n in (1, 2)])
             connection.execute(insert(m.User.__table__), [{"id": 1}])
             connection.execute(
-                insert(m.Thread.__table__), [{"id": n, "forum_id": 1 + n % 2, "open": True} for n in range(1, 30)]
+                insert(m.Thread.__table__),
+                [{"id": n, "forum_id": 1 + n % 2, "open": True} for n in range(1, 30)],
             )
             connection.execute(
                 insert(m.Comment.__table__),
                 [
-                    {"thread_id": 1 + n % 25, "author_id": 1, "score": n % 7, "message": "a b", "deleted": n % 3 == 0}
+                    {
+                        "thread_id": 1 + n % 25,
+                        "author_id": 1,
+                        "score": n % 7,
+                        "message": "a b",
+                        "deleted": n % 3 == 0,
+                    }
                     for n in range(80)
                 ],
             )
@@ -138,12 +145,16 @@ def test_test_mode_refuses_the_commit(shop: SimpleNamespace) -> None:
     with factory() as session:
         session.add(shop.m.Comment(thread_id=1, score=1))
         session.commit()
-        session.connection().exec_driver_sql(f"UPDATE {shop.m.Thread.__tablename__} SET comment_count = 9 WHERE id = 1")
+        session.connection().exec_driver_sql(
+            f"UPDATE {shop.m.Thread.__tablename__} SET comment_count = 9 WHERE id = 1"
+        )
         with pytest.raises(AggregateMismatch, match="Thread.comment_count of 1: stored 9, should be 2"):
             session.commit()
     stop()
     with factory() as session:
-        session.connection().exec_driver_sql(f"UPDATE {shop.m.Thread.__tablename__} SET comment_count = 9 WHERE id = 1")
+        session.connection().exec_driver_sql(
+            f"UPDATE {shop.m.Thread.__tablename__} SET comment_count = 9 WHERE id = 1"
+        )
         session.commit()
 
 

@@ -13,4 +13,6 @@ from querycache.denormalize.strategies.trigger import Trigger
 
 __all__ = ["STRATEGIES", "Strategy"]
 
-STRATEGIES: Final[dict[str, Strategy]] = {strategy.name: strategy for strategy in (Sql(), Recount(), Flush(), Memory(), Trigger())}
+STRATEGIES: Final[dict[str, Strategy]] = {
+    strategy.name: strategy for strategy in (Sql(), Recount(), Flush(), Memory(), Trigger())
+}

@@ -83,7 +83,9 @@ class _Family:
         with assigning():
             for mark, instance in self.parents.items():
                 for aggregate in aggregates:
-                    self._assign(aggregate, instance, self.before.get(mark, []), self.after.get(mark, []), others)
+                    self._assign(
+                        aggregate, instance, self.before.get(mark, []), self.after.get(mark, []), others
+                    )
 
     def _assign(
         self,
@@ -180,7 +182,9 @@ class _Family:
         released: set[int] = set()
         for parent in (*self.session.new, *self.session.dirty):
             state = sqlalchemy_inspect(parent)
-            if state.mapper.isa(self.chain.root) and (name in state.committed_state or not state.has_identity):
+            if state.mapper.isa(self.chain.root) and (
+                name in state.committed_state or not state.has_identity
+            ):
                 history = state.attrs[name].history
                 adopted.update((id(child), parent) for child in history.added)
                 released.update(id(child) for child in history.deleted)

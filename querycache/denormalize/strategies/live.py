@@ -88,7 +88,11 @@ def goes(session: Session, child: Any) -> bool:
     state = sqlalchemy_inspect(child)
     for step in state.mapper.relationships:
         parent = state.dict.get(step.key) if step.key in state.committed_state else None
-        if step.direction is not RelationshipDirection.MANYTOONE or parent is None or parent in session.deleted:
+        if (
+            step.direction is not RelationshipDirection.MANYTOONE
+            or parent is None
+            or parent in session.deleted
+        ):
             continue
         above = sqlalchemy_inspect(parent)
         for back in above.mapper.relationships:
@@ -97,7 +101,9 @@ def goes(session: Session, child: Any) -> bool:
     return True
 
 
-def known_parent(instance: Any, chain: Chain, overlay: dict[str, Any] | None = None) -> tuple[bool, Any, Key | None]:
+def known_parent(
+    instance: Any, chain: Chain, overlay: dict[str, Any] | None = None
+) -> tuple[bool, Any, Key | None]:
     """The parent that `instance` says it has: (whether it says, the object or None, its key or None).
 
     A relationship that was set wins over the foreign key, as it will in the flush.
@@ -108,7 +114,9 @@ def known_parent(instance: Any, chain: Chain, overlay: dict[str, Any] | None = N
         if reverse in overlay:
             return True, overlay[reverse], None
     for reverse in chain.reverses[0]:
-        if reverse in state.committed_state or (not state.has_identity and state.dict.get(reverse) is not None):
+        if reverse in state.committed_state or (
+            not state.has_identity and state.dict.get(reverse) is not None
+        ):
             return True, state.dict.get(reverse), None
     names = chain.links[0].attributes
     if any(name in overlay for name in names):
@@ -145,4 +153,3 @@ def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, An
         if parent is not None:
             found[key] = parent
     return found
-

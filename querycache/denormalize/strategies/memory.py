@@ -27,7 +27,14 @@ from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies.base import Strategy, assigning
-from querycache.denormalize.strategies.live import LiveRow, NotYet, find_parent, goes, known_parent, load_parents
+from querycache.denormalize.strategies.live import (
+    LiveRow,
+    NotYet,
+    find_parent,
+    goes,
+    known_parent,
+    load_parents,
+)
 from querycache.denormalize.touched import Touched
 
 __all__ = ["Memory"]
@@ -82,7 +89,12 @@ class _Ledger:
         for name in sorted({*read, *chain.links[0].attributes, *chain.reverses[0]}):
             event.listen(getattr(leaf.class_, name), "set", self._on_set(name), propagate=True)
         event.listen(leaf.class_, "expire", self._on_reload, propagate=True)
-        event.listen(leaf.class_, "refresh", lambda child, context, names: self._on_reload(child, names), propagate=True)
+        event.listen(
+            leaf.class_,
+            "refresh",
+            lambda child, context, names: self._on_reload(child, names),
+            propagate=True,
+        )
         collection = getattr(chain.root.class_, chain.relationships[0].key)
         event.listen(collection, "append", self._on_append, propagate=True)
         event.listen(collection, "remove", self._on_remove, propagate=True)

@@ -50,5 +50,8 @@ def _create(metadata: Any, connection: Connection, **options: Any) -> None:
     plan = plan_of(table)
     if plan is None:
         return
-    for statement in (*drop_statements(plan, connection.dialect), *trigger_statements(plan, connection.dialect)):
+    for statement in (
+        *drop_statements(plan, connection.dialect),
+        *trigger_statements(plan, connection.dialect),
+    ):
         connection.exec_driver_sql(statement)

@@ -1,0 +1,1 @@
+"""Benchmarks: tables of ratios, measured side by side in one run."""
