@@ -1,1 +1,1 @@
-"""Benchmarks: tables of ratios, measured side by side in one run."""
+"""What the library costs and what it gives: ``make bench``, or ``python -m benchmarks``."""

@@ -118,6 +118,8 @@ def _postgresql_command(programs: Programs, directory: Path, port: int, durable:
         "listen_addresses": HOST,
         "unix_socket_directories": str(directory),
         "max_connections": "200",
+        # Two-phase transactions, which are off by default.
+        "max_prepared_transactions": "20",
         "timezone": "UTC",
         # Files in the data directory instead of /dev/shm: nothing stays behind when the server is killed.
         "dynamic_shared_memory_type": "mmap",

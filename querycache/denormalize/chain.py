@@ -454,8 +454,8 @@ def mapped_attributes(mapper: Mapper[Any], columns: Iterable[tuple[str, str]]) -
         attribute.key
         for attribute in mapper.column_attrs
         for column in attribute.columns
-        if isinstance(getattr(column, "table", None), Table)
-        and (column.table.fullname, column.name) in wanted
+        if isinstance(table := getattr(column, "table", None), Table)
+        and (table.fullname, column.name) in wanted
     }
 
 

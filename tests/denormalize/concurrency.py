@@ -172,7 +172,8 @@ def main() -> int:
     )
     seconds = time.perf_counter() - started
     print(
-        f"{given.database} {given.isolation} {given.models} strategy {given.strategy!r}: every column is right; {dict(met)}, {seconds:.0f} s"
+        f"{given.database} {given.isolation} {given.models} strategy {given.strategy!r}: "
+        f"every column is right; {dict(met)}, {seconds:.0f} s"
     )
     if given.strategy == "sql" and met["deadlocks"]:
         print(f"but there were {met['deadlocks']} deadlocks")

@@ -77,10 +77,10 @@ def _configure_sqlite(connection: Any, record: object) -> None:
 
 def empty(engine: Engine, metadata: MetaData) -> None:
     """Empty tables, past triggers where the database has a way; generated keys begin at 1000."""
+    tables = [table.fullname for table in metadata.tables.values()]
     with engine.connect() as connection:
         if engine.dialect.name == "postgresql":
-            names = ", ".join(table.fullname for table in metadata.tables.values())
-            connection.exec_driver_sql(f"TRUNCATE {names} CASCADE")
+            connection.exec_driver_sql(f"TRUNCATE {', '.join(tables)} CASCADE")
             for table in metadata.tables.values():
                 key = list(table.primary_key.columns)
                 if table.autoincrement_column is not None and not key[0].foreign_keys:
@@ -88,14 +88,16 @@ def empty(engine: Engine, metadata: MetaData) -> None:
                         f"SELECT setval(pg_get_serial_sequence('{table.name}', '{key[0].name}'), 1000)"
                     )
         else:
-            if (
-                engine.dialect.name == "mysql"
-            ):  # which checks row by row, so a table that refers to itself fails
-                connection.exec_driver_sql("SET FOREIGN_KEY_CHECKS = 0")
-            for table in reversed(metadata.sorted_tables):
-                connection.exec_driver_sql(f"DELETE FROM {table.fullname}")
-            if engine.dialect.name == "mysql":
-                connection.exec_driver_sql("SET FOREIGN_KEY_CHECKS = 1")
+            switch = (
+                "PRAGMA foreign_keys = {}"
+                if engine.dialect.name == "sqlite"
+                else "SET FOREIGN_KEY_CHECKS = {}"
+            )
+            connection.exec_driver_sql(switch.format("OFF"))
+            for name in tables:
+                connection.exec_driver_sql(f"DELETE FROM {name}")
+            connection.commit()
+            connection.exec_driver_sql(switch.format("ON"))
         connection.commit()
 
 

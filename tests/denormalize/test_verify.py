@@ -148,7 +148,7 @@ def test_test_mode_refuses_the_commit(shop: SimpleNamespace) -> None:
         session.connection().exec_driver_sql(
             f"UPDATE {shop.m.Thread.__tablename__} SET comment_count = 9 WHERE id = 1"
         )
-        with pytest.raises(AggregateMismatch, match="Thread.comment_count of 1: stored 9, should be 2"):
+        with pytest.raises(AggregateMismatch, match=r"Thread\.comment_count of 1: stored 9, should be 2"):
             session.commit()
     stop()
     with factory() as session:

@@ -185,9 +185,8 @@ class _Ledger:
         if key is None or session is None:
             return parent
         with session.no_autoflush:
-            found = load_parents(session, self.chain, {key}).get(key)
-        # Where the key belongs to no row, the database refuses the child, or nobody holds a count of it.
-        return found
+            # Where the key belongs to no row, the database refuses the child, or nobody holds a count of it.
+            return load_parents(session, self.chain, {key}).get(key)
 
     def _overlays_link(self, overlay: dict[str, Any]) -> bool:
         return any(name in overlay for name in (*self.chain.links[0].attributes, *self.chain.reverses[0]))

@@ -1,0 +1,1 @@
+"""Tests of the session index; SQLite in memory, no servers."""
