@@ -1,6 +1,6 @@
 """The word count of a thread, over its comments, kept by each strategy: the SQL of every step, and the values.
 
-    python examples/forum_word_count.py
+python examples/forum_word_count.py
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from querycache.denormalize import expression, sum_of, verify
 
 # The same measure in both languages, so that every strategy can keep it.
 WORDS = expression(
-    sql=lambda comment: func.length(comment.message) - func.length(func.replace(comment.message, " ", "")) + 1,
+    sql=lambda comment: (
+        func.length(comment.message) - func.length(func.replace(comment.message, " ", "")) + 1
+    ),
     python=lambda comment: len(comment.message.split(" ")),
     columns=("message",),
 )
@@ -45,7 +47,9 @@ def listen(engine: Engine) -> list[str]:
     seen: list[str] = []
 
     @event.listens_for(engine, "before_cursor_execute")
-    def record(connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+    def record(
+        connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+    ) -> None:
         seen.append(f"{' '.join(statement.split())}  {parameters!r}")
 
     return seen

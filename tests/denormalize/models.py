@@ -44,6 +44,12 @@ def rows(session: Session, table: Any) -> list[dict[str, Any]]:
     return [dict(row._mapping) for row in session.connection().execute(select(table))]
 
 
+def forget() -> None:
+    """Make the models anew when they are next asked for."""
+    for made in (forum, counters, composite, tree, groups, heirs, cascades):
+        made.cache_clear()
+
+
 def assert_columns(
     table: Table, actual: Iterable[dict[str, Any]], expected: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:

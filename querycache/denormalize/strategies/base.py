@@ -49,6 +49,9 @@ class Strategy:
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         """Called once for each aggregate when its plan is made."""
 
+    def detach(self, aggregate: Aggregate) -> None:
+        """Called once for each aggregate when the mapping of its plan is taken down."""
+
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
     ) -> None:
