@@ -53,8 +53,7 @@ demo: $(VENV)/.package ## the tour: real queries against SQLite, with and withou
 	@$(PY) examples/quickstart.py $(ARGS)
 
 test: $(VENV)/.development ## all tests, against private servers that it starts
-	@$(SERVERS) --no-fsync -- $(PY) -m pytest -n $(WORKERS) $(UNFINISHED:%=--ignore=%) --ignore=tests/denormalize $(ARGS)
-	@test -n "$(ARGS)" || $(SERVERS) --no-fsync -- $(PY) -m pytest -n $(WORKERS) tests/denormalize
+	@$(SERVERS) --no-fsync -- $(PY) -m pytest -n $(WORKERS) $(UNFINISHED:%=--ignore=%) $(ARGS)
 
 proofs: $(VENV)/.development ## the proofs that do not hold throughout yet, see the README
 	@$(SERVERS) --no-fsync -- $(PY) -m pytest -n $(WORKERS) $(UNFINISHED) $(ARGS)
