@@ -28,12 +28,12 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 SERVERS := $(PY) -m tests.servers
 LINT := build/lint
 
-.PHONY: help demo test proofs lint bench torture sqlalchemy-suite clean
+.PHONY: help demo test proofs lint bench torture denormalize-concurrency sqlalchemy-suite clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | awk -F '\t' '{ printf "  make %-24s %s\n", $$1, $$2 }'
 	@sed -n 's/^#   \([A-Z].*\)/  \1/p' Makefile
 
 # The package alone; then what tests, checks and benchmarks need on top of it.
@@ -73,6 +73,9 @@ bench: $(VENV)/.development ## the tables and plots of the README, against serve
 
 torture: $(VENV)/.development ## ten minutes of writers, readers and faults under the history checker
 	@$(SERVERS) --no-fsync -- $(PY) -m tests.torture $(ARGS)
+
+denormalize-concurrency: $(VENV)/.development ## 200,000 operations of eight processes on denormalized columns, on two databases
+	@$(SERVERS) --no-fsync -- $(PY) -m tests.denormalize.concurrency $(ARGS)
 
 sqlalchemy-suite: $(VENV)/.development ## SQLAlchemy's own ORM tests, each SELECT through freeze and replay
 	@$(PY) -m tests.sqlalchemy_suite $(ARGS)

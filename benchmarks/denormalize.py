@@ -4,8 +4,8 @@
 
 Every way of keeping two columns (a count and a sum) is at work in a process of its own, so that none has the listeners of
 another; they are asked in turns, in shuffled order. The table shows medians, their ratio to the same work without aggregates,
-and how many rows of parents the work updates. SQLite in a file unless another database is named. "Reach" is what the
-project promises.
+and how many rows of parents the work updates. On SQLite, in a file, unless another database is named; there it is
+processor time that counts. "Reach" is what the project promises.
 """
 
 from __future__ import annotations
@@ -127,6 +127,11 @@ def by_hand() -> SimpleNamespace:
     return m
 
 
+def clock(engine: Engine) -> float:
+    """Seconds: of the processor where the database is in the process, so that what else the machine does is left out."""
+    return time.process_time() if engine.dialect.name == "sqlite" else time.perf_counter()
+
+
 def make(engine: Engine, m: SimpleNamespace) -> None:
     """Empty tables, and the parents."""
     m.Base.metadata.drop_all(engine)
@@ -139,9 +144,9 @@ def make(engine: Engine, m: SimpleNamespace) -> None:
 def one_flush(engine: Engine, m: SimpleNamespace, children: int) -> float:
     with Session(engine) as session:
         session.add_all([m.Child(parent_id=1 + n % PARENTS, score=n % 7) for n in range(children)])
-        started = time.perf_counter()
+        started = clock(engine)
         session.flush()
-        took = time.perf_counter() - started
+        took = clock(engine) - started
         session.commit()
     return took
 
@@ -152,11 +157,11 @@ def many_flushes(engine: Engine, m: SimpleNamespace, flushes: int) -> float:
         session.add_all([m.Child(parent_id=1 + n, score=1) for n in range(50)])
         session.commit()
         loaded = session.scalars(select(m.Child).limit(50)).all()
-        started = time.perf_counter()
+        started = clock(engine)
         for n in range(flushes):
             session.add(m.Child(parent_id=1 + n % PARENTS, score=n % 7))
             session.flush()
-        took = time.perf_counter() - started
+        took = clock(engine) - started
         assert len(loaded) == 50
         session.commit()
     return took
@@ -165,18 +170,18 @@ def many_flushes(engine: Engine, m: SimpleNamespace, flushes: int) -> float:
 def read_column(engine: Engine, m: SimpleNamespace) -> float:
     """Both values of all parents, from their columns."""
     with Session(engine) as session:
-        started = time.perf_counter()
+        started = clock(engine)
         session.execute(select(m.Parent.id, m.Parent.n, m.Parent.total)).all()
-        return time.perf_counter() - started
+        return clock(engine) - started
 
 
 def read_by_counting(engine: Engine, m: SimpleNamespace) -> float:
     """Both values of all parents, from their children."""
     with Session(engine) as session:
-        started = time.perf_counter()
+        started = clock(engine)
         counted = select(m.Parent.id, func.count(m.Child.id), func.sum(m.Child.score))
         session.execute(counted.outerjoin(m.Parent.children).group_by(m.Parent.id)).all()
-        return time.perf_counter() - started
+        return clock(engine) - started
 
 
 def count_updates(engine: Engine, m: SimpleNamespace, work: Callable[[], float]) -> int:
