@@ -204,7 +204,7 @@ def show(
         for key in keys:
             instance = session.identity_map.get(root.identity_key_from_primary_key(key))
             state = None if instance is None else sqlalchemy_inspect(instance)
-            if state is not None and aggregate.key in state.dict:
+            if state is not None and (aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires):
                 by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
     for root, states in by_root.items():
         for state, names in states.items():

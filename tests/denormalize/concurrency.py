@@ -11,6 +11,7 @@ QUERYCACHE_TEST_POSTGRESQL and QUERYCACHE_TEST_MARIADB; tables are made in them 
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
 import queue
@@ -70,6 +71,7 @@ def work(
     url: str, made_by: str, strategy: str, isolation: str, operations: int, seed: int, results: Any
 ) -> None:
     warnings.simplefilter("ignore", SAWarning)  # deleting a row that another process has deleted
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # which warns of each serialization failure
     m: Any = getattr(models, made_by)(strategy)
     engine = create_engine(url, isolation_level=isolation)
     draw = random.Random(seed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -156,7 +156,7 @@ def forum(strategy: str) -> SimpleNamespace:
                 expected |= {
                     "best": max(scores, default=None),
                     "worst": min(values(visible, "score"), default=None),
-                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001"))
+                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001"), ROUND_HALF_UP)
                     if scores
                     else None,
                     "flagged": any(score < 0 for score in scores),

@@ -151,3 +151,15 @@ def test_writers_past_the_session_reach_the_answers_of_triggers(
         for name in forum.statements:
             assert forum.ask(name, session)[0] == forum.told(name, session), name
     forum.cache.detach(engine).detach(forum.sessions)
+
+
+def test_answers_over_another_parent_survive_where_the_unit_of_work_writes_the_row(forum: Forum) -> None:
+    with forum.sessions() as session:
+        forum.ask("one by its key", session)
+    with forum.sessions() as session:
+        held = session.scalars(select(forum.m.Thread)).all()
+        session.add(forum.m.Comment(thread=next(thread for thread in held if thread.id == 3), score=1))
+        session.commit()
+    with forum.sessions() as session:
+        outcomes = forum.ask("one by its key", session)[1]
+    assert (outcomes == ["hit"]) is (forum.strategy in ("flush", "memory"))

@@ -40,11 +40,13 @@ class Strategy:
         name: what `strategy=` calls it.
         by_images: whether it is kept by comparing the images of touched rows before and after the flush.
         recounts: whether touched parents are counted anew rather than brought forward.
+        expires: whether the unit of work expires the attribute, as it does with SQL expressions that it has written.
     """
 
     name: ClassVar[str]
     by_images: ClassVar[bool] = False
     recounts: ClassVar[bool] = False
+    expires: ClassVar[bool] = False
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         """Called once for each aggregate when its plan is made."""
