@@ -1,6 +1,6 @@
 """What denormalized columns cost, beside the same work without them, with sqlalchemy-utils and with hand-written triggers.
 
-    python -m benchmarks.denormalize [--url URL] [--rounds N] [--quick] [--json]
+    python -m benchmarks.denormalize [--url URL] [--rounds N] [--children N] [--flushes N] [--json]
 
 Every way of keeping two columns (a count and a sum) is at work in a process of its own, so that none has the listeners of
 another; they are asked in turns, in shuffled order. The table shows medians, their ratio to the same work without aggregates,
@@ -151,8 +151,8 @@ def one_flush(engine: Engine, m: SimpleNamespace, children: int) -> float:
     return took
 
 
-def many_flushes(engine: Engine, m: SimpleNamespace, flushes: int) -> float:
-    """Flushes of one new child each, while 50 others are loaded."""
+def many_flushes(engine: Engine, m: SimpleNamespace, flushes: int, commit: bool) -> float:
+    """Flushes of one new child each, while 50 others are loaded; a commit after each expires those."""
     with Session(engine) as session:
         session.add_all([m.Child(parent_id=1 + n, score=1) for n in range(50)])
         session.commit()
@@ -160,7 +160,10 @@ def many_flushes(engine: Engine, m: SimpleNamespace, flushes: int) -> float:
         started = clock(engine)
         for n in range(flushes):
             session.add(m.Child(parent_id=1 + n % PARENTS, score=n % 7))
-            session.flush()
+            if commit:
+                session.commit()
+            else:
+                session.flush()
         took = clock(engine) - started
         assert len(loaded) == 50
         session.commit()
@@ -216,7 +219,8 @@ def worker(way: str, url: str, children: int, flushes: int, asked: Connection) -
     m = WAYS[way]()
     works: dict[str, Callable[[], float]] = {
         "one flush": lambda: one_flush(engine, m, children),
-        "many flushes": lambda: many_flushes(engine, m, flushes),
+        "many flushes": lambda: many_flushes(engine, m, flushes, commit=False),
+        "many commits": lambda: many_flushes(engine, m, flushes, commit=True),
         "columns": lambda: read_column(engine, m),
         "counting": lambda: read_by_counting(engine, m),
     }
@@ -301,6 +305,7 @@ def measure(url: str, rounds: int, children: int, flushes: int) -> list[Line]:
     titles = {
         "one flush": f"{children:,} children of {PARENTS} parents in one flush",
         "many flushes": f"{flushes:,} flushes of one child, with 50 children loaded",
+        "many commits": f"{flushes:,} commits of one child, with 50 children loaded",
     }
     with workers(url, children, flushes) as asks:
         for name, title in titles.items():
@@ -315,7 +320,7 @@ def measure(url: str, rounds: int, children: int, flushes: int) -> list[Line]:
                 if way == "sql" and name == "one flush":
                     reach = f"<= 1.3, at most {PARENTS} UPDATEs"
                     reached = ratio <= 1.3 and updates <= PARENTS
-                elif way == "sqlalchemy-utils" and name == "many flushes":
+                elif way == "sqlalchemy-utils" and name != "one flush":
                     reach = '>= 5 times "sql"'
                     reached = milliseconds >= 5 * took["sql"]
                 lines.append(Line(title, way, milliseconds, ratio, updates, reach, reached))
@@ -348,22 +353,22 @@ def show(lines: list[Line]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, and print the table or JSON; returns 1 where a promise is not kept."""
+    """Measure, and print the table or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.denormalize", description=__doc__)
     parser.add_argument("--url", help="SQLAlchemy URL of a database to work in; tables are made and dropped")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the work")
+    parser.add_argument("--children", type=int, default=10_000, help="rows inserted in one flush")
+    parser.add_argument("--flushes", type=int, default=1_000, help="flushes, and commits, of one row each")
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")
     given = parser.parse_args(arguments)
-    children, flushes = (1_000, 100) if given.quick else (10_000, 1_000)
     with tempfile.TemporaryDirectory() as directory:
         url = given.url or f"sqlite:///{Path(directory) / 'benchmark.db'}"
-        lines = measure(url, given.rounds, children, flushes)
+        lines = measure(url, given.rounds, given.children, given.flushes)
     if given.json:
         print(json.dumps([asdict(each) for each in lines], indent=2))
     else:
         print(show(lines))
-    return 0 if all(each.reached for each in lines) else 1
+    return 0
 
 
 if __name__ == "__main__":
