@@ -537,6 +537,8 @@ def _cascades(table: Table, delete: bool, known_tables: int) -> frozenset[Table]
 
 def _refers_to(key: ForeignKey, table: Table) -> bool:
     try:
-        return key.column.table is table
+        referred = key.column.table
     except NoReferenceError:  # to a table that was not declared
         return False
+    # not `is`: in statements of the ORM tables are copies with annotations
+    return referred.key == table.key and referred.metadata is table.metadata

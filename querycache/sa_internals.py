@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
 from sqlalchemy import Column, Table, event, inspect, util
@@ -44,12 +44,12 @@ __all__ = [
     "Plan",
     "Prepared",
     "Unpreparable",
+    "Written",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
     "connections",
     "default_isolation_level",
-    "dml_tables",
     "effective_options",
     "flushed",
     "in_transaction",
@@ -57,7 +57,6 @@ __all__ = [
     "is_flushing",
     "is_textual",
     "is_unit_of_work",
-    "is_upsert",
     "isolation_level",
     "known_tables",
     "later_handlers",
@@ -73,7 +72,7 @@ __all__ = [
     "tables_of",
     "tap",
     "untap",
-    "written_in_ctes",
+    "written",
 ]
 
 Row = Sequence[object]
@@ -740,40 +739,43 @@ def _dml(compiled: Any) -> Any:
     return statement.element if statement.is_from_statement else statement
 
 
-def dml_tables(compiled: Any) -> set[Table] | None:
-    """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
+class Written(NamedTuple):
+    """What a statement does to the rows of a table.
+
+    Attributes:
+        table: None where it cannot be told.
+        deletes: whether rows that were there may be gone.
+        updates: whether rows that were there may have changed.
+    """
+
+    table: Table | None
+    deletes: bool
+    updates: bool
+
+
+def written(compiled: Any) -> list[Written]:
+    """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
+    found = []
     statement = _dml(compiled)
-    tables = {_as_table(statement.table)}
-    # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
-    noted = statement._annotations
-    tables.update(noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted)
-    for extra in getattr(compiled.dml_compile_state, "_extra_froms", None) or ():
-        tables.add(_as_table(extra))
-    if getattr(compiled, "ctes", None):
-        tables |= written_in_ctes(compiled)
-    return None if None in tables else cast("set[Table]", tables)
+    if statement.is_dml:
+        tables = [statement.table]
+        # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
+        noted = statement._annotations
+        tables += [noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted]
+        tables += getattr(compiled.dml_compile_state, "_extra_froms", None) or ()
+        found += [_written(statement, table) for table in tables]
+    for cte in getattr(compiled, "ctes", None) or ():
+        if cte.element.is_dml:
+            found.append(_written(cte.element, cte.element.table))
+    return found
 
 
-def written_in_ctes(compiled: Any) -> set[Table]:
-    """The tables that the CTEs of a statement write to."""
-    tables = set()
-    for cte in compiled.ctes:
-        element = cte.element
-        if element.is_dml:
-            tables.add(_as_table(element.table))
-    return tables
-
-
-def _as_table(selectable: Any) -> Any:
+def _written(statement: Any, selectable: Any) -> Written:
     while selectable is not None and not isinstance(selectable, Table):
         selectable = getattr(selectable, "element", None)
-    return selectable
-
-
-def is_upsert(compiled: Any) -> bool:
-    """True if an INSERT may change or replace rows that are there."""
-    statement = _dml(compiled)
-    return bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    # an upsert, INSERT OR REPLACE, or UPDATE OR REPLACE, may do either
+    either = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
 def flushed(context: Any) -> Iterator[Any]:

@@ -239,16 +239,11 @@ class Writes:
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
-        elif context.isinsert or context.isupdate or context.isdelete:
-            wrote = True
-            self._note_dml(connection, context)
         elif context.isddl:
             wrote = True
             self._note_ddl(connection, compiled)
-        elif getattr(compiled, "ctes", None):
-            written = sa_internals.written_in_ctes(compiled)
-            wrote = bool(written)
-            self._note_tables(connection, written, context)
+        elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
+            wrote = self._note_dml(connection, context)
         elif self._ends_savepoint(connection, compiled):
             self._phase_one(connection.info, connection.dialect)
             return True
@@ -275,30 +270,25 @@ class Writes:
             connection.get_transaction(), TwoPhaseTransaction
         )
 
-    def _note_dml(self, connection: Connection, context: Any) -> None:
-        tables = sa_internals.dml_tables(context.compiled)
-        if tables is None:
-            self._note(connection, [EVERYTHING])
-        elif sa_internals.is_unit_of_work(context):
-            schemas = _schema_map(context)
-            for table in tables:
+    def _note_dml(self, connection: Connection, context: Any) -> bool:
+        """Note what a statement and its CTEs write. Returns False if that is nothing."""
+        written = sa_internals.written(context.compiled)
+        schemas = _schema_map(context)
+        for table, deletes, updates in written:
+            if table is None:
+                self._note(connection, [EVERYTHING])
+                continue
+            changed: set[Table] = set()
+            if sa_internals.is_unit_of_work(context):
                 self._ensure(connection).unresolved[table] = schemas
-                if not context.isinsert:
-                    self._note_sets(connection, cascades(table, delete=context.isdelete), schemas)
-        else:
-            self._note_tables(connection, tables, context)
-
-    def _note_tables(self, connection: Connection, tables: Iterable[Table], context: Any) -> None:
-        # an upsert, or INSERT OR REPLACE, may do either
-        upsert = context.isinsert and sa_internals.is_upsert(context.compiled)
-        delete, update = context.isdelete or upsert, context.isupdate or upsert
-        for table in tables:
-            changed = {table}
-            if delete:
+            else:
+                changed.add(table)
+            if deletes:
                 changed |= cascades(table, delete=True)
-            if update:
+            if updates:
                 changed |= cascades(table, delete=False)
-            self._note_sets(connection, changed, _schema_map(context))
+            self._note_sets(connection, changed, schemas)
+        return bool(written)
 
     def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
         default = connection.dialect.default_schema_name
