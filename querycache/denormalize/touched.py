@@ -215,17 +215,16 @@ def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, set[Key
 
 
 def _keys(mapper: Mapper[Any], instances: Iterable[Any]) -> list[Key]:
+    """The keys of objects that have been inserted; an orphan that was not has none."""
     names = primary_keys(mapper)
-    keys: list[Key] = []
-    for instance in instances:
-        values = instance.__dict__
-        try:
-            key = tuple([values[name] for name in names])
-        except KeyError:
-            key = tuple(mapper.primary_key_from_instance(instance))
-        if None not in key:  # which an orphan has that was not inserted
-            keys.append(key)
-    return keys
+    try:
+        if len(names) == 1:
+            (name,) = names
+            return [(part,) for each in instances if (part := each.__dict__[name]) is not None]
+        keys = [tuple([each.__dict__[name] for name in names]) for each in instances]
+    except KeyError:  # an attribute that is expired, or mapped under several columns
+        keys = [tuple(mapper.primary_key_from_instance(each)) for each in instances]
+    return [key for key in keys if None not in key]
 
 
 def spread(locks: Locks, touched: Touched) -> None:
