@@ -9,7 +9,7 @@ SQLALCHEMY ?=
 ARGS ?=
 
 # Proofs that do not hold throughout yet; `make test` leaves them out until they do.
-UNFINISHED := tests/read_path/test_equivalence.py tests/writes/test_matrix.py tests/torture/test_short.py
+UNFINISHED := tests/read_path/test_equivalence.py
 WORKERS ?= 2
 
 ifeq ($(SQLALCHEMY),)
