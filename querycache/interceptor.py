@@ -84,7 +84,7 @@ class Request:
     @property
     def name(self) -> str:
         """What to call it in events."""
-        return self.options.key if isinstance(self.options.key, str) else self.key[-40:-28]
+        return self.options.name or self.key[-40:-28]
 
     @property
     def session(self) -> Session:
@@ -226,10 +226,14 @@ class Interceptor:
         try:
             request = self._decide(state, region, options)
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
-            name = options.key if isinstance(options.key, str) else ""
-            self._telemetry.emit("bypass", region.name, name, str(refusal))
+            self._leave(region, options, str(refusal))
             return None
         return self._look_up(request)
+
+    def _leave(self, region: Region, options: CacheOptions, reason: str) -> None:
+        """Leave a statement to the database, where that may be asked."""
+        self._telemetry.emit("bypass", region.name, options.name, reason)
+        _check_allowed(region, options, reason)
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
@@ -400,9 +404,8 @@ class Interceptor:
             raise _Bypass("text")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        name = options.key if isinstance(options.key, str) else ""
         if options.exact:
-            return region.entry_key(digest((region.name, name, scope)))
+            return region.entry_key(digest((region.name, options.name, scope)))
         identity = bind_identity(plan.engine)
         parts = (
             analysis.structure,
@@ -410,7 +413,7 @@ class Interceptor:
             plan.sql,
             canonical_parameters(plan),
             discriminators(plan),
-            name,
+            options.name,
             scope,
             # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
             region.name,
@@ -437,7 +440,7 @@ class Interceptor:
         if reading is not None:
             distrust = self._distrust(request, reading)
             if distrust:
-                self._telemetry.emit("bypass", region.name, request.name, distrust)
+                self._leave(region, options, distrust)
                 return None
         if options.mode == "refresh":
             outcome, reason, entry = "miss", "refresh", None
@@ -461,10 +464,7 @@ class Interceptor:
                 return result
         if options.mode == "only":
             self._telemetry.emit(outcome, region.name, request.name, reason)
-            raise CacheMiss(
-                f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
-                "cache_mode='only' forbids to ask the database"
-            )
+            _check_allowed(region, options, reason or outcome)
         if reading is None:
             self._telemetry.emit(outcome, region.name, request.name, reason)
             return self._ask_database(request, reading)
@@ -520,10 +520,12 @@ class Interceptor:
             return None  # not part of the answer, but of what the application does with it
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
+            _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
         frozen = load.loads.get(mark)
         if frozen is not None:
             return merge_frozen_result(prepared, frozen)
+        _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(analysis.tags(prepared.plan, self._declared))
         frozen, result = load.run(prepared)
         if frozen is not None:
@@ -552,3 +554,12 @@ class Interceptor:
         if sa_internals.reads_uncommitted(request.session):
             return "uncommitted"
         return self._distrust(request, reading) if reading is not None else ""
+
+
+def _check_allowed(region: Region, options: CacheOptions, reason: str) -> None:
+    """Raise CacheMiss where the database may not be asked."""
+    if options.mode == "only":
+        raise CacheMiss(
+            f"region {region.name!r} has no answer for {options.name!r} ({reason}), and cache_mode='only' forbids to "
+            "ask the database"
+        )

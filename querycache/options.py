@@ -69,6 +69,11 @@ class CacheOptions:
                 "cache_exact=True needs a string as cache_key: there is nothing else to go by"
             )
 
+    @property
+    def name(self) -> str:
+        """The key that the user gave; empty where it is derived."""
+        return self.key if isinstance(self.key, str) else ""
+
     @classmethod
     def from_execution_options(
         cls, options: Mapping[str, Any], refined: CacheOptions | None = None
