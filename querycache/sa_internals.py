@@ -28,7 +28,6 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
-from sqlalchemy.pool.base import _AdhocProxiedConnection
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import BindParameter, TextClause
@@ -552,8 +551,12 @@ def default_isolation_level(dialect: Any) -> str | None:
 
 
 def is_initializing(connection: Connection) -> bool:
-    """True for the connection on which a dialect gets to know its database."""
-    return isinstance(connection._dbapi_connection, _AdhocProxiedConnection)
+    """True for the connection on which a dialect gets to know its database; nothing can be noted with it."""
+    try:
+        _ = connection.info
+    except NotImplementedError:
+        return True
+    return False
 
 
 def isolation_level(connection: Connection) -> str | None:

@@ -276,12 +276,16 @@ def test_a_refresh_carries_its_object_in_the_load_options(live: Live) -> None:
     assert states[0].execution_options["_sa_orm_load_options"]._refresh_state is inspect(parent)
 
 
+def tables_written(compiled: Any) -> set[Any]:
+    return {table for table, _, _ in sa_internals.written(compiled)}
+
+
 def test_the_unit_of_work_compiles_into_a_cache_of_its_own(live: Live) -> None:
     flushed, bulk = live.contexts["INSERT"], live.contexts["UPDATE"]
     assert sa_internals.is_unit_of_work(flushed)
     assert not sa_internals.is_unit_of_work(bulk)
-    assert sa_internals.dml_tables(flushed.compiled) <= {Parent.__table__, Child.__table__}
-    assert sa_internals.dml_tables(bulk.compiled) == {Parent.__table__}
+    assert tables_written(flushed.compiled) <= {Parent.__table__, Child.__table__}
+    assert tables_written(bulk.compiled) == {Parent.__table__}
 
 
 def test_a_flush_tells_the_states_it_has_written(live: Live) -> None:
@@ -309,7 +313,7 @@ def test_a_joined_subclass_notes_the_table_of_a_bulk_insert() -> None:
 
     @event.listens_for(engine, "after_cursor_execute")
     def note(connection: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
-        tables.append(sa_internals.dml_tables(context.compiled))
+        tables.append(tables_written(context.compiled))
 
     with Session(engine) as db:
         db.execute(insert(Special), [{"id": 1, "name": "a", "more": "b"}])
