@@ -1,5 +1,5 @@
-"""``python -m benchmarks``: see :mod:`benchmarks.read_path`, :mod:`benchmarks.memory_bound` and
-:mod:`benchmarks.denormalize`."""
+"""``python -m benchmarks``: :mod:`benchmarks.read_path`, and after it each of the others, about a quarter of an hour in all;
+with ``--json`` the first alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if "--json" not in sys.argv:
     print()
     sys.stdout.flush()
     # each in a process of its own: of the first the memory can be measured, and the second has nobody else's listeners
-    for module in ("benchmarks.memory_bound", "benchmarks.denormalize"):
-        code = subprocess.call([sys.executable, "-m", module]) or code
+    for module in ("memory_bound", "workload", "session_index", "denormalize"):
+        code = subprocess.call([sys.executable, "-m", f"benchmarks.{module}"]) or code
         print()
         sys.stdout.flush()
 sys.exit(code)
