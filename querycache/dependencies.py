@@ -481,7 +481,7 @@ def row_write_tags(
     default_schema: str | None,
     slots: int,
     *,
-    inserted: bool,
+    moved: bool,
 ) -> Iterator[str]:
     """The tags that writes of rows change.
 
@@ -491,7 +491,7 @@ def row_write_tags(
         values: (name of a tracked column, value), for old and new values.
         default_schema: the connection's default schema.
         slots: number of slots of a column.
-        inserted: True if all these rows are new.
+        moved: True if these are not all the values that the rows had in the database.
     """
     known = []
     for column, value in values:
@@ -504,7 +504,7 @@ def row_write_tags(
         known.append((column, slot))
     for label in _writer_labels(schema, table.name, default_schema):
         yield table_tag(label)
-        if not inserted:
+        if moved:
             yield change_tag(label)
         for column, slot in known:
             yield slot_tag(label, column, slot)

@@ -800,12 +800,12 @@ def _written(statement: Any, selectable: Any) -> Written:
     return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
-def flushed(context: Any) -> Iterator[Any]:
-    """The states that a flush has written."""
+def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
+    """The states that a flush has written, each with True where it was deleted."""
     for state, (is_delete, list_only) in context.states.items():
         # one that was to be deleted, and is replaced by another under its primary key, is listed only
         if is_delete or not list_only:
-            yield state
+            yield state, is_delete
 
 
 UNKNOWN = object()

@@ -4,7 +4,8 @@ Every statement that this process sends through SQLAlchemy is executed by its en
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
 which are noted with the *database connection* (not with a Session, which Core never sees):
 
-- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots;
+- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots.
+  Foreign keys of rows that were updated are asked of the database then, since the objects may be out of date;
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
@@ -22,12 +23,13 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Table
+from sqlalchemy import Table, and_, or_, select
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, UOWTransaction
 
@@ -55,6 +57,9 @@ OnOutage = Literal["available", "refuse"]
 SchemaMap = Mapping[str | None, str | None]
 """A ``schema_translate_map``."""
 
+_MOST_LOOKED_AT = 50
+"""Rows that a flush may update of a table before they are no longer looked at one by one."""
+
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
@@ -63,23 +68,30 @@ class _Rows:
     """Rows of a table that a flush has written.
 
     Attributes:
-        values: old and new values of their tracked columns.
+        values: old and new values of their tracked columns, as the objects remember them.
         known: False if there are some that only the database knows.
-        inserted: True if all of them are new.
+        updated: primary keys of rows that were there before, and still are.
+        moved: True if some are gone, or have other values in tracked columns than before.
     """
 
     values: set[tuple[str, object]] = field(default_factory=set)
     known: bool = True
-    inserted: bool = True
+    updated: set[tuple[object, ...]] = field(default_factory=set)
+    moved: bool = False
 
-    def add(self, state: Any, table: Table) -> None:
-        self.inserted = self.inserted and state.key is None
+    def add(self, state: Any, table: Table, deleted: bool) -> None:
+        inserted = state.key is None
         for column in tracked_columns(table):
-            for value in sa_internals.old_and_new(state, column):
-                if value is sa_internals.UNKNOWN:
-                    self.known = False
-                else:
-                    self.values.add((column.name, value))
+            old, new = sa_internals.old_and_new(state, column)
+            if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
+                self.known = False
+            else:
+                self.values.update(((column.name, old), (column.name, new)))
+                self.moved = self.moved or not (inserted or column.primary_key or old == new)
+        if not inserted:
+            key = tuple(sa_internals.old_and_new(state, column)[1] for column in table.primary_key)
+            self.moved = self.moved or deleted or sa_internals.UNKNOWN in key
+            self.updated.add(key)
 
 
 @dataclass(slots=True)
@@ -355,12 +367,39 @@ class Writes:
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, _Rows] = {}
-        for state in sa_internals.flushed(context):
+        for state, deleted in sa_internals.flushed(context):
             for table in state.mapper.tables:
                 if isinstance(table, Table):
-                    rows.setdefault(table, _Rows()).add(state, table)
+                    rows.setdefault(table, _Rows()).add(state, table, deleted)
         for connection in sa_internals.connections(session):
+            transaction = self._of(connection.info)
+            for table, schemas in transaction.unresolved.items() if transaction is not None else ():
+                if table in rows:
+                    self._look_at(connection, table, schemas, rows[table])
             self._resolve(connection.info, connection.dialect, rows)
+
+    @staticmethod
+    def _look_at(connection: Connection, table: Table, schemas: SchemaMap, rows: _Rows) -> None:
+        """Ask which values the tracked columns of updated rows have.
+
+        What an object remembers may be older than its row, which somebody else may have moved since. Nobody can now
+        until this transaction ends, for it has written the row.
+        """
+        columns = [column for column in tracked_columns(table) if not column.primary_key]
+        if not columns:
+            rows.moved = False
+        elif rows.updated and rows.known and not rows.moved:
+            if len(rows.updated) > _MOST_LOOKED_AT:
+                rows.moved = True
+                return
+            keys = [and_(*map(operator.eq, table.primary_key, key)) for key in rows.updated]
+            found = connection.execute(
+                select(*columns).where(or_(*keys)), execution_options={"schema_translate_map": schemas}
+            ).all()
+            rows.moved = len(found) < len(rows.updated)
+            rows.values.update(
+                (column.name, value) for row in found for column, value in zip(columns, row, strict=True)
+            )
 
     def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, _Rows]) -> None:
         """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
@@ -374,8 +413,8 @@ class Writes:
             if known is None or not known.known:
                 transaction.tags.update(set_write_tags((schema, name), default))
             else:
-                slots, inserted = self._declared.slots, known.inserted
-                tags = row_write_tags(table, schema, known.values, default, slots, inserted=inserted)
+                slots = self._declared.slots
+                tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
                 transaction.tags.update(tags)
         transaction.unresolved.clear()
 

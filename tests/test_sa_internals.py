@@ -290,7 +290,7 @@ def test_the_unit_of_work_compiles_into_a_cache_of_its_own(live: Live) -> None:
 
 def test_a_flush_tells_the_states_it_has_written(live: Live) -> None:
     states = list(sa_internals.flushed(SimpleNamespace(states=live.flush)))
-    assert {state.mapper.class_ for state in states} == {Parent, Child}
+    assert {(state.mapper.class_, deleted) for state, deleted in states} == {(Parent, False), (Child, False)}
 
 
 def test_a_session_bound_to_connections_keeps_them(live: Live) -> None:

@@ -125,8 +125,8 @@ def _old_slots_forgotten() -> None:
 
     sa_internals.old_and_new = new_only
     tags = writes.row_write_tags
-    # as if the rows were new, or lists by a foreign key would fall all the same
-    vars(writes)["row_write_tags"] = lambda *arguments, inserted: tags(*arguments, inserted=True)
+    # or lists by a foreign key would fall all the same
+    vars(writes)["row_write_tags"] = lambda *arguments, moved: tags(*arguments, moved=False)
 
 
 def _own_writes_hidden() -> None:

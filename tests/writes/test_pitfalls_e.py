@@ -698,21 +698,57 @@ def test_E16_a_naive_way_takes_or_for_and(members: Library) -> None:
 # --- old values that are older than the row ------------------------------------------------------------------
 
 
-def check_outdated_object(library: Library) -> None:
+def check_outdated_object(library: Library, use: Callable[[Session, Book], object]) -> None:
     of_author_3 = select(Book.id, Book.price).where(Book.author_id == 3)
+    library.write(update(Book).where(Book.id == 2).values(author_id=1))
     with library.sessions() as session:
         book = session.get_one(Book, 2)  # of author 1, as far as this session knows
         library.write(update(Book).where(Book.id == 2).values(author_id=3))
         library.fill(of_author_3)
-        book.price = 99
+        use(session, book)
         session.commit()
     assert library.is_right(of_author_3)
 
 
+def reprice(session: Session, book: Book) -> None:
+    book.price = 99
+
+
+def move(session: Session, book: Book) -> None:
+    book.author_id = 2
+
+
+def reprice_many(session: Session, book: Book) -> None:
+    session.add_all([Book(id=n, title="new", price=n, author_id=2) for n in range(100, 200)])
+    session.flush()
+    for each in session.scalars(select(Book).where(Book.id >= 100)):
+        each.price += 1
+    book.price = 98
+
+
 def test_an_object_that_does_not_know_where_its_row_has_moved(postgresql_engine: Engine) -> None:
-    check_outdated_object(Library(postgresql_engine))
-    with naive(dependencies, "change_tag", lambda label: f"table:nothing-{label}-{uuid.uuid4()}"):
-        check_outdated_object(Library(postgresql_engine))
+    library = Library(postgresql_engine)
+    for use in (reprice, move, reprice_many, Session.delete):
+        check_outdated_object(library, use)
+        library.write(
+            delete(Book).where(Book.id == 2), insert(Book).values(id=2, title="again", price=2, author_id=1)
+        )
+    with naive(Writes, "_look_at", staticmethod(lambda connection, table, schemas, rows: None)):
+        check_outdated_object(Library(postgresql_engine), reprice)
+    for use in (move, Session.delete):
+        with naive(dependencies, "change_tag", lambda label: f"table:nothing-{label}-{uuid.uuid4()}"):
+            check_outdated_object(Library(postgresql_engine), use)
+
+
+def test_lists_by_foreign_key_survive_changes_of_rows_of_other_parents(library: Library) -> None:
+    of_author_1 = select(Book.id, Book.price).where(Book.author_id == 1)
+    library.fill(of_author_1)
+    with library.sessions.begin() as session:
+        session.get_one(Book, 3).price = 70  # of author 2
+    assert library.outcome(of_author_1) == "hit"
+    with library.sessions.begin() as session:
+        session.get_one(Book, 1).price = 71
+    assert library.is_right(of_author_1)
 
 
 def test_lists_by_foreign_key_survive_inserts_for_other_parents(library: Library) -> None:
