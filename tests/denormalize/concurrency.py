@@ -31,8 +31,10 @@ from sqlalchemy.orm.exc import StaleDataError
 from tests.denormalize import models
 
 PARENTS = 6
-TOLD_EVERY = 200
+TOLD_EVERY = 50
 """Operations after which a process says how far it is."""
+PATIENCE = 120.0
+"""Seconds without a word from any process after which they are taken to be stuck."""
 DATABASES = ("postgresql", "mariadb")
 ISOLATIONS = ("READ COMMITTED", "REPEATABLE READ")
 DEADLOCK = {"40P01", 1213}
@@ -149,14 +151,23 @@ def run(
         for worker in workers:
             worker.start()
         total: Counter[str] = Counter()
-        while total["operations"] < share * processes:
-            try:
-                total.update(results.get(timeout=1))
-            except queue.Empty:
-                assert not any(worker.exitcode for worker in workers), "a process failed; see its traceback"
-            progress(total)
-        for worker in workers:
-            worker.join()
+        heard = time.monotonic()
+        try:
+            while total["operations"] < share * processes:
+                try:
+                    total.update(results.get(timeout=1))
+                    heard = time.monotonic()
+                except queue.Empty:
+                    assert not any(worker.exitcode for worker in workers), (
+                        "a process failed; see its traceback"
+                    )
+                    assert time.monotonic() - heard < PATIENCE, f"the processes are stuck after {dict(total)}"
+                progress(total)
+            for worker in workers:
+                worker.join(PATIENCE)
+        finally:
+            for worker in workers:
+                worker.kill()
         with Session(engine) as session:
             m.check(session)
             total["children left"] = len(models.rows(session, m.Comment.__table__))

@@ -8,6 +8,7 @@ from sqlalchemy import Engine
 from tests.denormalize.concurrency import ISOLATIONS, run
 
 
+@pytest.mark.parametrize("made_by", ["forum", "counters"])
 @pytest.mark.parametrize("isolation", ISOLATIONS)
 @pytest.mark.parametrize(
     "database",
@@ -16,12 +17,17 @@ from tests.denormalize.concurrency import ISOLATIONS, run
         pytest.param("mariadb", marks=pytest.mark.server("mariadb")),
     ],
 )
-def test_processes_at_once(request: pytest.FixtureRequest, database: str, isolation: str) -> None:
+def test_processes_at_once(
+    request: pytest.FixtureRequest, database: str, isolation: str, made_by: str
+) -> None:
     engine: Engine = request.getfixturevalue(f"kept_{database}")
     url = engine.url.render_as_string(hide_password=False)
-    met = run(url, isolation=isolation, operations=240, processes=4)
-    assert (met["operations"], met["deadlocks"]) == (240, 0)
+    met = run(url, made_by=made_by, isolation=isolation, operations=240, processes=4)
+    assert met["operations"] == 240
     assert met["children left"] > 0
+    # The documentation says of longer paths on MariaDB that at REPEATABLE READ a transaction may have to be repeated.
+    if (database, isolation, made_by) != ("mariadb", "REPEATABLE READ", "forum"):
+        assert met["deadlocks"] == 0
 
 
 @pytest.mark.server("postgresql")
