@@ -175,9 +175,12 @@ class Chain:
             statement = statement.group_by(*grouping)
         return Queried(statement, slice(0, len(parent)), tuple(places), slice(len(grouping), None))
 
-    def recount(self, aggregates: Sequence[Aggregate], *, rows: bool) -> Queried:
+    def recount(self, aggregates: Sequence[Aggregate], *, rows: bool, locking: bool = False) -> Queried:
         """Every parent of `:keys` with the stored values of `aggregates`, then their parts; or, with `rows`, one row
-        for each child with its columns, and one row of NULLs for a parent without children."""
+        for each child with its columns, and one row of NULLs for a parent without children.
+
+        `locking` makes its subqueries locking reads, which that of the statement around them does not do.
+        """
         entities = self.entities()
         parent = attribute_columns(entities[0], self.keys[0])
         stored = attribute_columns(entities[0], [aggregate.key for aggregate in aggregates])
@@ -189,7 +192,7 @@ class Chain:
                 columns.extend(aggregate.extra_columns(entities))
         else:
             for aggregate in aggregates:
-                columns.extend(aggregate.recount_parts(entities))
+                columns.extend(aggregate.recount_parts(entities, locking))
         statement = self.join(select(*_distinct_names(columns)), entities, outer=True)
         statement = statement.where(key_condition(parent))
         if not rows:
@@ -334,11 +337,12 @@ class Aggregate:
         """The parts over an inner join."""
         return self.kind.parts(self._value(entities))
 
-    def recount_parts(self, entities: tuple[Any, ...]) -> Sequence[ColumnElement[Any]]:
+    def recount_parts(self, entities: tuple[Any, ...], locking: bool) -> Sequence[ColumnElement[Any]]:
         """The parts over an outer join: a parent without children has one row, which must not count."""
         if self.kind.ordered:
             parent = attribute_columns(entities[0], self.chain.keys[0])
-            return (self.last(parent).correlate(entities[0]).scalar_subquery(),)
+            last = self.last(parent).correlate(entities[0])
+            return ((last.with_for_update(read=True) if locking else last).scalar_subquery(),)
         child = attribute_columns(entities[-1], self.chain.keys[-1])[0]
         return self.kind.parts(self._value(entities, child.is_not(None)))
 

@@ -159,7 +159,8 @@ def _recount(
 ) -> None:
     plan: Plan = locks.plan
     queried: Queried = plan.memo(
-        ("recount", chain, rows, *aggregates), lambda: chain.recount(aggregates, rows=rows)
+        ("recount", chain, rows, locks.snapshot, *aggregates),
+        lambda: chain.recount(aggregates, rows=rows, locking=locks.snapshot),
     )
     statement = locks.read(queried.statement)
     (stored_at,) = queried.levels

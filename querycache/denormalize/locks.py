@@ -79,17 +79,21 @@ class Locks:
         """Whether a foreign key check locks the parent in a way that conflicts with updating it."""
         return self.dialect in _MYSQL
 
+    @property
+    def snapshot(self) -> bool:
+        """Whether plain reads show the rows as they were when the transaction began, and locking reads as they are."""
+        return self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED"
+
     def read(self, statement: Select[Any]) -> Select[Any]:
-        """`statement` as a read of current rows, where the snapshot of the transaction would not show them."""
-        if self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED":
-            return statement.with_for_update(read=True)
-        return statement
+        """`statement` as a read of current rows, where the snapshot of the transaction would not show them.
+
+        That does not reach its subqueries.
+        """
+        return statement.with_for_update(read=True) if self.snapshot else statement
 
     def claim(self, statement: Select[Any]) -> Select[Any]:
         """`statement` as a read of current rows that are about to be changed."""
-        if self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED":
-            return statement.with_for_update()
-        return statement
+        return statement.with_for_update() if self.snapshot else statement
 
     def lock(self, wanted: Mapping[Place, Iterable[Key]], *, roots: bool) -> None:
         """Lock the rows of each place, and all above them; the parents (level 0) too if `roots`."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
+from tests.denormalize import models
 from tests.denormalize.concurrency import ISOLATIONS, run
 
 
@@ -28,6 +30,28 @@ def test_processes_at_once(
     # The documentation says of longer paths on MariaDB that at REPEATABLE READ a transaction may have to be repeated.
     if (database, isolation, made_by) != ("mariadb", "REPEATABLE READ", "forum"):
         assert met["deadlocks"] == 0
+
+
+@pytest.mark.server("mariadb")
+def test_a_recount_sees_what_was_committed_after_the_snapshot(kept_mariadb: Engine) -> None:
+    m = models.forum("sql")
+    m.Base.registry.configure()
+    m.Base.metadata.drop_all(kept_mariadb)
+    m.Base.metadata.create_all(kept_mariadb)
+    with Session(kept_mariadb) as session:
+        comments = [m.Comment(id=n, score=n, message=f"number {n}") for n in (1, 2)]
+        session.add(m.Thread(id=1, forum=m.Forum(id=1), comments=comments))
+        session.commit()
+    with Session(kept_mariadb) as session:
+        first = session.scalars(select(m.Comment).order_by(m.Comment.id)).first()
+        assert first is not None
+        with Session(kept_mariadb) as other:
+            other.add(m.Comment(id=3, score=3, thread_id=1, message="number 3"))
+            other.commit()
+        session.delete(session.get_one(m.Comment, 2))
+        session.commit()
+        m.check(session)
+    m.Base.metadata.drop_all(kept_mariadb)
 
 
 @pytest.mark.server("postgresql")
