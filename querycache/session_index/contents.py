@@ -21,7 +21,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from querycache.session_index.reading import UNKNOWN, LoadGuard, Unknown
 
-__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "has_none"]
+__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "alive", "has_none"]
 
 Keys: TypeAlias = "tuple[Hashable, ...] | Unknown"
 
@@ -31,6 +31,12 @@ Marks: TypeAlias = "dict[int, weakref.ref[Any]]"
 
 #: How many loads a record remembers between two lookups.
 LOADED: Final = 32_768
+
+
+def alive(marks: Marks) -> Marks:
+    """The marks of objects that are still there: others may bear the id of a newer object by now, whose mark
+    they must not replace."""
+    return {ident: mark for ident, mark in marks.items() if mark() is not None}
 
 
 def has_none(key: Hashable) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 
 from querycache.errors import ConfigurationError
-from querycache.session_index.contents import Contents, Keys, Record, has_none
+from querycache.session_index.contents import Contents, Keys, Record, alive, has_none
 from querycache.session_index.dependencies import Dependencies, all_attributes
 from querycache.session_index.errors import (
     IndexFunctionError,
@@ -233,7 +233,7 @@ class Index(Generic[T]):
         if record is None or contents is None:
             record, contents = self._open(session, persisted)
         if persisted and record.flushing:
-            contents.stale.update(record.flushing)
+            contents.stale.update(alive(record.flushing))
         if record.marks or record.loaded or contents.stale or contents.footprints:
             self._settle(session, record, contents, persisted)
         if unknown != "skip":

@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, QueryableAttribute, RelationshipProperty, Session, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 
-from querycache.session_index.contents import Marks, Record
+from querycache.session_index.contents import Marks, Record, alive
 from querycache.session_index.reading import LoadGuard
 
 __all__ = ["ClassTracker", "Listeners", "SessionWatch", "listen_to_attribute", "listen_to_class", "scan"]
@@ -240,9 +240,9 @@ class SessionWatch:
         for record in self._records.values():
             with record:
                 for contents in record.views.values():
-                    contents.stale.update(contents.modified)
+                    contents.stale.update(alive(contents.modified))
                     contents.modified.clear()
-            record.marks.update(record.flushing)
+            record.marks.update(alive(record.flushing))
             record.flushing.clear()
 
 
