@@ -1,0 +1,67 @@
+"""A circuit breaker: a server that does not answer costs one timeout every few seconds, not one per query.
+
+After a fault the circuit is open, and calls are refused without touching the network. When the cool-down is
+over, one call is let through to try; while it is under way the others are still refused. If it succeeds the
+circuit closes, if not the cool-down begins again.
+
+Calls that must not be left out go through an open circuit: a writer that does not mark its tags because some
+lookup had a timeout a second ago would leave stale entries behind on a server that is well again.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from querycache.errors import CacheUnavailable
+
+__all__ = ["COOL_DOWN", "CircuitBreaker"]
+
+COOL_DOWN = 2.0
+"""Seconds for which a server is left alone after a fault."""
+
+
+class CircuitBreaker:
+    """The state of one server as this process sees it. Safe for use by several threads.
+
+    :param server: what the server is called in error messages.
+    :param clock: monotonic seconds.
+    """
+
+    def __init__(self, server: str, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._server = server
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._fault: BaseException | None = None
+        self._next_try = 0.0
+
+    def admit(self, *, essential: bool = False) -> None:
+        """Ask whether a call may be made; follow it by :meth:`succeeded` or :meth:`failed`.
+
+        :param essential: let the call through even when the circuit is open.
+        :raises CacheUnavailable: the circuit is open.
+        """
+        if self._fault is None:
+            return
+        with self._lock:
+            if self._fault is None or essential:
+                return
+            now = self._clock()
+            if now < self._next_try:
+                raise CacheUnavailable(
+                    f"{self._server} is left alone for {self._next_try - now:.1f} s after: {self._fault}"
+                )
+            self._next_try = now + COOL_DOWN
+
+    def succeeded(self) -> None:
+        """The server answered."""
+        if self._fault is not None:
+            with self._lock:
+                self._fault = None
+
+    def failed(self, fault: BaseException) -> None:
+        """The server did not answer, or broke the connection."""
+        with self._lock:
+            self._fault = fault
+            self._next_try = self._clock() + COOL_DOWN

@@ -1,0 +1,296 @@
+"""The wire to memcached: its meta protocol, pipelined, over a bounded pool of connections to each server.
+
+pymemcache has no meta commands, and its ``raw_command`` is no way to them: it searches the reply for a token
+that a value may contain, and loses what came before the last chunk. Here a reply is read by the length that
+it states, and a pipeline ends when each of its commands has been answered.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+from urllib.parse import urlsplit
+
+from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.url import without_password
+from querycache.errors import CacheUnavailable, ConfigurationError
+
+try:
+    from pymemcache.pool import ObjectPool
+except ImportError as error:
+    raise ConfigurationError(
+        "the memcached store needs pymemcache: pip install querycache[memcached]"
+    ) from error
+
+__all__ = ["Pipeline", "Reply", "Server", "UnsuitableServer", "converse"]
+
+_PORT = 11211
+_IN_FLIGHT = 32 * 2**10  # bytes that are sent without reading replies; less than any socket buffer holds
+_MOST_BYTES = 2**30
+
+
+class UnsuitableServer(Exception):
+    """The server answers, but is not one that this store can work with."""
+
+
+class Reply(NamedTuple):
+    """The answer to one meta command."""
+
+    code: bytes
+    """``HD``, ``VA``, ``EN``, ``NF``, ``NS``, ``EX``, ``MN``, or the whole line of an error."""
+
+    flags: tuple[bytes, ...] = ()
+    value: bytes | None = None
+
+    @property
+    def cas(self) -> int:
+        """The CAS value, where the command asked for it with the flag ``c``."""
+        for flag in self.flags:
+            if flag.startswith(b"c") and flag[1:].isdigit():
+                return int(flag[1:])
+        raise CacheUnavailable(f"memcached gave no CAS value: {self!r}")
+
+
+class Pipeline:
+    """Commands for one server, each of which will be answered by one reply."""
+
+    def __init__(self) -> None:
+        self._commands: list[bytes] = []
+
+    def add(self, command: bytes, data: bytes | None = None) -> None:
+        """Add a command without its line end, and its data block."""
+        self._commands.append(command if data is None else b"%b\r\n%b" % (command, data))
+
+    def __len__(self) -> int:
+        return len(self._commands)
+
+    def __bytes__(self) -> bytes:
+        return b"\r\n".join((*self._commands, b""))
+
+
+class _Connection:
+    """A socket, and what was read from it beyond the current reply."""
+
+    def __init__(self, address: tuple[str, int] | str, timeout: float) -> None:
+        if isinstance(address, tuple):
+            self._socket = socket.create_connection(address, timeout)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        else:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(timeout)
+            self._socket.connect(address)
+        self._timeout = timeout
+        self._input = self._socket.makefile("rb", 2**16)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        self._selector.close()
+        self._input.close()
+        self._socket.close()
+
+    def is_idle(self) -> bool:
+        """Whether nothing can be read: neither the end of a connection that the server closed, nor data."""
+        return not self._selector.select(0)
+
+    def send(self, data: bytes) -> list[Reply]:
+        """Send, and take the replies that come meanwhile, lest both sides wait for the other to read."""
+        replies: list[Reply] = []
+        if len(data) <= _IN_FLIGHT:
+            self._socket.sendall(data)
+            return replies
+        rest = memoryview(data)
+        self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        while rest:
+            ready = self._selector.select(self._timeout)
+            if not ready:
+                raise TimeoutError("timed out")
+            if ready[0][1] & selectors.EVENT_READ:
+                replies.append(self.read_reply())
+            else:
+                rest = rest[self._socket.send(rest[:_IN_FLIGHT]) :]
+        self._selector.modify(self._socket, selectors.EVENT_READ)
+        return replies
+
+    def read_reply(self) -> Reply:
+        line = self._read_line()
+        code, *flags = line.split(b" ")
+        if code == b"VA":
+            if not flags or not flags[0].isdigit() or int(flags[0]) > _MOST_BYTES:
+                raise ConnectionError(f"this is not memcached: {line[:80]!r}")
+            size = int(flags.pop(0))
+            value = self._input.read(size + 2)
+            if len(value) != size + 2:
+                raise ConnectionError("the server closed the connection")
+            return Reply(code, tuple(flags), value[:-2])
+        return Reply(code, tuple(flags)) if len(code) == 2 else Reply(line)
+
+    def read_statistics(self, command: bytes) -> dict[str, str]:
+        self._socket.sendall(command + b"\r\n")
+        found: dict[str, str] = {}
+        while (line := self._read_line()) != b"END":
+            kind, _, rest = line.decode("utf-8", "replace").partition(" ")
+            if kind != "STAT":
+                raise UnsuitableServer(f"answers {line[:80]!r} to {command.decode()!r}")
+            name, _, found[name] = rest.partition(" ")
+        return found
+
+    def _read_line(self) -> bytes:
+        line = self._input.readline(2**16)
+        if not line.endswith(b"\r\n"):
+            raise ConnectionError("the server closed the connection" if len(line) < 2**16 else "no line ends")
+        return line[:-2]
+
+
+class _Slot:
+    """A place in the pool, with a connection or without."""
+
+    connection: _Connection | None = None
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+class Server:
+    """One memcached server: its address, its connections, and whether it is taken to be alive.
+
+    :param address: ``host``, ``host:port``, ``[v6]:port``, or the path of a Unix socket.
+    :param timeout: seconds for connecting, for each answer, and for a free connection.
+    :raises ConfigurationError: the address cannot be read.
+    """
+
+    item_size_max = 2**20
+    """Bytes that an item may have, as far as is known; the server says it when it is connected to."""
+
+    def __init__(self, address: str, timeout: float, max_connections: int) -> None:
+        self.name = f"memcached at {address}"
+        self.breaker = CircuitBreaker(self.name)
+        self._address = _parse_address(address)
+        self._timeout = timeout
+        self._max_connections = max_connections
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        self._pid = os.getpid()
+        self._free = threading.BoundedSemaphore(self._max_connections)
+        self._pool: ObjectPool[_Slot] = ObjectPool(_Slot, after_remove=_Slot.close)
+
+    def take(self) -> _Slot:
+        """A place in the pool for one exchange of this thread; to be followed by :meth:`give_back`."""
+        if self._pid != os.getpid():  # the connections belong to the process that this one was forked from
+            inherited = self._pool.free
+            self._make_pool()
+            for foreign in inherited:
+                foreign.close()
+        if not self._free.acquire(timeout=self._timeout):
+            raise TimeoutError(f"none of {self._max_connections} connections became free")
+        return cast(_Slot, self._pool.get())
+
+    def give_back(self, slot: _Slot) -> None:
+        self._pool.release(slot)
+        self._free.release()
+
+    def connect(self, slot: _Slot) -> _Connection:
+        """The connection of a slot, made anew if there is none or the server has closed it."""
+        if slot.connection is not None and not slot.connection.is_idle():
+            slot.close()
+        if slot.connection is None:
+            slot.connection = _Connection(self._address, self._timeout)
+            self._check(slot.connection)
+        return slot.connection
+
+    def _check(self, connection: _Connection) -> None:
+        settings = connection.read_statistics(b"stats settings")
+        connection.send(b"mn\r\n")
+        if connection.read_reply().code != b"MN":
+            raise UnsuitableServer("is too old: memcached 1.6 or later is needed, for its meta commands")
+        if settings.get("cas_enabled", "yes") != "yes":
+            raise UnsuitableServer("runs with --disable-cas; tag versions need the CAS values")
+        if settings.get("memory_file", "(null)") != "(null)":
+            raise UnsuitableServer("runs with --memory-file; a restart would bring back old tag versions")
+        self.item_size_max = int(settings.get("item_size_max", self.item_size_max))
+
+    def statistics(self) -> dict[str, str]:
+        """What ``stats`` says.
+
+        :raises CacheUnavailable: the server does not answer.
+        """
+        self.breaker.admit()
+        with _faults(self):
+            slot = self.take()
+            try:
+                found = self.connect(slot).read_statistics(b"stats")
+            except BaseException:
+                slot.close()
+                raise
+            finally:
+                self.give_back(slot)
+        self.breaker.succeeded()
+        return found
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._pool.clear()
+
+
+def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = False) -> list[list[Reply]]:
+    """Send a pipeline to each of several servers, then read the replies of each: one round trip in all.
+
+    :param essential: try it although a server failed a moment ago.
+    :returns: for each pipeline the replies to its commands.
+    :raises CacheUnavailable: one of the servers does not answer. The others may have carried out their part.
+    """
+    taken: list[_Slot] = []
+    answers: list[list[Reply]] = []
+    complete = 0
+    try:
+        for server, pipeline in batches:
+            server.breaker.admit(essential=essential)
+            with _faults(server):
+                taken.append(server.take())
+                answers.append(server.connect(taken[-1]).send(bytes(pipeline)))
+        for (server, pipeline), slot, replies in zip(batches, taken, answers, strict=True):
+            with _faults(server):
+                assert slot.connection is not None
+                replies.extend(slot.connection.read_reply() for _ in range(len(pipeline) - len(replies)))
+            server.breaker.succeeded()
+            complete += 1
+    finally:
+        for index, slot in enumerate(taken):
+            if index >= complete:
+                slot.close()
+            batches[index][0].give_back(slot)
+    return answers
+
+
+@contextmanager
+def _faults(server: Server) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UnsuitableServer) as error:
+        server.breaker.failed(error)
+        problem = str(error) if isinstance(error, UnsuitableServer) else f"does not answer: {error}"
+        raise CacheUnavailable(f"{server.name} {problem}") from error
+
+
+def _parse_address(address: str) -> tuple[str, int] | str:
+    if address.startswith("/"):
+        return address
+    try:
+        parts = urlsplit(f"//{address}")
+        if parts.hostname and not (parts.username or parts.path or parts.query):
+            return parts.hostname, parts.port or _PORT
+    except ValueError:
+        pass
+    shown = without_password(f"//{address}")[2:]
+    raise ConfigurationError(
+        f"{shown!r} is no address of a memcached server; write host, host:port or [v6]:port"
+    )

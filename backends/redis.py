@@ -1,0 +1,343 @@
+"""A store on a Redis server (or Valkey, or another that speaks its protocol and runs its scripts).
+
+A lookup is one MGET, every step of the ledger one script, whatever the number of keys.
+
+**What a restart must not bring back.** Redis reloads a snapshot or a log from its disk, and a replica that is
+promoted has what reached it. Versions of tags from there are older than what was committed, and entries would
+be valid again that are not. So counters are kept under names that carry the run id of the server, which is
+new for every process of a server: after a restart or a failover every tag is missing, which is safe, and is
+created anew. Each connection asks for the run id when it is made, so that no command can reach another server
+under a former name.
+
+**Expiry.** Counters live for thirty days after the last write of their tag, or after they were created. An
+expired counter is a lost one: its entries are asked for once more. So tags that nobody uses, and counters of
+former runs, go by themselves, whatever number of names the application makes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from hashlib import sha1
+from importlib.resources import files
+from typing import Any
+from urllib.parse import urlunsplit
+
+from dogpile.cache.api import NO_VALUE, SerializedReturnType
+
+from querycache import versions
+from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.url import (
+    flag,
+    parse_options,
+    positive_integer,
+    seconds,
+    split_arguments,
+    text,
+    whole_number,
+    without_password,
+)
+from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.store import Mark, StoreBackend
+
+try:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+except ImportError as error:
+    raise ConfigurationError(
+        "the Redis store needs the redis client: pip install querycache[redis]"
+    ) from error
+
+__all__ = ["RedisBackend"]
+
+_COUNTER_TTL = 30 * 24 * 3600
+"""Seconds that a counter outlives the last write of its tag. Far longer than any transaction, so no mark
+expires."""
+
+_REMOVING = {
+    "del",
+    "unlink",
+    "getdel",
+    "move",
+    "rename",
+    "renamenx",
+    "copy",
+    "restore",
+    "restore-asking",
+    "migrate",
+    "flushall",
+    "flushdb",
+    "swapdb",
+    "debug",
+    "replicaof",
+    "slaveof",
+    "failover",
+    "config",
+    "config|resetstat",
+}
+"""Commands by which counters can vanish or be replaced, or the server's statistics about that be wiped. This
+store itself uses none of them."""
+
+_OPTIONS: dict[str, Callable[[object], Any]] = {
+    "timeout": seconds,
+    "db": whole_number,
+    "max_connections": positive_integer,
+    "ssl_ca_certs": text,
+    "ssl_certfile": text,
+    "ssl_keyfile": text,
+    "ssl_cert_reqs": text,
+    "ssl_check_hostname": flag,
+}
+
+_SCHEMES = {
+    "redis": "redis",
+    "rediss": "rediss",
+    "valkey": "redis",
+    "valkeys": "rediss",
+    "unix": "unix",
+}
+
+_Command = tuple[Any, ...]
+
+
+class _Script:
+    def __init__(self, name: str) -> None:
+        directory = files(__package__) / "lua"
+        self.source = "\n".join((directory / part).read_text() for part in ("prelude.lua", f"{name}.lua"))
+        self.sha = sha1(self.source.encode(), usedforsecurity=False).hexdigest()
+
+
+@cache
+def _script(name: str) -> _Script:
+    return _Script(name)
+
+
+class RedisBackend(StoreBackend):
+    """A store on one Redis server.
+
+    :param arguments: ``url``: ``redis://[[user]:password@]host[:port][/db]``, ``rediss://`` for TLS,
+        ``unix:///path?db=0``, or ``valkey://`` and ``valkeys://``, with these options in its query or beside
+        it:
+
+        ``timeout``: seconds for connecting, for each answer, and for a free connection (default 0.5).
+
+        ``max_connections``: of this process; more threads than that wait for a free one (default 50).
+
+        ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``, ``ssl_cert_reqs``, ``ssl_check_hostname``: as
+        redis-py takes them, with TLS only.
+
+    :raises ConfigurationError: an argument is unknown, missing or cannot work.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        address, given = split_arguments(arguments)
+        options = parse_options("the Redis store", _OPTIONS, given)
+        if address is None or address.scheme not in _SCHEMES:
+            given_address = without_password(str(arguments.get("url")))
+            raise ConfigurationError(
+                f"the Redis store cannot use the address {given_address!r}; write redis://host:6379/0"
+            )
+        scheme = _SCHEMES[address.scheme]
+        place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
+        self._name = f"Redis at {place or 'localhost'}"
+        tls = [name for name in options if name.startswith("ssl_")]
+        if tls and scheme != "rediss":
+            raise ConfigurationError(f"option {tls[0]!r} needs TLS: write rediss:// instead of {scheme}://")
+        if "db" in options and scheme != "unix":
+            raise ConfigurationError("option 'db' is for Unix sockets; write redis://host:6379/0")
+        timeout = options.pop("timeout", 0.5)
+        self._breaker = CircuitBreaker(self._name)
+        try:
+            self._pool: Any = redis.BlockingConnectionPool.from_url(
+                urlunsplit(address._replace(scheme=scheme)),
+                max_connections=options.pop("max_connections", 50),
+                timeout=timeout,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+                socket_keepalive=True,
+                retry=Retry(NoBackoff(), 0),
+                protocol=2,
+                redis_connect_func=_introduce,
+                **options,
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"the Redis store cannot use its address: {error}") from error
+
+    # -- entries --------------------------------------------------------------------------------------------
+
+    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+        entry = [] if key is None else [_encode(key)]
+        if not entry and not counters:
+            return None, []
+        [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))])
+        payload = values.pop(0) if entry else None
+        return payload, [None if value is None else versions.parse(value) for value in values]
+
+    def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
+        expiry: _Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
+        [reply] = self._exchange(lambda run: [("SET", _encode(key), payload, *expiry)], refusable=True)
+        return not isinstance(reply, redis.ResponseError)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        # Not DEL or UNLINK: where the server has seen none of those, it is known that no counter was removed.
+        commands: list[_Command] = [("PEXPIRE", _encode(key), 0) for key in keys]
+        if commands:
+            self._exchange(lambda run: commands)
+
+    def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
+        names = [_encode(key) for key in keys]
+        [values] = self._exchange(lambda run: [("MGET", *names)]) if names else [[]]
+        return [NO_VALUE if value is None else value for value in values]
+
+    # -- counters -------------------------------------------------------------------------------------------
+
+    def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
+        new = versions.fresh()
+        created, recreated = new + versions.QUARANTINE + 1, new + versions.GIVEN_UP + 1
+        reply = self._run(
+            "begin", counters, created, recreated, versions.MAX_PENDING, _COUNTER_TTL, essential=True
+        )
+        return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
+
+    def end(self, marks: Mapping[str, Mark]) -> None:
+        self._run("end", list(marks), *(mark.incarnation for mark in marks.values()), essential=True)
+
+    def bump(self, counters: Sequence[str]) -> None:
+        self._run("bump", counters, _COUNTER_TTL, essential=True)
+
+    def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
+        if not changes:
+            return []
+        pairs = [
+            value
+            for _, expected, version in changes
+            for value in ("" if expected is None else expected, version)
+        ]
+        reply = self._run("swap", [counter for counter, _, _ in changes], _COUNTER_TTL, *pairs)
+        return [done == 1 for done in reply]
+
+    def settle(self, counters: Sequence[str], witness: str) -> list[int | None]:
+        new = versions.fresh()
+        reply = self._run("settle", [*counters, witness], new, versions.planted(new), _COUNTER_TTL)
+        return [versions.parse(text) for text in reply]
+
+    # -- the server -----------------------------------------------------------------------------------------
+
+    def lost_nothing_for(self, seconds: float) -> bool:
+        sections = ("server", "stats", "replication", "commandstats")
+        replies = self._exchange(lambda run: [("INFO", section) for section in sections])
+        info: dict[str, str] = {}
+        for reply in replies:
+            info |= _parse_info(reply)
+        commands = {name.removeprefix("cmdstat_") for name in info if name.startswith("cmdstat_")}
+        return (
+            # The uptime is in whole seconds. Former runs are covered by it: their writers are done.
+            int(info.get("uptime_in_seconds", 0)) > seconds + 1
+            and info.get("evicted_keys") == "0"
+            # A replica that was promoted has not seen the marks made at the former master.
+            and info.get("role") == "master"
+            and not info.get("master_replid2", "?").strip("0")
+            and bool(commands)
+            and commands.isdisjoint(_REMOVING)
+        )
+
+    def ping(self) -> None:
+        self._exchange(lambda run: [("PING",)])
+
+    def close(self) -> None:
+        self._pool.disconnect()
+
+    # -- the wire ----------------------------------------------------------------------------------------
+
+    def _run(
+        self, name: str, counters: Sequence[str], *arguments: object, essential: bool = False
+    ) -> list[Any]:
+        """Run a script; its keys are the counters."""
+        if not counters:
+            return []
+        script = _script(name)
+
+        def call(run: str, how: str, what: str) -> list[_Command]:
+            return [(how, what, len(counters), *_names(counters, run), *arguments)]
+
+        [reply] = self._exchange(lambda run: call(run, "EVALSHA", script.sha), essential, refusable=True)
+        if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
+            [reply] = self._exchange(lambda run: call(run, "EVAL", script.source), essential)
+        elif isinstance(reply, redis.ResponseError):
+            raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
+        return reply  # type: ignore[no-any-return]
+
+    def _exchange(
+        self,
+        build: Callable[[str], list[_Command]],
+        essential: bool = False,
+        refusable: bool = False,
+    ) -> list[Any]:
+        """Send commands and read one reply for each: the one place that touches the network.
+
+        :param build: gives the commands, from the run id of the server that they will go to.
+        :param essential: try it although the server failed a moment ago.
+        :param refusable: give the server's refusals among the replies rather than raise.
+        """
+        self._breaker.admit(essential=essential)
+        try:
+            connection = self._pool.get_connection()
+            try:
+                replies = _converse(connection, build(connection.querycache_run))
+            finally:
+                self._pool.release(connection)
+        except (redis.RedisError, OSError) as error:
+            self._breaker.failed(error)
+            raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
+        self._breaker.succeeded()
+        if not refusable:
+            for reply in replies:
+                if isinstance(reply, redis.ResponseError):
+                    raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
+        return replies
+
+
+def _introduce(connection: Any) -> None:
+    """What a new connection does first: log in, ask which run of the server this is, and load the scripts."""
+    connection.on_connect()
+    names = ("begin", "end", "bump", "settle", "swap")
+    info, *_ = _converse(
+        connection,
+        [("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names)],
+    )
+    if isinstance(info, redis.ResponseError):
+        raise redis.ConnectionError(f"it does not tell its run id, which this user needs to see: {info}")
+    run = _parse_info(info).get("run_id", "")
+    if not run:
+        raise redis.ConnectionError("it does not tell its run id (INFO server)")
+    connection.querycache_run = run[:12]
+
+
+def _converse(connection: Any, commands: list[_Command]) -> list[Any]:
+    """Send commands and read the replies. A connection on which that breaks off is not used again."""
+    replies: list[Any] = []
+    try:
+        connection.send_packed_command(connection.pack_commands(commands))
+        for _ in commands:
+            try:
+                replies.append(connection.read_response())
+            except redis.ResponseError as refusal:
+                replies.append(refusal)
+    except BaseException:
+        connection.disconnect()
+        raise
+    return replies
+
+
+def _encode(key: str) -> bytes:
+    return key.encode("utf-8", "surrogatepass")
+
+
+def _names(counters: Sequence[str], run: str) -> list[bytes]:
+    return [_encode(f"{counter}@{run}") for counter in counters]
+
+
+def _parse_info(reply: bytes) -> dict[str, str]:
+    lines = (line.partition(":") for line in reply.decode("utf-8", "replace").splitlines())
+    return {name: value for name, colon, value in lines if colon}

@@ -1,0 +1,477 @@
+"""A forum under load: what the cache keeps, and what it brings, at several ratios of reads to writes.
+
+    python -m tests.servers -- python -m benchmarks.workload
+
+Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and
+boards are popular after Zipf, and now and then write: reply, edit, change a profile, open a thread. The same work is
+done in four ways, in turn, several times over:
+
+- **row slots**: the library as it is;
+- **table tags**: the same with every answer depending on whole tables, as query caches in this field do;
+- **TTL only**: answers expire after a second and writes are not followed, so what is read may be stale;
+- **no cache**: the library is not there.
+
+Then one process commits replies, with the library and without, in turn: what a writing commit costs.
+
+The processor time of an operation is that of everybody who works on it: the processes, PostgreSQL and Redis. It says
+how many operations a machine can do, also where a busy one shares its processors with other work meanwhile.
+
+PostgreSQL must commit to disk as in production, Redis is the store; both come from the environment
+(``QUERYCACHE_TEST_POSTGRESQL``, ``QUERYCACHE_TEST_REDIS``). Tables ``forum_…`` are replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+from uuid import uuid4
+
+import redis
+from sqlalchemy import BigInteger, Engine, ForeignKey, String, create_engine, func, insert, select, text
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+)
+
+from querycache import QueryCache
+from querycache.dependencies import Analysis
+from querycache.writes import Writes
+
+BOARDS, MEMBERS, THREADS, POSTS = 20, 500, 500, 50_000
+MODES = ("row slots", "table tags", "TTL only", "no cache")
+READS = (90, 95, 99)
+ZIPF = 1.1
+PAGE = 20
+TTL = 1.0
+
+REQUIRED_HITS = 3.0
+"""Hits with row slots to hits with table tags, at 95 reads to 5 writes."""
+REQUIRED_THROUGHPUT = 2.0
+"""Operations a second with the cache to those without, at 95 reads to 5 writes."""
+REQUIRED_COMMIT = 1.25
+"""A writing commit with the library to one without, at most."""
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Board(Base):
+    __tablename__ = "forum_boards"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+
+
+class Member(Base):
+    __tablename__ = "forum_members"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100))
+    signature: Mapped[str] = mapped_column(String(200))
+
+
+class Thread(Base):
+    __tablename__ = "forum_threads"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    board_id: Mapped[int] = mapped_column(ForeignKey("forum_boards.id"), index=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("forum_members.id"), index=True)
+    title: Mapped[str] = mapped_column(String(200))
+    replies: Mapped[int] = mapped_column(default=0)
+
+
+class Post(Base):
+    __tablename__ = "forum_posts"
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    thread_id: Mapped[int] = mapped_column(ForeignKey("forum_threads.id"), index=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("forum_members.id"), index=True)
+    body: Mapped[str] = mapped_column(String(2000))
+    author: Mapped[Member] = relationship()
+
+
+class Popularity:
+    """Numbers from 1 to `size`, the n-th most popular with a probability of 1 / n ** ZIPF."""
+
+    def __init__(self, size: int, random: Random) -> None:
+        self._sums = list(itertools.accumulate(1 / rank**ZIPF for rank in range(1, size + 1)))
+        self._random = random
+
+    def __call__(self) -> int:
+        return bisect.bisect_left(self._sums, self._random.random() * self._sums[-1]) + 1
+
+
+def fill(engine: Engine) -> None:
+    """A forum with some history."""
+    random = Random(1)
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    member, thread = Popularity(MEMBERS, random), Popularity(THREADS, random)
+    with engine.begin() as connection:
+        connection.execute(insert(Board), [{"name": f"Board {n}"} for n in range(BOARDS)])
+        members = [{"name": f"Member {n}", "signature": "All the best"} for n in range(MEMBERS)]
+        connection.execute(insert(Member), members)
+        threads = [
+            {"board_id": n % BOARDS + 1, "author_id": member(), "title": f"Thread {n}", "replies": 0}
+            for n in range(THREADS)
+        ]
+        connection.execute(insert(Thread), threads)
+        posts = [
+            {"thread_id": thread(), "author_id": member(), "body": "What I think. " * 20}
+            for _ in range(POSTS)
+        ]
+        connection.execute(insert(Post), posts)
+        connection.execute(text("ANALYZE"))
+
+
+class Visitor:
+    """One process of the forum, doing one thing after the other."""
+
+    def __init__(self, engine: Engine, sessions: sessionmaker[Session], cached: bool, seed: str) -> None:
+        self.random = Random(seed)
+        self.sessions = sessions
+        self.options: dict[str, Any] = {"cache_key": True} if cached else {}
+        self.member = Popularity(MEMBERS, self.random)
+        self.thread = Popularity(THREADS, self.random)
+        self.board = Popularity(BOARDS, self.random)
+        self.reads: Sequence[Callable[[Session], object]] = (
+            [self.show_thread] * 5
+            + [self.show_member] * 3
+            + [
+                self.show_board,
+                self.show_posts_of_member,
+            ]
+        )
+        self.writes: Sequence[Callable[[Session], object]] = (
+            [self.reply] * 12
+            + [self.edit] * 4
+            + [
+                self.change_profile,
+                self.change_profile,
+                self.change_profile,
+                self.open_thread,
+            ]
+        )
+
+    def warm_up(self, number: int, of: int) -> None:
+        """Read the share of a process in everything, once."""
+        popular = self.thread, self.member, self.board
+        for each in range(number + 1, max(THREADS, MEMBERS) + 1, of):
+            self.thread = self.member = self.board = lambda each=each: each  # type: ignore[assignment]
+            for read in dict.fromkeys(self.reads):
+                with self.sessions() as session:
+                    read(session)
+        self.thread, self.member, self.board = popular
+
+    def read(self) -> None:
+        with self.sessions() as session:
+            self.random.choice(self.reads)(session)
+
+    def write(self) -> None:
+        with self.sessions() as session:
+            self.random.choice(self.writes)(session)
+            session.commit()
+
+    def show_thread(self, session: Session) -> None:
+        """Its title, its last page, and who writes most in it."""
+        number = self.thread()
+        session.scalars(select(Thread).where(Thread.id == number).execution_options(**self.options)).all()
+        posts = select(Post).where(Post.thread_id == number).order_by(Post.id.desc()).limit(PAGE)
+        session.scalars(posts.options(selectinload(Post.author)).execution_options(**self.options)).all()
+        writers = select(Post.author_id, func.count().label("posts")).where(Post.thread_id == number)
+        most = writers.group_by(Post.author_id).order_by(func.count().desc(), Post.author_id).limit(5)
+        session.execute(most.execution_options(**self.options)).all()
+
+    def show_member(self, session: Session) -> None:
+        number = self.member()
+        statement = select(Member).where(Member.id == number)
+        session.scalars(statement.execution_options(**self.options)).all()
+        posts = select(func.count(), func.count(Post.thread_id.distinct()), func.avg(func.length(Post.body)))
+        session.execute(posts.where(Post.author_id == number).execution_options(**self.options)).all()
+
+    def show_board(self, session: Session) -> None:
+        statement = (
+            select(Thread).where(Thread.board_id == self.board()).order_by(Thread.id.desc()).limit(PAGE)
+        )
+        session.scalars(statement.execution_options(**self.options)).all()
+
+    def show_posts_of_member(self, session: Session) -> None:
+        statement = select(Post).where(Post.author_id == self.member()).order_by(Post.id.desc()).limit(PAGE)
+        session.scalars(statement.execution_options(**self.options)).all()
+
+    def reply(self, session: Session) -> None:
+        number = self.thread()
+        session.add(Post(thread_id=number, author_id=self.member(), body="I agree. " * 20))
+        session.get_one(Thread, number).replies += 1
+
+    def edit(self, session: Session) -> None:
+        post = session.get_one(Post, self.random.randrange(POSTS) + 1)
+        post.body = f"{post.body[:1000]} (edited)"
+
+    def change_profile(self, session: Session) -> None:
+        session.get_one(Member, self.member()).signature = f"Yours {self.random.random()}"
+
+    def open_thread(self, session: Session) -> None:
+        session.add(Thread(board_id=self.board(), author_id=self.member(), title="A question", replies=0))
+
+
+def prepare(mode: str, store_url: str, sessions: sessionmaker[Session], namespace: str) -> QueryCache | None:
+    """A cache of this mode, attached. Of what no user is offered, the pieces are taken out here, in this process."""
+    if mode == "no cache":
+        return None
+    if mode == "table tags":
+        Analysis.tags = _table_tags  # type: ignore[method-assign, assignment]
+    if mode == "TTL only":
+        Writes.watch = lambda self, engine: False  # type: ignore[method-assign]
+    # The lease only matters for the first moments of a cache on a server whose history is not known.
+    cache = QueryCache(store_url, namespace=namespace, ttl=TTL if mode == "TTL only" else None, lease=2.0)
+    return cache.attach(sessions)
+
+
+_TAGS = Analysis.tags
+
+
+def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
+    return _TAGS(dataclasses.replace(self, pins=()), *arguments)
+
+
+def work(
+    mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any
+) -> None:
+    """One process: works from when `board[0]` is 1 until it is 3, and counts while it is 2."""
+    engine = create_engine(urls[0], pool_size=1)
+    sessions = sessionmaker(engine)
+    cache = prepare(mode, urls[1], sessions, namespace)
+    visitor = Visitor(engine, sessions, cache is not None, f"{namespace}{number}")
+    visitor.warm_up(number, processes)
+    board[1] = 1
+    read = written = 0
+    spent = 0.0
+    before = None
+    while board[0] != 3:
+        if board[0] == 2 and before is None:
+            before = cache.stats() if cache else ()
+            spent = processor_seconds(engine)
+            read = written = 0
+        if visitor.random.random() * 100 < reads:
+            visitor.read()
+            read += 1
+        else:
+            visitor.write()
+            written += 1
+    board[2], board[3] = read, written
+    board[6] = round((processor_seconds(engine) - spent) * 1e6)
+    if cache is not None:
+        after = cache.stats()
+        board[4] = after.hits - before.hits  # type: ignore[union-attr]
+        board[5] = (
+            sum(
+                getattr(after, name) - getattr(before, name)
+                for name in ("hits", "misses", "stale", "bypasses")
+            )
+            - _bypassed_fills(after)
+            + _bypassed_fills(before)
+        )
+    engine.dispose()
+
+
+def processor_seconds(engine: Engine) -> float:
+    """What this process and its connection's process in PostgreSQL have used so far; the latter where it is here."""
+    with engine.connect() as connection:
+        backend = connection.scalar(text("SELECT pg_backend_pid()"))
+    stat = Path(f"/proc/{backend}/stat")
+    ticks = stat.read_text().rpartition(")")[2].split()[11:13] if stat.exists() else ()
+    return time.process_time() + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def redis_seconds(url: str) -> float:
+    """What Redis has used so far."""
+    with redis.Redis.from_url(url) as client:
+        info = client.info("cpu")
+    return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
+
+def _bypassed_fills(stats: Any) -> int:
+    # A miss that may not be stored is followed by a bypass with this reason: one read, two events.
+    return sum(stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "after write"))
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
+    """Operations a second, processor microseconds of an operation (of the processes, PostgreSQL and Redis), and hits
+    by cached statement, of all processes together."""
+    namespace = f"forum-{uuid4().hex[:8]}"
+    boards = [RawArray("q", 7) for _ in range(options.processes)]
+    processes = [
+        _CONTEXT.Process(
+            target=work, args=(mode, reads, urls, namespace, number, options.processes, board), daemon=True
+        )
+        for number, board in enumerate(boards)
+    ]
+    for process in processes:
+        process.start()
+    while not all(board[1] for board in boards):
+        if any(process.exitcode for process in processes):
+            raise SystemExit(f"a process of {mode!r} failed")
+        time.sleep(0.02)
+    redis_at = {}
+    for phase, seconds in ((1, options.warm_up), (2, options.seconds), (3, 0.0)):
+        for board in boards:
+            board[0] = phase
+        redis_at[phase] = redis_seconds(urls[1])
+        time.sleep(seconds)
+    for process in processes:
+        process.join()
+    done = sum(board[2] + board[3] for board in boards)
+    statements = sum(board[5] for board in boards)
+    return {
+        "operations": done / options.seconds,
+        "processor": ((redis_at[3] - redis_at[2]) * 1e6 + sum(board[6] for board in boards)) / done,
+        "hits": sum(board[4] for board in boards) / statements if statements else 0.0,
+    }
+
+
+def measure_commits(urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of a transaction that writes a reply, and of its commit alone; with the library and without."""
+    kinds = ("with", "without")
+    visitors = {}
+    for kind in kinds:
+        engine = create_engine(urls[0], pool_size=1)
+        sessions = sessionmaker(engine)
+        if kind == "with":
+            prepare("row slots", urls[1], sessions, f"forum-{uuid4().hex[:8]}")
+        visitors[kind] = Visitor(engine, sessions, False, "commits")
+    times: dict[str, list[float]] = {
+        f"{what} {kind}": [] for what in ("transaction", "commit") for kind in kinds
+    }
+    for turn in range(options.commits + 20):
+        for kind in kinds if turn % 2 else kinds[::-1]:
+            visitor = visitors[kind]
+            with visitor.sessions() as session:
+                begin = time.perf_counter()
+                visitor.reply(session)
+                session.flush()
+                before = time.perf_counter()
+                session.commit()
+                end = time.perf_counter()
+            if turn >= 20:
+                times[f"transaction {kind}"].append((end - begin) * 1e6)
+                times[f"commit {kind}"].append((end - before) * 1e6)
+    return {name: median(each) for name, each in times.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workload", description=__doc__.split("\n")[0])
+    parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (default 6)")
+    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of work before each (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="medians are of so many (default 3)")
+    parser.add_argument("--commits", type=int, default=400, help="to measure what one costs (default 400)")
+    parser.add_argument("--reads", type=int, choices=READS, action="append", help="percent; may be repeated")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    missing = [name for name in ("POSTGRESQL", "REDIS") if not os.environ.get(f"QUERYCACHE_TEST_{name}")]
+    if missing:
+        parser.error(
+            f"QUERYCACHE_TEST_{missing[0]} is not set: run python -m tests.servers -- python -m benchmarks.workload"
+        )
+    urls = os.environ["QUERYCACHE_TEST_POSTGRESQL"], os.environ["QUERYCACHE_TEST_REDIS"]
+    engine = create_engine(urls[0])
+    fill(engine)
+    runs: dict[int, dict[str, list[dict[str, float]]]] = {}
+    for reads in options.reads or READS:
+        runs[reads] = {mode: [] for mode in MODES}
+        for turn in range(options.repeats):
+            for mode in MODES[turn % 4 :] + MODES[: turn % 4]:
+                runs[reads][mode].append(measure(mode, reads, urls, options))
+                _say(f"{reads}/{100 - reads} {mode}: {runs[reads][mode][-1]}")
+    commits = measure_commits(urls, options)
+    Base.metadata.drop_all(engine)
+    result = _result(runs, commits)
+    print(json.dumps(result) if options.json else _table(result))
+    return 0
+
+
+def _result(
+    runs: Mapping[int, Mapping[str, Sequence[Mapping[str, float]]]], commits: Mapping[str, float]
+) -> Any:
+    workloads = []
+    required: dict[str, dict[str, float]] = {}
+    for reads, modes in runs.items():
+        rows = {
+            mode: {name: median(each[name] for each in found) for name in ("operations", "processor", "hits")}
+            for mode, found in modes.items()
+        }
+        workloads.append({"reads": reads, "writes": 100 - reads, "modes": rows})
+        if reads == 95:
+            required["hits, row slots to table tags, at least"] = {
+                "required": REQUIRED_HITS,
+                "measured": _ratio(modes, "hits", "table tags"),
+            }
+            required["throughput, row slots to no cache, at least"] = {
+                "required": REQUIRED_THROUGHPUT,
+                "measured": _ratio(modes, "operations", "no cache"),
+                "by processor time": 1 / _ratio(modes, "processor", "no cache"),
+            }
+    required["writing commit, with to without, at most"] = {
+        "required": REQUIRED_COMMIT,
+        "measured": commits["commit with"] / commits["commit without"],
+    }
+    return {"workloads": workloads, "commits": dict(commits), "required": required}
+
+
+def _ratio(modes: Mapping[str, Sequence[Mapping[str, float]]], name: str, other: str) -> float:
+    """The median of the ratios of runs that were made one after the other."""
+    pairs = zip(modes["row slots"], modes[other], strict=True)
+    return median(ours[name] / max(theirs[name], 1e-9) for ours, theirs in pairs)
+
+
+def _table(result: Any) -> str:
+    lines = ["reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"]
+    for workload in result["workloads"]:
+        base = workload["modes"]["no cache"]
+        for mode, row in workload["modes"].items():
+            lines.append(
+                f"{workload['reads']}/{workload['writes']:<9}  {mode:<11}  {row['hits']:9.3f}  "
+                f"{row['operations']:12.0f}  {row['operations'] / base['operations']:10.2f}x  "
+                f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x"
+            )
+    lines.append("")
+    for name in ("transaction", "commit"):
+        ours, theirs = (result["commits"][f"{name} {kind}"] for kind in ("with", "without"))
+        lines.append(
+            f"{name} that writes: {ours:.0f} us with the library, {theirs:.0f} us without: {ours / theirs:.2f}x"
+        )
+    lines.append("")
+    for name, row in result["required"].items():
+        lines.append(f"{name}: required {row['required']:.2f}, measured {row['measured']:.2f}")
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

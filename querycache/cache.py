@@ -1,0 +1,316 @@
+"""The one object an application makes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dogpile.cache import CacheRegion
+from sqlalchemy import event
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
+
+from querycache import sa_internals
+from querycache.dependencies import DEFAULT_SLOTS, Declarations, set_write_tags
+from querycache.errors import ConfigurationError
+from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
+from querycache.interceptor import Interceptor
+from querycache.keys import structure_digest
+from querycache.ledger import DEFAULT_LEASE
+from querycache.options import Policy, check_ttl, names
+from querycache.regions import Regions
+from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
+from querycache.writes import Consistency, OnOutage, Writes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["QueryCache"]
+
+_CONFIGURABLE = ("regions", "namespace", "ttl", "consistency", "on_outage", "lease", "slots", "signing_key")
+
+
+class QueryCache:
+    """A second-level cache: answers selects of the Sessions it is attached to.
+
+    ::
+
+        cache = QueryCache("redis://localhost:6379/0", ttl=300)
+        cache.attach(Session)
+        session.scalars(select(User).execution_options(cache_key="all-users")).all()
+
+    Args:
+        regions: a URL (``memory://``, ``redis://…``, ``memcached://…``, ``null://``, ``dogpile+NAME://…``), a
+            configured dogpile region, or a mapping of region names to these or to mappings with ``url`` (or
+            ``backend`` and ``arguments``) and ``ttl``. Statements that name no region use the one called
+            "default", or the first.
+        namespace: stands before every key in the store; give each application its own.
+        ttl: seconds until an answer expires, where neither statement nor region say; None for never.
+        scope: a function of the session whose value keeps answers apart: tenant, locale, role. It may return
+            None, numbers, texts, dates, UUIDs, and tuples, lists, dicts or sets of these.
+        policies: what is cached without a word in the statement: :class:`~querycache.Policy` by mapped class.
+        consistency: "strict": no lookup that begins after a commit has returned is answered from before it, also if
+            the writer is killed in the middle. "commit": half the round trips of a commit, and without the last part.
+        on_outage: whether a commit goes through ("available") or raises CacheUnavailable before COMMIT ("refuse")
+            when a cache server cannot be told of it. With "available" it is told as soon as it can be reached; until
+            then this process does not use it, but others that reach it may be answered from before the commit.
+        lease: seconds after which a writer that was killed is taken for dead; longer than any COMMIT takes.
+        slots: how finely writes of single rows are told apart: the number of slots of each tracked column.
+        signing_key: at least 16 random bytes. Entries are signed with it, and entries that are not are misses.
+    Raises:
+        ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        regions: str | CacheRegion | Mapping[str, object] = "memory://",
+        *,
+        namespace: str = "qc",
+        ttl: float | None = None,
+        scope: Callable[[Session], object] | None = None,
+        policies: Mapping[type, Policy] | None = None,
+        consistency: Consistency = "strict",
+        on_outage: OnOutage = "available",
+        lease: float = DEFAULT_LEASE,
+        slots: int = DEFAULT_SLOTS,
+        signing_key: bytes | None = None,
+    ) -> None:
+        if not isinstance(namespace, str) or not namespace or not namespace.isprintable() or " " in namespace:
+            raise ConfigurationError(f"namespace={namespace!r}: give a short text without spaces")
+        check_ttl("ttl", ttl)
+        check_ttl("lease", lease)
+        if scope is not None and not callable(scope):
+            raise ConfigurationError(f"scope={scope!r}: give a function of the session, or None")
+        for cls, policy in (policies or {}).items():
+            if not isinstance(cls, type) or not isinstance(policy, Policy):
+                raise ConfigurationError(f"policies: {cls!r}: {policy!r} is not a mapped class with a Policy")
+        for argument, value, choices in (
+            ("consistency", consistency, get_args(Consistency)),
+            ("on_outage", on_outage, get_args(OnOutage)),
+        ):
+            if value not in choices:
+                raise ConfigurationError(f"{argument}={value!r}: give one of {', '.join(map(repr, choices))}")
+        if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
+            raise ConfigurationError(f"slots={slots!r}: give a positive whole number")
+        self._telemetry = Telemetry()
+        self._declared = Declarations(slots=slots)
+        self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
+        self._writes = Writes(self._regions, self._declared, self._telemetry, consistency, on_outage)
+        self._interceptor = Interceptor(
+            self._regions.get, self._writes, self._declared, self._telemetry, scope, policies or {}
+        )
+
+    @classmethod
+    def from_config(cls, config: str | PathLike[str] | Mapping[str, Any], **arguments: Any) -> QueryCache:
+        """Make a cache from a TOML file or a mapping.
+
+        A file has a table ``[querycache]`` with ``namespace``, ``ttl``, ``lease`` and tables
+        ``[querycache.regions.NAME]`` with ``url`` and ``ttl``; a mapping has the content of that table. Keys in
+        the style of dogpile's ``configure_from_config`` (``cache.NAME.backend``, ``cache.NAME.expiration_time``,
+        ``cache.NAME.arguments.url``) are understood as well.
+
+        Args:
+            config: path of the file, or the mapping.
+            arguments: what a file cannot hold: ``scope`` and ``policies``.
+        Raises:
+            ConfigurationError: the file cannot be read, or has a key that is not known.
+        """
+        if isinstance(config, Mapping):
+            source, table = "configuration", dict(config)
+        else:
+            source = str(config)
+            try:
+                content = tomllib.loads(Path(config).read_text("utf-8"))
+            except (OSError, tomllib.TOMLDecodeError) as error:
+                raise ConfigurationError(f"cannot read {source!r}: {error}") from error
+            if "querycache" not in content:
+                raise ConfigurationError(f"{source!r} has no table [querycache]")
+            table = content["querycache"]
+        for name in list(table):
+            if name.startswith("cache."):
+                _add_dogpile_key(table, name, table.pop(name))
+        unknown = sorted(set(table).difference(_CONFIGURABLE))
+        if unknown:
+            raise ConfigurationError(
+                f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}"
+            )
+        if isinstance(table.get("signing_key"), str):
+            table["signing_key"] = table["signing_key"].encode()
+        return cls(**table, **arguments)
+
+    # --- where it works ------------------------------------------------------------------------------
+
+    def attach(self, target: Any) -> QueryCache:
+        """Answer the selects of these Sessions, and notice what they write.
+
+        Everything that goes through the engines of these Sessions is noticed as well, from the first statement
+        that one of them sends. Attach an engine by itself where statements are sent through it alone.
+
+        Args:
+            target: a sessionmaker, a scoped_session, a Session class, one Session, or an Engine.
+        Returns:
+            The cache itself.
+        Raises:
+            ConfigurationError: the target is none of these.
+        """
+        if isinstance(target, Engine):
+            self._writes.watch(target)
+            return self
+        for name, listener in self._listeners(target).items():
+            event.listen(target, name, listener)
+        bind = target.kw.get("bind") if isinstance(target, sessionmaker) else getattr(target, "bind", None)
+        if isinstance(bind, (Engine, Connection)):
+            self._writes.watch(bind.engine)
+        return self
+
+    def detach(self, target: Any) -> QueryCache:
+        """Undo :meth:`attach`; writes through the engines that were seen so far are still noticed.
+
+        Args:
+            target: as given to :meth:`attach`. For an engine, all engines are left alone.
+        Raises:
+            ConfigurationError: the cache is not attached to the target.
+        """
+        if isinstance(target, Engine):
+            self._writes.unwatch()
+            return self
+        listeners = self._listeners(target)
+        if not event.contains(target, "do_orm_execute", self._interceptor):
+            raise ConfigurationError(f"detach({target!r}): the cache is not attached to it")
+        for name, listener in listeners.items():
+            event.remove(target, name, listener)
+        return self
+
+    def _listeners(self, target: Any) -> dict[str, Any]:
+        known = isinstance(target, (sessionmaker, scoped_session, Session))
+        if not known and not (isinstance(target, type) and issubclass(target, Session)):
+            raise ConfigurationError(
+                f"attach({target!r}): give a sessionmaker, a scoped_session, a Session class, a Session or an Engine"
+            )
+        return {"do_orm_execute": self._interceptor, **self._writes.session_listeners()}
+
+    def depends(self, name: str, *, on: Iterable[str]) -> None:
+        """Declare what SQL does not show: of which tables something in the database is made.
+
+        Args:
+            name: a view, a table that triggers write, or a function. Where it is a function, it is also declared
+                to give the same answer as long as these tables are not written.
+            on: names of tables, as ``table`` or ``schema.table``; may be empty for a function.
+        Raises:
+            ConfigurationError: a name is not a non-empty string.
+        """
+        self._declared.depends(names("name", [name])[0], names("on", on))
+
+    # --- invalidation --------------------------------------------------------------------------------
+
+    def invalidate(
+        self,
+        *,
+        key: str | None = None,
+        keys: Iterable[str] = (),
+        tags: Iterable[str] = (),
+        tables: Iterable[str] = (),
+        entities: Iterable[type] = (),
+        statement: Any = None,
+        region: str | None = None,
+        everything: Literal[True] | None = None,
+        session: Session | None = None,
+    ) -> None:
+        """Make answers invalid, in every process that shares the store.
+
+        A lookup that begins after this has returned is not answered with data from before it, and an answer that is
+        being computed meanwhile is not stored.
+
+        Args:
+            key: every answer stored under this ``cache_key``, whatever statement and parameters.
+            keys: several of these.
+            tags: every answer with one of these in its ``cache_tags``.
+            tables: every answer that depends on one of these tables, named as ``table`` or ``schema.table``.
+            entities: every answer that depends on a table of one of these mapped classes.
+            statement: every answer to this statement, whatever its parameters.
+            region: alone, every answer in this region; with others, only there.
+            everything: True for every answer in every region.
+            session: make it part of this session's transaction: it takes effect when that commits, and not if it
+                rolls back. ``region`` cannot be given with others then.
+        Raises:
+            ConfigurationError: nothing was named, or a value cannot be used.
+            UnknownRegion: no region has this name.
+            CacheUnavailable: a cache server did not answer, so its answers may still be served.
+        """
+        named = [key_tag(each) for each in names("keys", keys if key is None else [*keys, key])]
+        named.extend(map(user_tag, names("tags", tags)))
+        for given in names("tables", tables):
+            schema, _, name = given.rpartition(".")
+            # a schema that is given may be the default one, which statements need not name
+            named.extend(set_write_tags((schema or None, name), schema or None, anywhere=not schema))
+        for entity in entities:
+            for table in sa_internals.tables_of(entity):
+                named.extend(set_write_tags((table.schema, table.name), None, anywhere=not table.schema))
+        if statement is not None:
+            named.append(statement_tag(structure_digest(sa_internals.cache_key_of(statement))))
+        if everything is not None:
+            if everything is not True:
+                raise ConfigurationError(f"everything={everything!r}: give True, or leave it out")
+            named.append(EVERYTHING)
+        chosen = None if region is None else self._regions.get(region)
+        if not named:
+            if region is None:
+                raise ConfigurationError(
+                    "invalidate(): name what is invalid: key, keys, tags, tables, entities, statement, region or "
+                    "everything=True"
+                )
+            named.append(region_tag(region))
+        elif session is not None and chosen is not None:
+            raise ConfigurationError(
+                f"invalidate(region={region!r}, session=…): name the region alone, or leave it out"
+            )
+        if session is not None:
+            self._writes.note(session, named)
+            return
+        for each in self._regions if chosen is None else [chosen]:
+            each.invalidate(named)
+
+    # --- what it does --------------------------------------------------------------------------------
+
+    def explain(self, session: Session, statement: Any) -> Explanation:
+        """What the cache would do with a statement in a session, and why; the database is not asked.
+
+        Args:
+            session: a Session to which the cache is attached.
+            statement: as given to ``session.execute``.
+        Raises:
+            ConfigurationError: the cache is not attached to the session.
+        """
+        if self._interceptor not in list(session.dispatch.do_orm_execute):
+            raise ConfigurationError(f"explain({session!r}, …): the cache is not attached to this session")
+        return self._interceptor.explain(session, statement)
+
+    def stats(self) -> CacheStats:
+        """What the cache did in this process so far."""
+        return self._telemetry.stats()
+
+    @contextmanager
+    def recording(self) -> Iterator[list[CacheEvent]]:
+        """A context manager that gives the list of the events that happen while it is open, in this process."""
+        with self._telemetry.recording() as events:
+            yield events
+
+
+def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
+    parts = name.split(".")
+    if len(parts) < 3 or parts[2] not in ("backend", "expiration_time", "arguments"):
+        raise ConfigurationError(
+            f"configuration: cannot use {name!r}; write cache.REGION.backend, cache.REGION.expiration_time or "
+            "cache.REGION.arguments.NAME"
+        )
+    region = table.setdefault("regions", {}).setdefault(parts[1], {})
+    if parts[2] == "arguments" and len(parts) == 4:
+        region.setdefault("arguments", {})[parts[3]] = value
+    else:
+        region[parts[2]] = value

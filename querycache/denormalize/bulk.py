@@ -1,0 +1,297 @@
+"""Bulk statements through the Session: `session.execute(update(Comment).where(…).values(…))` and its siblings.
+
+They pass the unit of work by, but not the Session. The rows that an UPDATE or DELETE will change are found and locked
+first, and the statement is held to exactly those; an INSERT is made to return the keys of its rows. From there on
+it is as in a flush: image before, statement, image after, one UPDATE per parent. Covered for every strategy
+but "trigger", which needs no help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, literal, select, tuple_
+from sqlalchemy.orm import Mapper, ORMExecuteState, Session
+
+from querycache.denormalize import guard
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
+from querycache.denormalize.dml import columns_written, is_upsert, literal_rows
+from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
+from querycache.denormalize.keeping import Work, keeper_of
+from querycache.denormalize.locks import keys_of
+from querycache.denormalize.plan import Place, Plan, plan_of
+from querycache.denormalize.strategies.trigger import parents_in
+from querycache.denormalize.touched import Touched
+
+__all__ = ["do_orm_execute"]
+
+LIMIT: Final = 30_000
+"""Key values that one statement is held to: below SQLite's limit of 32 766 parameters."""
+
+
+def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
+    """The Session's event."""
+    statement = state.statement
+    if not isinstance(statement, (Insert, Update, Delete)):
+        return None
+    table = statement.table
+    plan = plan_of(table) if isinstance(table, Table) else None
+    if plan is None or not isinstance(table, Table):
+        return None
+    if state.execution_options.get("denormalize") == "unchecked":
+        return None
+    target = _Target(plan, table, state.bind_mapper, state, statement)
+    target.refuse_aggregates()
+    if target.concerns() and state.session.autoflush:
+        state.session.flush()
+    with guard.covered():
+        if not target.concerns():
+            result = state.invoke_statement()
+        elif isinstance(statement, Insert):
+            result = _insert(target, statement)
+        else:
+            result = _change(target, statement)
+    kept_elsewhere = [held for held in plan.depending_on(table) if held.strategy == "trigger"]
+    if kept_elsewhere:
+        keeper_of(state.session).after_bulk(state.session, parents_in(state.session, kept_elsewhere))
+    return result
+
+
+class _Target:
+    """The table (and mapper) of one bulk statement, and what depends on it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        table: Table,
+        mapper: Mapper[Any] | None,
+        state: ORMExecuteState,
+        statement: Insert | Update | Delete,
+    ) -> None:
+        self.plan = plan
+        self.statement = statement
+        self.table = table
+        self.mapper = mapper
+        self.state = state
+        self.session: Session = state.session
+        self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
+        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
+        self.columns = columns_written(statement, self.rows, self.dialect)
+        self.aggregates: dict[Chain, list[Aggregate]] = {}
+        for chain, held in plan.by_chain.items():
+            kept = [one for one in held if one.strategy != "trigger"]
+            if kept:
+                self.aggregates[chain] = kept
+        self.places: list[Place] = []
+        self.pairs: list[Place] = []
+        for place in plan.relevant:
+            if place.chain not in self.aggregates:
+                continue
+            watched = place.chain.mappers[place.level]
+            if table is place.chain.links[place.level - 1].secondary:
+                self.pairs.append(place)
+            elif (
+                (mapper.isa(watched) or watched.isa(mapper))
+                if mapper is not None
+                else table in watched.tables
+            ):
+                self.places.append(place)
+
+    @property
+    def name(self) -> str:
+        return self.table.fullname
+
+    def refuse_aggregates(self) -> None:
+        for name, aggregate in self.plan.columns.get(self.table, {}).items():
+            if self.columns is not None and (name in self.columns or aggregate.key in self.columns):
+                raise ReadOnlyAggregate(
+                    f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
+                    " run repair() if it is wrong"
+                )
+
+    def concerns(self) -> bool:
+        if isinstance(self.statement, Delete):
+            return bool(self.places or self.pairs or self.table in self.plan.edges)
+        if isinstance(self.statement, Insert) or self.columns is None:
+            return bool(self.places or self.pairs)
+        return bool(self.pairs) or any(
+            self.plan.relevant[place] & self.columns or self._column_names(place) & self.columns
+            for place in self.places
+        )
+
+    def _column_names(self, place: Place) -> set[str]:
+        mapper = place.chain.mappers[place.level]
+        return {
+            column.key
+            for name in self.plan.relevant[place]
+            if name in mapper.column_attrs
+            for column in mapper.column_attrs[name].columns
+        }
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        if self.mapper is not None:
+            return attribute_columns(self.mapper.class_, primary_keys(self.mapper))
+        return tuple(self.table.primary_key.columns)
+
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        if self.mapper is not None:
+            return primary_keys(self.mapper)
+        return tuple(column.key for column in self.table.primary_key.columns)
+
+
+def _insert(target: _Target, statement: Insert) -> Result[Any]:
+    if is_upsert(statement):
+        raise UncoveredChange(
+            f"an upsert on {target.name} may change rows whose old contribution to"
+            f" {_dependents(target)} is unknown; insert and update in two statements"
+        )
+    touched = Touched()
+    work = Work(target.session, target.plan, touched)
+    for place in target.pairs:
+        touched.rows.setdefault(place, set()).update(_pair_keys(target, statement, place))
+    for place in target.places:
+        _expected_parents(target, place, touched)
+    work.look_before(target.aggregates)
+    if target.places:
+        new, result = _returning_keys(target, statement)
+    else:
+        new, result = set(), target.state.invoke_statement()
+    after = {place: set(keys) for place, keys in touched.rows.items()}
+    for place in target.places:
+        after.setdefault(place, set()).update(new)
+    _finish(target, work, after)
+    return result
+
+
+def _returning_keys(target: _Target, statement: Insert) -> tuple[set[Key], Result[Any]]:
+    """Run an INSERT so that the keys of its rows are known; give the caller the result that it expects."""
+    dialect = target.dialect
+    if not dialect.insert_returning or not dialect.insert_executemany_returning:
+        raise UncoveredChange(
+            f"{dialect.name} cannot tell which rows a bulk INSERT on {target.name} has made, so"
+            f" {_dependents(target)} would be wrong; add objects to the Session instead"
+        )
+    width = len(target.key)
+    asked = len(statement.exported_columns) > 0
+    result = target.state.invoke_statement(statement=statement.returning(*target.key))
+    frozen = result.freeze()
+    keys = {tuple(row[-width:]) for row in frozen()}
+    return keys, frozen().columns(*range(len(frozen().keys()) - width)) if asked else result
+
+
+def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
+    if (
+        isinstance(statement, Update)
+        and target.places
+        and (
+            target.columns is None
+            or target.columns & {str(column.key) for column in target.table.primary_key}
+        )
+        and not target.rows
+    ):
+        raise UncoveredChange(
+            f"a bulk UPDATE of the primary key of {target.name} cannot be followed; change the objects in the Session"
+        )
+    touched = Touched()
+    work = Work(target.session, target.plan, touched)
+    restricted: Any = statement
+    if target.rows and isinstance(statement, Update):
+        keys = _row_keys(target)
+    else:
+        keys = _matching(target, work, statement)
+        if len(keys) * max(1, len(target.key)) > LIMIT:
+            raise UncoveredChange(
+                f"{statement.__visit_name__.upper()} on {target.name} changes {len(keys)} rows; more than {LIMIT} key values"
+                " cannot be accounted for in one statement. Do it in portions, or with the execution option"
+                ' {"denormalize": "unchecked"} and repair() afterwards'
+            )
+        # Held to these rows: what another transaction commits between the two statements must not slip in.
+        restricted = statement.where(_among(target.key, keys))
+    for place in target.places:
+        touched.rows[place] = set(keys)
+        _expected_parents(target, place, touched)
+    for place in target.pairs:
+        touched.rows.setdefault(place, set()).update(_pair_keys(target, statement, place))
+    if isinstance(statement, Delete):
+        tables: set[Any] = {target.table, *(target.mapper.tables if target.mapper is not None else ())}
+        for table in tables & target.plan.edges.keys():
+            touched.deleted[table] = set(keys)
+    work.look_before(target.aggregates)
+    result = target.state.invoke_statement(statement=restricted)
+    _finish(target, work, {place: set(held) for place, held in touched.rows.items()})
+    return result
+
+
+def _finish(target: _Target, work: Work, after: dict[Place, set[Key]]) -> None:
+    stale = work.write_difference(target.aggregates, after, {})
+    keeper_of(target.session).after_bulk(target.session, stale)
+
+
+def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Key]:
+    query = select(*target.key)
+    if statement.whereclause is not None:
+        query = query.where(statement.whereclause)
+    return set(keys_of(work.connection.execute(work.locks.claim(query)), len(target.key)))
+
+
+def _among(columns: Sequence[Any], keys: Iterable[Key]) -> Any:
+    ordered = sorted(keys)
+    if not ordered:
+        return literal(1) == literal(0)
+    if len(columns) == 1:
+        return columns[0].in_([key[0] for key in ordered])
+    return tuple_(*columns).in_(ordered)
+
+
+def _row_keys(target: _Target) -> set[Key]:
+    """The keys in the parameter sets of an UPDATE by primary key."""
+    try:
+        return {tuple(row[name] for name in target.key_names) for row in target.rows}
+    except KeyError as error:
+        raise UncoveredChange(
+            f"a bulk UPDATE on {target.name} with parameter sets needs the primary key in each; {error} is missing"
+        ) from None
+
+
+def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
+    """The child side keys of the rows of a secondary table that the statement makes, changes or removes."""
+    link = place.chain.links[place.level - 1]
+    names = [str(column.key) for column in link.lower]
+    if isinstance(statement, Delete):
+        query = select(*link.lower)
+        if statement.whereclause is not None:
+            query = query.where(statement.whereclause)
+        work = Work(target.session, target.plan, Touched())
+        return set(keys_of(work.connection.execute(work.locks.claim(query)), len(names)))
+    if isinstance(statement, Insert):
+        rows = target.rows or literal_rows(statement, target.dialect)
+        if rows and all(name in row for row in rows for name in names):
+            return {tuple(row[name] for name in names) for row in rows}
+    raise UncoveredChange(
+        f"{statement.__visit_name__.upper()} on the secondary table {target.name} without plain values cannot be followed;"
+        f" {_dependents(target)} would be wrong. Delete rows and insert rows with values, or change the relationship"
+    )
+
+
+def _expected_parents(target: _Target, place: Place, touched: Touched) -> None:
+    """The parents that plain values name, so that they can be locked before the statement."""
+    names = place.chain.links[place.level - 1].attributes
+    if not names:
+        return
+    for row in target.rows or literal_rows(target.statement, target.dialect):
+        key = tuple(row.get(name) for name in names)
+        if not any(part is None or isinstance(part, ClauseElement) for part in key):
+            touched.parents.setdefault(Place(place.chain, place.level - 1), set()).add(key)
+
+
+def _dependents(target: _Target) -> str:
+    return ", ".join(sorted(held.name for held in target.plan.depending_on(target.table)))
+
+
+def _parameter_rows(parameters: Any) -> list[dict[str, Any]]:
+    if not parameters:
+        return []
+    return [dict(parameters)] if isinstance(parameters, Mapping) else [dict(row) for row in parameters]

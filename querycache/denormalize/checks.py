@@ -1,0 +1,214 @@
+"""What is checked when mappers configure: every way in which a declaration could silently be wrong, or slow."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import Table, types
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.orm import Mapper
+
+from querycache.denormalize.chain import Aggregate, attributes_read, sql_of
+from querycache.denormalize.declare import INFO_KEY, Expression
+from querycache.denormalize.errors import DenormalizeWarning
+from querycache.denormalize.kinds import LATEST, MAX, MIN
+from querycache.denormalize.plan import Plan
+from querycache.errors import ConfigurationError
+
+__all__ = ["check", "check_plan"]
+
+
+def check(aggregates: Sequence[Aggregate]) -> None:
+    """Check declarations one by one.
+
+    Raises:
+        ConfigurationError: for the first that cannot work; the message says why and what would.
+    """
+    for aggregate in aggregates:
+        _check_column(aggregate)
+        measure = _check_expression(aggregate, aggregate.declaration.measure, "the measure")
+        _check_expression(aggregate, aggregate.declaration.where, "where=")
+        _check_order(aggregate)
+        reason = aggregate.kind.misfit(aggregate.column.type, measure)
+        if reason is not None:
+            raise ConfigurationError(f"{aggregate.name}: {reason} (the column is {aggregate.column.type!r})")
+        if aggregate.strategy in ("flush", "memory"):
+            _check_python(aggregate)
+        if aggregate.strategy == "trigger":
+            _check_trigger(aggregate)
+        _check_index(aggregate)
+
+
+def check_plan(plan: Plan) -> None:
+    """Check what only shows when all aggregates are known: two on one column, mixed strategies that would hide changes
+    from one another."""
+    seen: dict[Any, Aggregate] = {}
+    for aggregate in plan.aggregates:
+        other = seen.setdefault(aggregate.column, aggregate)
+        if other is not aggregate:
+            raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
+
+
+def _check_column(aggregate: Aggregate) -> None:
+    column = aggregate.column
+    if aggregate.kind.empty is not None and column.nullable:
+        raise ConfigurationError(
+            f"{aggregate.name}: {aggregate.kind.name} needs a column that is NOT NULL, with a default of"
+            f" {aggregate.kind.empty!r}; NULL + 1 stays NULL"
+        )
+    if aggregate.kind.empty is None and not column.nullable:
+        raise ConfigurationError(
+            f"{aggregate.name}: {aggregate.kind.name} is NULL for a parent without children, so its column must be"
+            " nullable"
+        )
+    if aggregate.kind.empty is not None and column.default is None and column.server_default is None:
+        raise ConfigurationError(f"{aggregate.name}: its column needs a default of {aggregate.kind.empty!r}")
+    if column.primary_key or column.foreign_keys:
+        raise ConfigurationError(f"{aggregate.name}: a key cannot be an aggregate")
+
+
+def _check_expression(
+    aggregate: Aggregate, given: Expression | None, role: str
+) -> types.TypeEngine[Any] | None:
+    """Check one expression; return its SQL type if it has one."""
+    if given is None:
+        return None
+    leaf = aggregate.chain.leaf
+    if given.columns is not None:
+        for name in given.columns:
+            if name not in aggregate.chain.leaf_columns:
+                raise ConfigurationError(
+                    f"{aggregate.name}: {leaf.class_.__name__} has no column attribute {name!r}, which {role} reads;"
+                    f" it has {', '.join(aggregate.chain.leaf_columns)}"
+                )
+    if given.sql is None:
+        return None
+    try:
+        built: Any = sql_of(given, aggregate.chain.entities())
+    except (AttributeError, TypeError, ArgumentError) as error:
+        raise ConfigurationError(
+            f"{aggregate.name}: {role} failed for {leaf.class_.__name__}: {error}"
+        ) from error
+    if not hasattr(built, "self_group"):
+        raise ConfigurationError(
+            f"{aggregate.name}: {role} must return a SQL expression, got {built!r}; an expression in Python is given"
+            " as python(…)"
+        )
+    read, foreign = attributes_read(given, aggregate.chain)
+    if foreign:
+        raise ConfigurationError(
+            f"{aggregate.name}: {role} reads {', '.join(sorted(foreign))}, which is not of the entities that it is"
+            " given; what is not on the path changes unseen, and the entities on the path are passed as arguments"
+        )
+    for mapper, names in zip(aggregate.chain.mappers, read, strict=True):
+        _check_nested(aggregate, mapper, names, role)
+    if read[0]:
+        raise ConfigurationError(
+            f"{aggregate.name}: {role} reads columns of the parent, {', '.join(sorted(read[0]))}; it may read the"
+            " children and what is between"
+        )
+    return built.type  # type: ignore[no-any-return]
+
+
+def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
+    for name in sorted(names):
+        column = mapper.column_attrs[name].columns[0]
+        if INFO_KEY in getattr(column, "info", {}):
+            raise ConfigurationError(
+                f"{aggregate.name}: {role} reads {mapper.class_.__name__}.{name}, which is an aggregate itself and"
+                " changes outside the unit of work; aggregate over the longer path instead"
+            )
+
+
+def _check_order(aggregate: Aggregate) -> None:
+    order = aggregate.declaration.order_by
+    if order is not None and order not in aggregate.chain.leaf_columns:
+        raise ConfigurationError(
+            f"{aggregate.name}: order_by={order!r} is not a column attribute of {aggregate.chain.leaf.class_.__name__};"
+            f" it has {', '.join(aggregate.chain.leaf_columns)}"
+        )
+
+
+def _check_python(aggregate: Aggregate) -> None:
+    """ "flush" and "memory" evaluate in Python, one step down, and cannot see what the database does by itself."""
+    chain, strategy = aggregate.chain, aggregate.strategy
+    for given, role in (
+        (aggregate.declaration.measure, "the measure"),
+        (aggregate.declaration.where, "where="),
+    ):
+        if given is not None and given.python is None:
+            raise ConfigurationError(
+                f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
+                " python(…) or expression(sql=…, python=…), or take strategy 'sql'"
+            )
+    if chain.depth != 1 or chain.links[0].secondary is not None:
+        raise ConfigurationError(
+            f"{aggregate.name}: strategy {strategy!r} follows one one-to-many relationship; take strategy 'sql' for"
+            " longer paths and secondary tables"
+        )
+    if strategy == "memory" and not aggregate.kind.additive:
+        raise ConfigurationError(
+            f"{aggregate.name}: strategy 'memory' sees only objects in memory, and {aggregate.kind.name} needs all"
+            " children; take strategy 'sql'"
+        )
+    step = chain.relationships[0]
+    if step.passive_deletes == "all":
+        raise ConfigurationError(
+            f"{aggregate.name}: passive_deletes='all' on {step.key} hides children from strategy {strategy!r}"
+        )
+    for table in chain.leaf.tables:
+        if not isinstance(table, Table):
+            continue
+        for constraint in table.foreign_key_constraints:
+            hides = (constraint.ondelete or "").upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
+            if hides and constraint.referred_table not in (*chain.root.tables, *chain.leaf.tables):
+                raise ConfigurationError(
+                    f"{aggregate.name}: {table.name} rows change by ON DELETE {constraint.ondelete} of"
+                    f" {constraint.referred_table.name}, which strategy {strategy!r} cannot see; take strategy"
+                    " 'sql', 'recount' or 'trigger'"
+                )
+
+
+def _check_trigger(aggregate: Aggregate) -> None:
+    if aggregate.in_python:
+        raise ConfigurationError(
+            f"{aggregate.name}: a trigger cannot run Python; give the expression in SQL, or take strategy 'sql'"
+        )
+    for mapper in aggregate.chain.mappers[1:]:
+        if len([table for table in mapper.tables if isinstance(table, Table)]) != 1:
+            raise ConfigurationError(
+                f"{aggregate.name}: strategy 'trigger' needs {mapper.class_.__name__} in one table, not in"
+                f" {', '.join(str(table) for table in mapper.tables)}; take strategy 'sql'"
+            )
+
+
+def _check_index(aggregate: Aggregate) -> None:
+    """A lost extreme is looked for among all children of the parent: that wants an index."""
+    chain = aggregate.chain
+    if aggregate.kind not in (MIN, MAX, LATEST) or chain.depth != 1 or not chain.links[0].attributes:
+        return
+    link = [chain.leaf.column_attrs[name].columns[0].name for name in chain.links[0].attributes]
+    wanted = aggregate.declaration.order_by
+    if wanted is None:
+        read = (
+            attributes_read(aggregate.declaration.measure, chain)[0][-1] if not aggregate.in_python else set()
+        )
+        if len(read) != 1:
+            return
+        (wanted,) = read
+    sought = [*link, chain.leaf.column_attrs[wanted].columns[0].name]
+    for table in chain.leaf.tables:
+        if not isinstance(table, Table):
+            continue
+        indexes = [[column.name for column in index.columns] for index in table.indexes]
+        indexes.append([column.name for column in table.primary_key.columns])
+        if any(index[: len(sought)] == sought for index in indexes):
+            return
+    warnings.warn(
+        f"{aggregate.name}: without an index on {chain.leaf.local_table.description} ({', '.join(sought)}), each"
+        f" {aggregate.kind.name.removesuffix('_of')} that goes away reads all children of its parent",
+        DenormalizeWarning,
+        stacklevel=2,
+    )

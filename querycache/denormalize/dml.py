@@ -1,0 +1,74 @@
+"""What a DML statement writes: which columns, with which plain values.
+
+SQLAlchemy has no public way to ask. The text of the compiled statement tells the columns, and holds no values that could
+be mistaken for them, since those are parameters; the parameters tell the values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Delete, Insert, Table, TextClause, Update
+from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import visitors
+
+__all__ = ["columns_written", "is_upsert", "literal_rows"]
+
+_NESTED = re.compile(r"\([^()]*\)")
+_SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
+_INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
+
+
+def columns_written(
+    statement: Insert | Update | Delete, rows: Sequence[Mapping[str, Any]], dialect: Dialect
+) -> set[str] | None:
+    """The keys of the columns that a statement writes; None if it cannot be told.
+
+    Args:
+        rows: its parameter sets, if it has any; their names are returned too.
+    """
+    if isinstance(statement, Delete):
+        return set()
+    names = {name for row in rows for name in row}
+    if not rows:
+        text = str(statement.compile(dialect=dialect))
+        if isinstance(statement, Insert):
+            found = _INTO.search(text)
+        else:
+            while _NESTED.search(text):
+                text = _NESTED.sub("", text)
+            found = _SET.search(text)
+        keys = {column.name: str(column.key) for column in statement.table.columns}
+        for part in found.group(1).split(",") if found else ():
+            name = part.split("=")[0].strip().rpartition(".")[2].strip('"`')
+            names.add(keys.get(name, name))
+    return names or None
+
+
+def literal_rows(statement: Insert | Update | Delete, dialect: Dialect) -> list[dict[str, Any]]:
+    """The plain values inside a statement without parameter sets, row by row, under the keys of their columns."""
+    if isinstance(statement, Delete) or not isinstance(statement.table, Table):
+        return []
+    values = statement.compile(dialect=dialect).params
+    keys = [str(column.key) for column in statement.table.columns]
+    rows: list[dict[str, Any]] = []
+    single = {key: values[key] for key in keys if key in values}
+    if single:
+        rows.append(single)
+    number = 0
+    while several := {key: values[f"{key}_m{number}"] for key in keys if f"{key}_m{number}" in values}:
+        rows.append(several)
+        number += 1
+    return rows
+
+
+def is_upsert(statement: Insert) -> bool:
+    """Whether an INSERT may change rows that exist: ON CONFLICT DO UPDATE, ON DUPLICATE KEY, OR REPLACE."""
+    for element in visitors.iterate(statement):
+        if element.__visit_name__ in ("on_conflict_do_update", "on_duplicate_key_update"):
+            return True
+        if isinstance(element, TextClause) and "REPLACE" in element.text.upper():
+            return True
+    return False

@@ -1,0 +1,242 @@
+"""Keeping: what happens around one flush, from the changes in the session to the UPDATEs of the parents.
+
+before the flush    collect what is touched, lock it, take the image before
+(SQLAlchemy flushes)
+after it            check that nothing else was touched, take the image after, write the difference
+when it is over     show the new values to the objects in the session
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import Connection, select
+from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import set_committed_value
+
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.images import Image, image
+from querycache.denormalize.locks import Locks, chunks, parameters
+from querycache.denormalize.plan import Place, Plan
+from querycache.denormalize.strategies import STRATEGIES
+from querycache.denormalize.touched import Sorter, Touched, inserted, missed, spread
+from querycache.denormalize.writing import Changes, changes_between, write
+
+__all__ = ["Keeper", "Work", "keeper_of", "kept_by_images", "show"]
+
+
+def kept_by_images(plan: Plan, chain: Chain) -> list[Aggregate]:
+    return [held for held in plan.by_chain[chain] if STRATEGIES[held.strategy].by_images]
+
+
+class Work:
+    """What one flush, or one bulk statement, does to one plan."""
+
+    def __init__(self, session: Session, plan: Plan, touched: Touched) -> None:
+        self.plan = plan
+        self.touched = touched
+        self.connection: Connection = connection_of(session, plan)
+        self.locks = Locks(self.connection, plan)
+        self.before: dict[Chain, Image] = {}
+
+    def look_before(self, aggregates: dict[Chain, list[Aggregate]]) -> None:
+        """Lock everything touched and take the images before."""
+        spread(self.locks, self.touched)
+        wanted: dict[Place, set[Key]] = {place: set(keys) for place, keys in self.touched.rows.items()}
+        for place, keys in self.touched.parents.items():
+            wanted.setdefault(place, set()).update(keys)
+        self.locks.lock(wanted, roots=self.locks.parents_first)
+        for chain, held in aggregates.items():
+            levels = _levels(chain, self.touched.rows)
+            if levels:
+                self.before[chain] = image(self.locks, chain, _measured(held), levels)
+
+    def write_difference(
+        self, aggregates: dict[Chain, list[Aggregate]], after: dict[Place, set[Key]], renamed: dict[Any, Key]
+    ) -> dict[Aggregate, set[Key]]:
+        """Take the images after, and write; returns the parents written for each aggregate.
+
+        Args:
+            after: the touched rows by their keys now, with those that are new.
+            renamed: (base mapper, key before) of parents → key now.
+        """
+        by_root: dict[Mapper[Any], Changes] = {}
+        for chain, held in aggregates.items():
+            levels = _levels(chain, after)
+            root = chain.root.base_mapper
+            before = {
+                renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()
+            }
+            if not levels and not before:
+                continue
+            if chain.depth > 1:
+                self.locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
+            now = image(self.locks, chain, _measured(held), levels)
+            found = changes_between(held, before, now, lambda one: STRATEGIES[one.strategy].recounts)
+            for parent, outcomes in found.items():
+                by_root.setdefault(root, {}).setdefault(parent, {}).update(outcomes)
+        return _write_all(self.locks, by_root)
+
+
+def _write_all(locks: Locks, by_root: dict[Mapper[Any], Changes]) -> dict[Aggregate, set[Key]]:
+    shown: dict[Aggregate, set[Key]] = {}
+    for root in sorted(by_root, key=lambda held: (locks.plan.rank(held), held.class_.__name__)):
+        for parent, outcomes in by_root[root].items():
+            for aggregate in outcomes:
+                shown.setdefault(aggregate, set()).add(parent)
+        write(locks, by_root[root])
+    return shown
+
+
+def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:
+    return [held for held in aggregates if not STRATEGIES[held.strategy].recounts]
+
+
+def _levels(chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, set[Key]]:
+    found = {level: rows.get(Place(chain, level)) for level in range(1, chain.depth + 1)}
+    return {level: keys for level, keys in found.items() if keys}
+
+
+def connection_of(session: Session, plan: Plan) -> Connection:
+    return session.connection(bind_arguments={"mapper": plan.aggregates[0].chain.root})
+
+
+class Keeper:
+    """Keeps the aggregates of one Session; made at its first flush that concerns any."""
+
+    def __init__(self) -> None:
+        self.works: dict[Plan, Work] = {}
+        self._sorter = Sorter()
+        self._stale: dict[Aggregate, set[Key]] = {}
+        self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+    def before_flush(self, session: Session) -> None:
+        self._sorter = Sorter()
+        self.works = {}
+        dialects: dict[Plan, int | None] = {}
+
+        def parents_at(plan: Plan) -> int | None:
+            if plan not in dialects:
+                name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
+                dialects[plan] = {"sqlite": None, "postgresql": 1}.get(name, 0)
+            return dialects[plan]
+
+        for plan, touched in self._sorter.collect(session, parents_at).items():
+            work = self.works[plan] = Work(session, plan, touched)
+            work.look_before(_kept(plan))
+            for name, strategy in STRATEGIES.items():
+                held = [one for one in plan.aggregates if one.strategy == name]
+                if held:
+                    strategy.before_flush(session, work.locks, held, touched)
+
+    def after_flush(self, session: Session) -> None:
+        again = self._sorter.persistent(session, lambda plan: None)
+        new = inserted(session, self._sorter)
+        for plan in {**again, **new, **self.works}:
+            work = self.works.get(plan)
+            if work is None:
+                work = self.works[plan] = Work(session, plan, Touched())
+            missed(plan, work.touched, again.get(plan, Touched()))
+            after: dict[Place, set[Key]] = {place: set(keys) for place, keys in work.touched.rows.items()}
+            renamed: dict[Any, Key] = {}
+            for instance in work.touched.renamed:
+                state = sqlalchemy_inspect(instance)
+                key = tuple(state.mapper.primary_key_from_instance(instance))
+                renamed[state.mapper.base_mapper, state.identity] = key
+                for place in list(after):
+                    if state.mapper.isa(place.chain.mappers[place.level]) and state.identity in after[place]:
+                        after[place].add(key)
+            for place, keys in new.get(plan, {}).items():
+                after.setdefault(place, set()).update(keys)
+            written = work.write_difference(_kept(plan), after, renamed)
+            for aggregate, keys in written.items():
+                self._stale.setdefault(aggregate, set()).update(keys)
+            for name, strategy in STRATEGIES.items():
+                held = [one for one in plan.aggregates if one.strategy == name]
+                if held:
+                    for aggregate, keys in strategy.after_flush(session, held).items():
+                        self._stale.setdefault(aggregate, set()).update(keys)
+
+    def after_flush_postexec(self, session: Session) -> None:
+        stale, self._stale, self.works = self._stale, {}, {}
+        for strategy in STRATEGIES.values():
+            strategy.flushed(session)
+        show(session, stale, self._shown)
+
+    def after_bulk(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
+        show(session, stale, self._shown)
+
+    def after_rollback(self, session: Session) -> None:
+        """A rollback, also to a savepoint, takes back values that the ORM does not know to have changed."""
+        self.works, self._stale = {}, {}
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
+        for state, names in list(self._shown.items()):
+            if state.session is session and state.persistent:
+                session.expire(state.object, names)
+
+    def after_transaction(self, session: Session) -> None:
+        for strategy in STRATEGIES.values():
+            strategy.forget(session)
+        self._shown.clear()
+
+
+def _kept(plan: Plan) -> dict[Chain, list[Aggregate]]:
+    found = {chain: kept_by_images(plan, chain) for chain in plan.by_chain}
+    return {chain: held for chain, held in found.items() if held}
+
+
+def show(
+    session: Session, stale: dict[Aggregate, set[Key]], shown: weakref.WeakKeyDictionary[Any, set[str]]
+) -> None:
+    """Have the parents that are in the session see their new values.
+
+    The attribute is expired, so the next access reads it; under asyncio, where an access cannot, it is read now.
+    """
+    by_root: dict[Any, dict[Any, list[str]]] = {}
+    for aggregate, keys in stale.items():
+        root = aggregate.chain.root
+        for key in keys:
+            instance = session.identity_map.get(root.identity_key_from_primary_key(key))
+            state = None if instance is None else sqlalchemy_inspect(instance)
+            if state is not None and aggregate.key in state.dict:
+                by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
+    for root, states in by_root.items():
+        for state, names in states.items():
+            shown.setdefault(state, set()).update(names)
+        if session.get_bind(mapper=root).dialect.is_async:
+            _read(session, root, states)
+        else:
+            for state, names in states.items():
+                session.expire(state.object, names)
+
+
+def _read(session: Session, root: Any, states: dict[Any, list[str]]) -> None:
+    names = sorted({name for held in states.values() for name in held})
+    keys = [attribute.key for attribute in (root.get_property_by_column(c) for c in root.primary_key)]
+    columns = attribute_columns(root.class_, keys)
+    statement = select(*columns, *attribute_columns(root.class_, names)).where(key_condition(columns))
+    connection = session.connection(bind_arguments={"mapper": root})
+    by_key = {state.identity: state for state in states}
+    for chunk in chunks(by_key):
+        for row in connection.execute(statement, parameters(chunk)):
+            state = by_key[tuple(row[: len(keys)])]
+            for name, value in zip(names, row[len(keys) :], strict=True):
+                if name in states[state]:
+                    set_committed_value(state.object, name, value)
+
+
+_keepers: weakref.WeakKeyDictionary[Session, Keeper] = weakref.WeakKeyDictionary()
+
+
+def keeper_of(session: Session) -> Keeper:
+    """The keeper of `session`."""
+    found = _keepers.get(session)
+    if found is None:
+        found = _keepers[session] = Keeper()
+    return found

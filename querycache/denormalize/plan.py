@@ -1,0 +1,318 @@
+"""The plan of a MetaData: its aggregates, and what a change of any mapped object means for them.
+
+Built once all mappers are configured and kept in `MetaData.info`, so it lives as long as the tables do. A flush asks
+it one question per class, `watch(mapper)`: at which levels of which chains do its rows stand, which attributes
+matter there, and which of its relationships move rows of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table
+from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
+from sqlalchemy.sql import visitors
+
+from querycache.denormalize.chain import Aggregate, Chain, mapped_attributes
+from querycache.denormalize.declare import INFO_KEY
+
+__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "relevant"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A level of a chain."""
+
+    chain: Chain
+    level: int
+
+
+@dataclass
+class Watch:
+    """What the instances of one mapper mean to the plan.
+
+    Attributes:
+        places: where its rows stand, each with the attributes whose change matters there.
+        collections: its relationships whose history names rows of other places.
+        orphans: its relationships with delete-orphan: what leaves them may be deleted in the flush.
+        guards_deletes: whether a database or ORM cascade from its tables can reach rows of a place.
+        roots: aggregates held in its rows.
+    """
+
+    places: list[tuple[Place, frozenset[str]]] = field(default_factory=list)
+    collections: list[tuple[str, Place]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    guards_deletes: bool = False
+    roots: list[Aggregate] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.places or self.collections or self.orphans or self.guards_deletes)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A foreign key by which the deletion of a row changes rows of `table`: the places that see it, and whether the
+    rows go away too, so that the deletion spreads."""
+
+    table: Table
+    joins: tuple[tuple[ColumnElement[Any], ColumnElement[Any]], ...]
+    places: tuple[Place, ...]
+    spreads: bool
+
+
+class Plan:
+    """All aggregates of one MetaData."""
+
+    def __init__(
+        self, metadata: MetaData, aggregates: list[Aggregate], mappers: Iterable[Mapper[Any]]
+    ) -> None:
+        self.metadata = metadata
+        self.aggregates = aggregates
+        self.by_chain: dict[Chain, list[Aggregate]] = {}
+        for aggregate in aggregates:
+            self.by_chain.setdefault(aggregate.chain, []).append(aggregate)
+        self._mappers = list(mappers)
+        self.relevant: dict[Place, frozenset[str]] = {
+            Place(chain, level): frozenset(relevant(chain, level, held))
+            for chain, held in self.by_chain.items()
+            for level in range(1, chain.depth + 1)
+        }
+        self.edges = self._edges()
+        self._rank = self._ranks()
+        self._statements: dict[tuple[Any, ...], Any] = {}
+        self._watches: dict[Mapper[Any], Watch] = {}
+        self.tables: frozenset[Table] = frozenset(
+            table
+            for place in self.relevant
+            for table in self.tables_of(place)
+            if any(held.strategy != "trigger" for held in self.by_chain[place.chain])
+        )
+        """Tables whose rows, if changed unseen, make an aggregate wrong."""
+        self.columns: dict[Table, dict[str, Aggregate]] = {}
+        for aggregate in aggregates:
+            self.columns.setdefault(aggregate.table, {})[aggregate.column.key] = aggregate
+
+    def depending_on(self, table: Table) -> set[Aggregate]:
+        """The aggregates that rows of `table` contribute to, by themselves or by what their deletion takes along."""
+        found = {
+            held
+            for place in self.relevant
+            if table in self.tables_of(place)
+            for held in self.by_chain[place.chain]
+        }
+        pending, seen = [table], {table}
+        while pending:
+            for edge in self.edges.get(pending.pop(), ()):
+                found.update(held for place in edge.places for held in self.by_chain[place.chain])
+                if edge.spreads and edge.table not in seen:
+                    seen.add(edge.table)
+                    pending.append(edge.table)
+        return found
+
+    def column_keys(self, table: Table) -> frozenset[str]:
+        """The keys of the columns of `table` whose change matters to an aggregate that no trigger keeps."""
+        found: set[str] = set()
+        for place, names in self.relevant.items():
+            if all(held.strategy == "trigger" for held in self.by_chain[place.chain]):
+                continue
+            mapper, secondary = place.chain.mappers[place.level], place.chain.links[place.level - 1].secondary
+            if table is secondary:
+                found.update(str(column.key) for column in table.columns)
+            for name in names:
+                for column in mapper.column_attrs[name].columns if name in mapper.column_attrs else ():
+                    if column.table is table:
+                        found.add(str(column.key))
+        return frozenset(found)
+
+    @staticmethod
+    def tables_of(place: Place) -> Iterable[Table]:
+        mapper = place.chain.mappers[place.level]
+        yield from (table for table in mapper.tables if isinstance(table, Table))
+        secondary = place.chain.links[place.level - 1].secondary
+        if secondary is not None:
+            yield secondary
+
+    def memo(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The statement remembered under `key`, made when first asked for: building one costs more than running it."""
+        found = self._statements.get(key)
+        if found is None:
+            found = self._statements[key] = make()
+        return found
+
+    def rank(self, mapper: Mapper[Any]) -> int:
+        """The place of the mapper's table in the order of locking: children before their parents."""
+        return self._rank.get(mapper.base_mapper, 0)
+
+    def watch(self, mapper: Mapper[Any]) -> Watch:
+        """What instances of `mapper` mean; the empty Watch is false."""
+        found = self._watches.get(mapper)
+        if found is None:
+            found = self._watches[mapper] = self._watch(mapper)
+        return found
+
+    def _watch(self, mapper: Mapper[Any]) -> Watch:
+        watch = Watch()
+        for place, relevant in self.relevant.items():
+            watched = place.chain.mappers[place.level]
+            if mapper.isa(watched):
+                watch.places.append((place, relevant))
+            for step in mapper.relationships:
+                if not step.viewonly and self._moves(step, place):
+                    watch.collections.append((step.key, place))
+        watch.orphans = [
+            step.key for step in mapper.relationships if step.cascade.delete_orphan and not step.viewonly
+        ]
+        watch.guards_deletes = any(table in self.edges for table in mapper.tables)
+        watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
+        return watch
+
+    def _moves(self, step: RelationshipProperty[Any], place: Place) -> bool:
+        """Whether changes of `step`, seen from its parent, change rows of `place`: they hold its foreign key, or it
+        is the other side of the secondary table."""
+        watched = place.chain.mappers[place.level]
+        if not (step.mapper.isa(watched) or watched.isa(step.mapper)):
+            return False
+        if step.secondary is not None:
+            return step.secondary is place.chain.links[place.level - 1].secondary
+        if step.direction is not RelationshipDirection.ONETOMANY:
+            return False
+        written = _attributes(watched, [remote for _, remote in step.synchronize_pairs])
+        return bool(written & self.relevant[place])
+
+    def _edges(self) -> dict[Table, list[Edge]]:
+        found: dict[Table, list[Edge]] = {}
+        for table in self.metadata.tables.values():
+            for constraint in table.foreign_key_constraints:
+                edge = self._edge(table, constraint)
+                if edge is not None and (edge.places or edge.spreads):
+                    found.setdefault(constraint.referred_table, []).append(edge)
+        for mapper in self._mappers:
+            for step in mapper.relationships:
+                edge = self._orm_edge(step)
+                if edge is not None:
+                    found.setdefault(_only_table(step.parent), []).append(edge)
+        useful = {table for table, edges in found.items() if any(edge.places for edge in edges)}
+        while True:
+            grown = {
+                table
+                for table, edges in found.items()
+                if any(edge.places or (edge.spreads and edge.table in useful) for edge in edges)
+            }
+            if grown == useful:
+                break
+            useful = grown
+        return {
+            table: [edge for edge in edges if edge.places or (edge.spreads and edge.table in useful)]
+            for table, edges in found.items()
+            if table in useful
+        }
+
+    def _edge(self, table: Table, constraint: ForeignKeyConstraint) -> Edge | None:
+        rule = (constraint.ondelete or "").upper()
+        spreads = rule == "CASCADE"
+        joins = tuple((element.parent, element.column) for element in constraint.elements)
+        places = tuple(self._hit(table, [held for held, _ in joins], spreads))
+        return Edge(table, joins, places, spreads)
+
+    def _orm_edge(self, step: RelationshipProperty[Any]) -> Edge | None:
+        """ORM cascades count too: an orphan is deleted inside the flush, and its own children with it."""
+        if step.viewonly or step.direction is not RelationshipDirection.ONETOMANY or not step.cascade.delete:
+            return None
+        joins = tuple((remote, local) for local, remote in step.synchronize_pairs)
+        table = joins[0][0].table
+        if not isinstance(table, Table):
+            return None
+        return Edge(table, joins, tuple(self._hit(table, [held for held, _ in joins], True)), True)
+
+    def _hit(self, table: Table, columns: list[Any], spreads: bool) -> Iterable[Place]:
+        for place, relevant in self.relevant.items():
+            mapper = place.chain.mappers[place.level]
+            if table not in mapper.tables:
+                continue
+            held = _attributes(mapper, columns)
+            # Through the link itself the deletion comes from the level above, which is either touched or, as the
+            # parent that holds the aggregate, gone.
+            if held and held == set(place.chain.links[place.level - 1].attributes):
+                continue
+            if spreads or held & relevant:
+                yield place
+
+    def _ranks(self) -> dict[Mapper[Any], int]:
+        above: dict[Mapper[Any], set[Mapper[Any]]] = {}
+        for chain in self.by_chain:
+            for upper, lower in zip(chain.mappers, chain.mappers[1:], strict=False):
+                if upper.base_mapper is not lower.base_mapper:
+                    above.setdefault(lower.base_mapper, set()).add(upper.base_mapper)
+        ranks: dict[Mapper[Any], int] = {}
+
+        def visit(mapper: Mapper[Any], path: frozenset[Mapper[Any]]) -> int:
+            if mapper not in ranks:
+                uppers = [
+                    visit(upper, path | {mapper}) for upper in above.get(mapper, ()) if upper not in path
+                ]
+                ranks[mapper] = max(uppers, default=-1) + 1
+            return ranks[mapper]
+
+        for chain in self.by_chain:
+            for mapper in chain.mappers:
+                visit(mapper.base_mapper, frozenset())
+        return {mapper: -rank for mapper, rank in ranks.items()}
+
+
+def plan_of(mapper_or_table: Any) -> Plan | None:
+    """The plan that a mapper's, or table's, MetaData has, if it has one."""
+    table = mapper_or_table.local_table if isinstance(mapper_or_table, Mapper) else mapper_or_table
+    metadata = getattr(table, "metadata", None)
+    found = None if metadata is None else metadata.info.get(INFO_KEY)
+    return found if isinstance(found, Plan) else None
+
+
+def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:
+    """The attributes whose change matters to the aggregates, at one level of their chain."""
+    mapper = chain.mappers[level]
+    names = set(chain.keys[level])
+    joined: list[Any] = []
+    for step in chain.relationships[level - 1 : level + 1]:
+        joined.extend(visitors.iterate(step.primaryjoin))
+        if step.secondaryjoin is not None:
+            joined.extend(visitors.iterate(step.secondaryjoin))
+    names |= _attributes(mapper, joined)
+    if mapper.polymorphic_on is not None:
+        names |= _attributes(mapper, [mapper.polymorphic_on])
+    for aggregate in aggregates:
+        names |= aggregate.reads()[level]
+    yield from names
+    secondary = chain.links[level - 1].secondary
+    # The plain columns change only inside the flush when the application sets a relationship instead. All of the
+    # subclasses' relationships are looked at, since the row of a subclass is a row of this level.
+    for heir in mapper.self_and_descendants:
+        for step in heir.relationships:
+            if step.viewonly:
+                continue
+            if step.secondary is not None:
+                if step.secondary is secondary:
+                    yield step.key
+            elif step.direction is RelationshipDirection.MANYTOONE and (
+                _attributes(heir, [local for _, local in step.synchronize_pairs]) & names
+            ):
+                yield step.key
+
+
+def _attributes(mapper: Mapper[Any], elements: Iterable[Any]) -> set[str]:
+    """The attributes of `mapper` that are one of the columns among `elements`, whatever annotations those carry."""
+    return mapped_attributes(
+        mapper,
+        [
+            (held.table.fullname, held.name)
+            for held in elements
+            if isinstance(getattr(held, "table", None), Table)
+        ],
+    )
+
+
+def _only_table(mapper: Mapper[Any]) -> Table:
+    table = mapper.local_table
+    assert isinstance(table, Table)
+    return table

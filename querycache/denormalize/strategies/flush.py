@@ -1,0 +1,195 @@
+"""Strategy "flush": computed in `before_flush` from the objects, written with the parent by the unit of work.
+
+The old contribution of each touched child is read from its row under lock, the new one from the object; parents are
+loaded where the session does not hold them, and get the difference as a SQL expression, so that the flush's own
+UPDATE of the parent carries it: one statement with the parent's other changes, `version_id_col` counted up, parent
+events fired. Kinds that cannot be brought forward are computed from the parent's other children, read under the
+parent's lock, and the touched ones.
+
+It sees what the session sees: defaults and expressions that the database computes are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import func, literal
+from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.orm import Session
+
+from querycache.denormalize.chain import Aggregate, Chain, Key, Queried
+from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.images import ChildRow
+from querycache.denormalize.kinds import Increment
+from querycache.denormalize.locks import Locks, chunks, parameters
+from querycache.denormalize.plan import Place
+from querycache.denormalize.strategies.base import Strategy, assigning
+from querycache.denormalize.strategies.live import LiveRow, goes, known_parent, load_parents
+from querycache.denormalize.touched import Touched
+
+__all__ = ["Flush"]
+
+
+class Flush(Strategy):
+    name = "flush"
+
+    def before_flush(
+        self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
+    ) -> None:
+        chains: dict[Chain, list[Aggregate]] = {}
+        for aggregate in aggregates:
+            chains.setdefault(aggregate.chain, []).append(aggregate)
+        for chain, held in chains.items():
+            _Family(session, locks, chain, touched).bring_forward(held)
+
+    def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
+        """The parents whose attribute is now an expired SQL expression."""
+        stale: dict[Aggregate, set[Key]] = {}
+        for instance in session.dirty:
+            state = sqlalchemy_inspect(instance)
+            for aggregate in aggregates:
+                if aggregate.key in state.committed_state and state.mapper.isa(aggregate.chain.root):
+                    stale.setdefault(aggregate, set()).add(state.identity)
+        return stale
+
+
+class _Family:
+    """The touched children of one chain, as they were and as they will be."""
+
+    def __init__(self, session: Session, locks: Locks, chain: Chain, touched: Touched) -> None:
+        self.session = session
+        self.locks = locks
+        self.chain = chain
+        self.keys = touched.rows.get(Place(chain, 1), set())
+        self.parents: dict[Any, Any] = {}
+        self.before: dict[int, list[Any]] = {}
+        self.after: dict[int, list[Any]] = {}
+
+    def bring_forward(self, aggregates: Sequence[Aggregate]) -> None:
+        old = self._old_rows()
+        live = self._live_rows()
+        keys = {parent for parent in (*old, *live) if isinstance(parent, tuple)}
+        loaded = load_parents(self.session, self.chain, keys) if keys else {}
+        sides: tuple[tuple[Any, dict[int, list[Any]]], ...] = ((old, self.before), (live, self.after))
+        for rows, by_parent in sides:
+            for parent, held in rows.items():
+                instance = loaded.get(parent) if isinstance(parent, tuple) else parent
+                if instance is not None and instance not in self.session.deleted:
+                    self.parents[id(instance)] = instance
+                    by_parent.setdefault(id(instance), []).extend(held)
+        counted = [held for held in aggregates if not held.kind.additive]
+        others = self._other_children() if counted else {}
+        with assigning():
+            for mark, instance in self.parents.items():
+                for aggregate in aggregates:
+                    self._assign(
+                        aggregate, instance, self.before.get(mark, []), self.after.get(mark, []), others
+                    )
+
+    def _assign(
+        self,
+        aggregate: Aggregate,
+        instance: Any,
+        before: Sequence[Any],
+        after: Sequence[Any],
+        others: dict[Key, list[ChildRow]],
+    ) -> None:
+        identity = sqlalchemy_inspect(instance).identity
+        if not aggregate.kind.additive:
+            rows = [*(others.get(identity, []) if identity is not None else []), *after]
+            value = aggregate.finish(_fold(aggregate, rows))
+            # As a SQL literal it is written even if the object, which may be out of date, holds that value already.
+            value = value if identity is None else literal(value, aggregate.column.type)
+            setattr(instance, aggregate.key, value)
+            return
+        change = aggregate.kind.change(_fold(aggregate, before), _fold(aggregate, after))
+        if isinstance(change, Increment):
+            amount = aggregate.fit(change.amount)
+            if identity is None:
+                setattr(instance, aggregate.key, (getattr(instance, aggregate.key) or 0) + amount)
+            else:
+                setattr(instance, aggregate.key, func.coalesce(aggregate.column, 0) + amount)
+
+    def _old_rows(self) -> dict[Any, list[ChildRow]]:
+        queried: Queried = self.locks.plan.memo(
+            ("rows", self.chain, 1, ()), lambda: self.chain.image((), 1, (), rows=True)
+        )
+        statement = self.locks.read(queried.statement)
+        found: dict[Any, list[ChildRow]] = {}
+        for chunk in chunks(self.keys):
+            for row in self.locks.connection.execute(statement, parameters(chunk)):
+                found.setdefault(tuple(row[queried.parent]), []).append(self._row(row[queried.values]))
+        return found
+
+    def _other_children(self) -> dict[Key, list[ChildRow]]:
+        """The children of the persistent parents that this flush does not touch."""
+        keys = {sqlalchemy_inspect(parent).identity for parent in self.parents.values()} - {None}
+        self.locks.lock({Place(self.chain, 0): keys}, roots=True)
+        queried: Queried = self.locks.plan.memo(
+            ("rows of", self.chain), lambda: self.chain.recount((), rows=True)
+        )
+        statement = self.locks.read(queried.statement)
+        positions = [self.chain.leaf_columns.index(name) for name in self.chain.keys[1]]
+        found: dict[Key, list[ChildRow]] = {}
+        for chunk in chunks(keys):
+            for row in self.locks.connection.execute(statement, parameters(chunk)):
+                values = row[queried.values]
+                key = tuple(values[position] for position in positions)
+                if None not in key and key not in self.keys:
+                    found.setdefault(tuple(row[queried.parent]), []).append(self._row(values))
+        return found
+
+    def _row(self, values: Iterable[Any]) -> ChildRow:
+        return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
+
+    def _live_rows(self) -> dict[Any, list[LiveRow]]:
+        """The touched children that will be there after the flush, by parent: its key, or the pending object."""
+        adopted, released = self._collections()
+        found: dict[Any, list[LiveRow]] = {}
+        for child in self._children():
+            says, parent, key = known_parent(child, self.chain)
+            if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
+                parent, key = adopted[id(child)], None
+            elif id(child) in released and not (says and parent is not None):
+                parent, key = None, None
+            if parent is not None:
+                identity = sqlalchemy_inspect(parent).identity
+                if identity is not None:
+                    parent, key = None, identity
+            if parent is not None or key is not None:
+                found.setdefault(key if parent is None else parent, []).append(LiveRow(child, self.chain))
+        return found
+
+    def _children(self) -> Iterable[Any]:
+        for key in self.keys:
+            child = self.session.identity_map.get(self.chain.leaf.identity_key_from_primary_key(key))
+            if child is None:
+                raise UncoveredChange(
+                    f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"
+                    " strategy 'flush' cannot follow it, take strategy 'sql'"
+                )
+            if not goes(self.session, child):
+                yield child
+        for child in self.session.new:
+            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):
+                yield child
+
+    def _collections(self) -> tuple[dict[int, Any], set[int]]:
+        """Children put into, and taken out of, their parents' collections."""
+        name = self.chain.relationships[0].key
+        adopted: dict[int, Any] = {}
+        released: set[int] = set()
+        for parent in (*self.session.new, *self.session.dirty):
+            state = sqlalchemy_inspect(parent)
+            if state.mapper.isa(self.chain.root) and (
+                name in state.committed_state or not state.has_identity
+            ):
+                history = state.attrs[name].history
+                adopted.update((id(child), parent) for child in history.added)
+                released.update(id(child) for child in history.deleted)
+        return adopted, released
+
+
+def _fold(aggregate: Aggregate, rows: Sequence[Any]) -> Any:
+    return aggregate.kind.fold([aggregate.value_of(row) for row in rows if aggregate.counts(row)])

@@ -1,0 +1,155 @@
+"""Children as the session holds them: the parent that an object will have, and its row as it will be written.
+
+What "flush" and "memory" share. Both look at objects before the database has seen them, so both must say what an
+attribute will be that nobody has set yet, and refuse where only the database knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import ClauseElement
+from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.orm import RelationshipDirection, Session
+
+from querycache.denormalize.chain import Chain, Key
+from querycache.denormalize.errors import UncoveredChange
+
+__all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
+
+
+class NotYet(Exception):
+    """The object is being made, and what an expression reads is still to be set."""
+
+
+class LiveRow:
+    """An object as a row, for expressions in Python.
+
+    `overlay` are values that are about to be assigned. Attributes that were never set have their column's
+    default, or None.
+
+    Raises:
+        UncoveredChange: on reading an attribute whose value the database will compute.
+        NotYet: if `partial`, on reading an attribute that nobody has set yet and that has no default.
+    """
+
+    __slots__ = ("_chain", "_instance", "_overlay", "_partial")
+
+    def __init__(
+        self, instance: Any, chain: Chain, overlay: dict[str, Any] | None = None, *, partial: bool = False
+    ) -> None:
+        self._partial = partial
+        self._instance = instance
+        self._chain = chain
+        self._overlay = overlay or {}
+
+    def __getattr__(self, name: str) -> Any:
+        chain: Chain = self._chain
+        if name not in chain.leaf_columns:
+            raise AttributeError(
+                f"a Python expression over {chain.leaf.class_.__name__} reads {name!r}; it is given the row's column"
+                f" attributes, {', '.join(chain.leaf_columns)}"
+            )
+        if name in self._overlay:
+            value = self._overlay[name]
+        elif name in self._instance.__dict__ or sqlalchemy_inspect(self._instance).has_identity:
+            value = getattr(self._instance, name)
+        else:
+            value = self._default(name)
+        if isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
+            raise UncoveredChange(
+                f"{chain.leaf.class_.__name__}.{name} was given as a SQL expression, whose value a strategy that computes in"
+                " Python cannot know; assign a value, or take strategy 'sql'"
+            )
+        return value
+
+    def _default(self, name: str) -> Any:
+        column: Any = self._chain.leaf.column_attrs[name].columns[0]
+        if column.default is not None and column.default.is_scalar:
+            return column.default.arg
+        if self._partial:
+            raise NotYet(name)
+        if column.default is not None or column.server_default is not None:
+            raise UncoveredChange(
+                f"{self._chain.leaf.class_.__name__}.{name} gets its default when it is inserted, too late for a strategy"
+                " that computes in Python; set it, or take strategy 'sql'"
+            )
+        return None
+
+
+def goes(session: Session, child: Any) -> bool:
+    """Whether the flush will delete `child`.
+
+    An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
+    the unit of work takes the deletion back.
+    """
+    if child not in session.deleted:
+        return False
+    state = sqlalchemy_inspect(child)
+    for step in state.mapper.relationships:
+        parent = state.dict.get(step.key) if step.key in state.committed_state else None
+        if (
+            step.direction is not RelationshipDirection.MANYTOONE
+            or parent is None
+            or parent in session.deleted
+        ):
+            continue
+        above = sqlalchemy_inspect(parent)
+        for back in above.mapper.relationships:
+            if back.key in above.committed_state and state.mapper.isa(back.mapper):
+                return False
+    return True
+
+
+def known_parent(
+    instance: Any, chain: Chain, overlay: dict[str, Any] | None = None
+) -> tuple[bool, Any, Key | None]:
+    """The parent that `instance` says it has: (whether it says, the object or None, its key or None).
+
+    A relationship that was set wins over the foreign key, as it will in the flush.
+    """
+    overlay = overlay or {}
+    state = sqlalchemy_inspect(instance)
+    for reverse in chain.reverses[0]:
+        if reverse in overlay:
+            return True, overlay[reverse], None
+    for reverse in chain.reverses[0]:
+        if reverse in state.committed_state or (
+            not state.has_identity and state.dict.get(reverse) is not None
+        ):
+            return True, state.dict.get(reverse), None
+    names = chain.links[0].attributes
+    if any(name in overlay for name in names):
+        return _by_key(instance, names, overlay)
+    if state.has_identity or any(name in state.dict for name in names):
+        return _by_key(instance, names, overlay)
+    return False, None, None
+
+
+def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> tuple[bool, Any, Key | None]:
+    key = tuple(overlay[name] if name in overlay else getattr(instance, name) for name in names)
+    if any(isinstance(part, ClauseElement) for part in key):
+        raise UncoveredChange(
+            f"{type(instance).__name__}.{', '.join(names)} was given as a SQL expression; a strategy that computes in"
+            " Python cannot know the parent. Assign a value, or take strategy 'sql'"
+        )
+    return True, None, None if None in key else key
+
+
+def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
+    """The parent of that key if the session holds it."""
+    if session is None:
+        return None
+    return session.identity_map.get(chain.root.identity_key_from_primary_key(key))
+
+
+def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, Any]:
+    """The parents of those keys, loaded where the session does not hold them; without those that do not exist."""
+    found: dict[Key, Any] = {}
+    for key in sorted(keys):
+        parent = find_parent(session, chain, key)
+        if parent is None:
+            parent = session.get(chain.root.class_, key if len(key) > 1 else key[0])
+        if parent is not None:
+            found[key] = parent
+    return found

@@ -1,0 +1,282 @@
+"""What a flush is about to touch: the rows of each place whose old contribution must be known before any SQL runs.
+
+Read from the session alone, without SQL except for deletions that spread by foreign keys, whose rows the database
+knows and the session does not. Taking in too much is harmless (`images.py`), so whatever may change counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from sqlalchemy import ClauseElement, Table, and_, select
+from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.orm import Mapper, Session
+
+from querycache.denormalize.chain import Key, key_condition, primary_keys
+from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
+from querycache.denormalize.plan import Place, Plan, Watch, plan_of
+
+__all__ = ["Sorter", "Touched", "inserted", "missed", "spread"]
+
+
+class Touched:
+    """The rows of one plan that a flush touches.
+
+    Attributes:
+        rows: keys of persistent rows by place.
+        parents: rows that touched rows will belong to, as far as the session tells; to be locked.
+        deleted: keys of rows that (may) go away, by table.
+        dead: identities of the objects that go away or change their primary key, by base mapper.
+        changed: the changed objects behind `rows`.
+        renamed: objects whose primary key changes.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[Place, set[Key]] = {}
+        self.parents: dict[Place, set[Key]] = {}
+        self.deleted: dict[Table, set[Key]] = {}
+        self.dead: set[tuple[Mapper[Any], Key]] = set()
+        self.changed: dict[tuple[Place, Key], Any] = {}
+        self.renamed: list[Any] = []
+
+    def add(self, place: Place, key: Key) -> None:
+        self.rows.setdefault(place, set()).add(key)
+
+    def gone(self, tables: Iterable[Any], key: Key) -> None:
+        for table in tables:
+            self.deleted.setdefault(table, set()).add(key)
+
+
+class Sorter:
+    """Sorts the objects of one flush by plan; remembers what it learned of each class."""
+
+    def __init__(self) -> None:
+        self._classes: dict[type[Any], tuple[Plan, Watch] | None] = {}
+
+    def watch(self, cls: type[Any]) -> tuple[Plan, Watch] | None:
+        """The plan and Watch of a class, if any aggregate depends on its instances."""
+        try:
+            return self._classes[cls]
+        except KeyError:
+            mapper: Mapper[Any] = sqlalchemy_inspect(cls)
+            plan = plan_of(mapper)
+            watch = None if plan is None else plan.watch(mapper)
+            found = self._classes[cls] = (plan, watch) if plan is not None and watch else None
+            return found
+
+    def collect(self, session: Session, parents_at: Callable[[Plan], int | None]) -> dict[Plan, Touched]:
+        """What the pending changes of `session` touch.
+
+        Args:
+            parents_at: the least level whose rows must be locked before the flush, for a plan; None if none.
+        """
+        found = self.persistent(session, parents_at)
+        for instance in session.new:
+            known = self.watch(type(instance))
+            if known is not None:
+                plan, watch = known
+                touched = found.get(plan)
+                if touched is None:
+                    touched = found[plan] = Touched()
+                least = parents_at(plan)
+                if least is not None:
+                    for place, _ in watch.places:
+                        if place.level > least:
+                            _parents(instance, place, touched)
+                if watch.collections:
+                    self._collections(instance, watch, touched)
+        return found
+
+    def persistent(self, session: Session, parents_at: Callable[[Plan], int | None]) -> dict[Plan, Touched]:
+        """The part of `collect` that looks at objects which have rows already."""
+        found: dict[Plan, Touched] = {}
+        for instance in session.deleted:
+            known = self.watch(type(instance))
+            if known is not None:
+                plan, watch = known
+                self._deleted(instance, watch, found.setdefault(plan, Touched()))
+        for instance in session.dirty:
+            known = self.watch(type(instance))
+            if known is not None:
+                plan, watch = known
+                self._dirty(instance, watch, found.setdefault(plan, Touched()), parents_at(plan))
+        return found
+
+    def _deleted(self, instance: Any, watch: Watch, touched: Touched) -> None:
+        state = sqlalchemy_inspect(instance)
+        touched.dead.add((state.mapper.base_mapper, state.identity))
+        for place, _ in watch.places:
+            touched.add(place, state.identity)
+        if watch.guards_deletes:
+            touched.gone(state.mapper.tables, state.identity)
+        self._collections(instance, watch, touched)
+
+    def _dirty(self, instance: Any, watch: Watch, touched: Touched, least: int | None) -> None:
+        state = sqlalchemy_inspect(instance)
+        changed = state.committed_state.keys()
+        for place, relevant in watch.places:
+            if not relevant.isdisjoint(changed):
+                touched.add(place, state.identity)
+                touched.changed[place, state.identity] = instance
+                if least is not None and place.level > least:
+                    _parents(instance, place, touched)
+        if not changed.isdisjoint(primary_keys(state.mapper)):
+            touched.renamed.append(instance)
+            touched.dead.add((state.mapper.base_mapper, state.identity))
+        self._collections(instance, watch, touched)
+
+    def _collections(self, instance: Any, watch: Watch, touched: Touched) -> None:
+        """Rows that an object's relationships move, or orphan."""
+        state = sqlalchemy_inspect(instance)
+        for name, place in watch.collections:
+            if name not in state.committed_state and state.persistent:
+                continue
+            history = state.attrs[name].history
+            upper = place.chain.mappers[place.level - 1]
+            own = place.chain.relationships[place.level - 1].key == name and state.mapper.isa(upper)
+            for child in (*history.added, *history.deleted):
+                self._related(child, place, touched)
+            if own and history.added and state.identity is not None:
+                touched.parents.setdefault(Place(place.chain, place.level - 1), set()).add(state.identity)
+        for name in watch.orphans:
+            if name in state.committed_state:
+                for child in state.attrs[name].history.deleted:
+                    self._orphan(child, touched)
+
+    def _related(self, child: Any, place: Place, touched: Touched) -> None:
+        if child is None:
+            return
+        state = sqlalchemy_inspect(child)
+        if state.identity is not None and state.mapper.isa(place.chain.mappers[place.level]):
+            touched.add(place, state.identity)
+
+    def _orphan(self, child: Any, touched: Touched) -> None:
+        """An object that left a delete-orphan relationship is likely to be deleted inside the flush."""
+        if child is None:
+            return
+        state = sqlalchemy_inspect(child)
+        known = self.watch(type(child))
+        if state.identity is None or known is None:
+            return
+        _, watch = known
+        for place, _ in watch.places:
+            touched.add(place, state.identity)
+        if watch.guards_deletes:
+            touched.gone(state.mapper.tables, state.identity)
+
+
+def _parents(instance: Any, place: Place, touched: Touched) -> None:
+    """The row above `instance`, as far as its attributes in memory say."""
+    upper = Place(place.chain, place.level - 1)
+    values = instance.__dict__
+    attributes = place.chain.links[place.level - 1].attributes
+    if attributes:
+        key = tuple(values.get(name) for name in attributes)
+        if not any(part is None or isinstance(part, ClauseElement) for part in key):
+            touched.parents.setdefault(upper, set()).add(key)
+    for reverse in place.chain.reverses[place.level - 1]:
+        held = values.get(reverse)
+        for parent in held if isinstance(held, (list, set, tuple)) else (held,):
+            if parent is not None:
+                identity = sqlalchemy_inspect(parent).identity
+                if identity is not None:
+                    touched.parents.setdefault(upper, set()).add(identity)
+
+
+def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, set[Key]]]:
+    """The keys of the rows that the flush has inserted, by place; asked when it has."""
+    found: dict[Plan, dict[Place, set[Key]]] = {}
+    for instance in session.new:
+        known = sorter.watch(type(instance))
+        if known is None or not known[1].places:
+            continue
+        plan, watch = known
+        state = sqlalchemy_inspect(instance)
+        key = tuple(state.mapper.primary_key_from_instance(instance))
+        if None in key:  # an orphan that was not inserted
+            continue
+        per_place = found.setdefault(plan, {})
+        for place, _ in watch.places:
+            per_place.setdefault(place, set()).add(key)
+    return found
+
+
+def spread(locks: Locks, touched: Touched) -> None:
+    """Add the rows that the deletions reach through foreign keys, in the database or by ORM cascades.
+
+    The deleted rows are locked as their DELETE will lock them, so that nothing can be put below them meanwhile.
+    """
+    plan = locks.plan
+    for table in touched.deleted.keys() & plan.edges.keys():
+        locks.for_delete(table, touched.deleted[table])
+    pending = {table: set(keys) for table, keys in touched.deleted.items()}
+    seen: dict[Table, set[Key]] = {table: set(keys) for table, keys in pending.items()}
+    while pending:
+        table, keys = pending.popitem()
+        for number, edge in enumerate(plan.edges.get(table, ())):
+            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, table)))
+            reached: set[Key] = set()
+            for chunk in chunks(keys):
+                reached.update(
+                    keys_of(
+                        locks.connection.execute(statement, parameters(chunk)),
+                        len(edge.table.primary_key.columns),
+                    )
+                )
+            for place in edge.places:
+                touched.rows.setdefault(place, set()).update(reached)
+            if edge.spreads:
+                fresh = reached - seen.setdefault(edge.table, set())
+                if fresh:
+                    seen[edge.table] |= fresh
+                    pending.setdefault(edge.table, set()).update(fresh)
+
+
+def _edge(edge: Any, table: Table) -> Any:
+    above, below = table.alias(), edge.table.alias()
+    on = and_(*(below.c[held.key] == above.c[referred.key] for held, referred in edge.joins))
+    return (
+        select(*(below.c[column.key] for column in edge.table.primary_key.columns))
+        .join_from(below, above, on)
+        .where(key_condition(tuple(above.c[column.key] for column in table.primary_key.columns)))
+    )
+
+
+def missed(plan: Plan, before: Touched, again: Touched) -> None:
+    """Compare what was collected before the flush with what shows after it.
+
+    Raises:
+        UncoveredChange: if a row was changed that had not been announced, so that its old contribution is unknown.
+    """
+    for place, keys in again.rows.items():
+        late = {
+            key
+            for key in keys - before.rows.get(place, set())
+            if not _follows(place, key, plan.relevant[place], before, again)
+        }
+        if not late:
+            continue
+        raise UncoveredChange(
+            f"{place.chain.mappers[place.level].class_.__name__} {sorted(late)[0]!r} was changed after its aggregates"
+            " were looked at, by a before_flush listener registered later or a mapper event; register that listener"
+            " on the Session class before the mappers configure"
+        )
+
+
+def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, again: Touched) -> bool:
+    """Whether the flush itself changed this row, because its parent went away or took another key: its link changed
+    with that of nothing else, and the parent's own change accounts for it."""
+    instance = again.changed.get((place, key))
+    if instance is None:
+        return False
+    state = sqlalchemy_inspect(instance)
+    chain, level = place.chain, place.level
+    names = chain.links[level - 1].attributes
+    changed = state.committed_state.keys() & relevant
+    if not names or not changed <= {*names, *chain.reverses[level - 1]}:
+        return False
+    old = tuple(state.committed_state.get(name, instance.__dict__.get(name)) for name in names)
+    return (chain.mappers[level - 1].base_mapper, old) in before.dead

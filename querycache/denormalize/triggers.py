@@ -1,0 +1,356 @@
+"""Strategy "trigger" as DDL: for each table that an aggregate depends on, triggers that keep it in the database.
+
+Counts and sums one step below their parent are incremented. Everything else locks the parents concerned and counts them
+anew, in this order, so that the count is taken from a snapshot that is younger than the lock. Rows between
+parent and child are locked too, lest they move to another parent meanwhile.
+
+The statements are printed by `python -m querycache.denormalize --app … sql` for migrations, and `create_all()` runs
+them itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, and_, case, func, literal_column, or_, select, tuple_, update
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import aliased
+from sqlalchemy.sql.elements import quoted_name
+
+from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
+from querycache.denormalize.plan import Plan, relevant
+from querycache.errors import ConfigurationError
+
+__all__ = ["drop_statements", "trigger_statements"]
+
+_EVENTS = {"INSERT": ("NEW",), "UPDATE": ("OLD", "NEW"), "DELETE": ("OLD",)}
+_DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
+
+
+def trigger_statements(plan: Plan, dialect: Dialect) -> list[str]:
+    """The statements that create the triggers of all aggregates with strategy "trigger", ready to run one by one.
+
+    Raises:
+        ConfigurationError: for a database without support here, or an aggregate that its triggers cannot keep.
+    """
+    _check_dialect(plan, dialect)
+    statements: list[str] = []
+    for number, aggregate in enumerate(_held(plan)):
+        _check(aggregate, dialect)
+        writer = _Writer(plan, aggregate, dialect)
+        for name, table, event, body, guard in writer.triggers(number):
+            statements.extend(_render(dialect, name, table, event, body, guard))
+    return statements
+
+
+def drop_statements(plan: Plan, dialect: Dialect) -> list[str]:
+    """The statements that drop them again; they may run where the triggers do not exist."""
+    _check_dialect(plan, dialect)
+    statements: list[str] = []
+    for number, aggregate in enumerate(_held(plan)):
+        for place, (_, table) in enumerate(_levels(aggregate)):
+            for event in _EVENTS:
+                name = _name(aggregate, number, place, table, event)
+                if dialect.name == "postgresql":
+                    statements.append(f"DROP TRIGGER IF EXISTS {name} ON {_quoted(dialect, table)}")
+                    statements.append(f"DROP FUNCTION IF EXISTS {name}()")
+                else:
+                    statements.append(f"DROP TRIGGER IF EXISTS {name}")
+    return statements
+
+
+def _held(plan: Plan) -> list[Aggregate]:
+    return [aggregate for aggregate in plan.aggregates if aggregate.strategy == "trigger"]
+
+
+def _check_dialect(plan: Plan, dialect: Dialect) -> None:
+    if dialect.name not in _DIALECTS:
+        names = ", ".join(held.name for held in _held(plan))
+        raise ConfigurationError(
+            f"{names}: there are triggers for PostgreSQL, MariaDB, MySQL and SQLite, not for {dialect.name}"
+        )
+
+
+def _check(aggregate: Aggregate, dialect: Dialect) -> None:
+    if dialect.name not in ("mysql", "mariadb"):
+        return
+    chain = aggregate.chain
+    if any(table is aggregate.table for _, table in _levels(aggregate)):
+        raise ConfigurationError(
+            f"{aggregate.name}: a trigger of MariaDB and MySQL cannot update the table that it belongs to,"
+            f" {aggregate.table.name}; take strategy 'sql'"
+        )
+    for level, mapper in enumerate(chain.mappers[1:], start=1):
+        for table in mapper.tables:
+            for constraint in table.foreign_key_constraints if isinstance(table, Table) else ():
+                rule = (constraint.ondelete or "").upper()
+                if rule in ("CASCADE", "SET NULL", "SET DEFAULT"):
+                    upper = chain.mappers[level - 1].tables
+                    if constraint.referred_table not in upper:
+                        raise ConfigurationError(
+                            f"{aggregate.name}: MariaDB and MySQL run no triggers for ON DELETE {rule} of"
+                            f" {constraint.referred_table.name}, which changes {table.name}; take strategy 'sql'"
+                        )
+
+
+def _levels(aggregate: Aggregate) -> Iterator[tuple[int, Table]]:
+    """The tables that get triggers, with their level; a table may stand at several."""
+    for level, link in enumerate(aggregate.chain.links, start=1):
+        table = aggregate.chain.mappers[level].local_table
+        assert isinstance(table, Table)
+        yield level, table
+        if link.secondary is not None:
+            yield level, link.secondary
+
+
+def _name(aggregate: Aggregate, number: int, place: int, table: Table, event: str) -> str:
+    # PostgreSQL cuts names at 63 characters; what tells them apart comes last.
+    held = f"qc_{aggregate.table.name}_{aggregate.column.name}_{table.name}"
+    return f"{held[:45]}_{number}_{place}{event[:1].lower()}"
+
+
+def _quoted(dialect: Dialect, table: Table) -> str:
+    return dialect.identifier_preparer.format_table(table)
+
+
+class _Writer:
+    """Writes the triggers of one aggregate."""
+
+    def __init__(self, plan: Plan, aggregate: Aggregate, dialect: Dialect) -> None:
+        self.plan = plan
+        self.aggregate = aggregate
+        self.chain: Chain = aggregate.chain
+        self.dialect = dialect
+
+    def text(self, element: Any) -> str:
+        compiled = element.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
+        # The DBAPI's percent signs are doubled; DDL is sent without parameters.
+        text = str(compiled)
+        return text.replace("%%", "%") if self.dialect.paramstyle in ("format", "pyformat") else text
+
+    def triggers(self, number: int) -> Iterator[tuple[str, Table, str, list[str], str]]:
+        """(name, table, event, statements, condition) of each."""
+        for place, (level, table) in enumerate(_levels(self.aggregate)):
+            secondary = table is self.chain.links[level - 1].secondary
+            columns = [] if secondary else self._columns(level, table)
+            for event, rows in _EVENTS.items():
+                name = _name(self.aggregate, number, place, table, event)
+                if secondary:
+                    body = self._recount([self._through(level, row) for row in rows], [])
+                else:
+                    body = self._body(level, rows)
+                yield (
+                    name,
+                    table,
+                    event,
+                    body,
+                    self._differs(columns) if columns and event == "UPDATE" else "",
+                )
+
+    def _columns(self, level: int, table: Table) -> list[str]:
+        """The columns of `table` whose change matters."""
+        mapper = self.chain.mappers[level]
+        names = relevant(self.chain, level, [self.aggregate])
+        return sorted(
+            mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs
+        )
+
+    def _differs(self, columns: Sequence[str]) -> str:
+        quote = self.dialect.identifier_preparer.quote
+        unequal = {
+            "postgresql": "OLD.{0} IS DISTINCT FROM NEW.{0}",
+            "sqlite": "OLD.{0} IS NOT NEW.{0}",
+        }.get(self.dialect.name, "NOT (OLD.{0} <=> NEW.{0})")
+        return " OR ".join(unequal.format(quote(name)) for name in columns)
+
+    def _row(self, row: str, column: Any) -> ColumnElement[Any]:
+        return literal_column(f"{row}.{self.dialect.identifier_preparer.quote(column.name)}", column.type)
+
+    def _body(self, level: int, rows: Sequence[str]) -> list[str]:
+        link = self.chain.links[0]
+        if (
+            self.aggregate.kind.additive
+            and self.chain.depth == 1
+            and link.secondary is None
+            and not self._extra_join()
+        ):
+            return [self._increment(rows)]
+        return self._recount([self._above(level, row) for row in rows], self._locks(level, rows))
+
+    def _extra_join(self) -> bool:
+        """Whether the relationship joins by more than its keys, so that not every referring row counts."""
+        step = self.chain.relationships[0]
+        plain = and_(*(local == remote for local, remote in step.synchronize_pairs))
+        return not step.primaryjoin.compare(plain)
+
+    def _increment(self, rows: Sequence[str]) -> str:
+        """UPDATE parent SET n = n + (new part) - (old part) WHERE key IN (old, new)."""
+        aggregate = self.aggregate
+        key = aggregate.table_key
+        amount: ColumnElement[Any] = aggregate.column
+        keys: list[ColumnElement[Any]] = []
+        for row in rows:
+            parent = self._parent_of_row(row)
+            same = and_(*(column == value for column, value in zip(key, parent, strict=True)))
+            part = case((and_(same, *self._conditions(row)), self._amount(row)), else_=0)
+            amount = amount - part if row == "OLD" else amount + part
+            keys.append(same)
+        return self.text(update(aggregate.table).where(or_(*keys)).values({aggregate.column: amount}))
+
+    def _parent_of_row(self, row: str) -> tuple[ColumnElement[Any], ...]:
+        mapper = self.chain.mappers[1]
+        return tuple(
+            self._row(row, mapper.column_attrs[name].columns[0]) for name in self.chain.links[0].attributes
+        )
+
+    def _entities(self, row: str) -> tuple[Any, ...]:
+        leaf = self.chain.leaf
+        table = leaf.local_table.alias(quoted_name(row, quote=False))
+        return (*self.chain.entities()[:-1], aliased(leaf, table))
+
+    def _amount(self, row: str) -> Any:
+        measure = self.aggregate.measure(self._entities(row))
+        return literal_column("1") if measure is None else self._fragment(func.coalesce(measure, 0))
+
+    def _fragment(self, expression: Any) -> ColumnElement[Any]:
+        """The expression as text, so that NEW and OLD do not become tables of the statement's FROM."""
+        return literal_column(f"({self.text(expression)})", expression.type)
+
+    def _conditions(self, row: str) -> list[ColumnElement[Any]]:
+        condition = self.aggregate.condition(self._entities(row))
+        found = [] if condition is None else [self._fragment(condition)]
+        mapper = self.chain.leaf
+        if mapper.single and mapper.polymorphic_on is not None:
+            kinds = [heir.polymorphic_identity for heir in mapper.self_and_descendants]
+            found.append(self._row(row, mapper.polymorphic_on).in_(kinds))
+        return found
+
+    def _recount(self, affected: Sequence[Any], locks: Sequence[str]) -> list[str]:
+        aggregate = self.aggregate
+        key = aggregate.table_key
+        target = key[0] if len(key) == 1 else tuple_(*key)
+        where = or_(*(_among(target, one) for one in affected))
+        if self.dialect.name == "postgresql":
+            lock: Any = select(literal_column("1")).select_from(aggregate.table).where(where).order_by(*key)
+            first = self.text(lock.with_for_update(key_share=True)).replace("SELECT", "PERFORM", 1)
+        else:
+            first = self.text(
+                update(aggregate.table).where(where).values({aggregate.column: aggregate.column})
+            )
+        value = self._whole()
+        return [
+            *locks,
+            first,
+            self.text(update(aggregate.table).where(where).values({aggregate.column: value})),
+        ]
+
+    def _whole(self) -> Any:
+        aggregate = self.aggregate
+        if aggregate.kind.ordered:
+            statement = aggregate.last(aggregate.table_key)
+        else:
+            entities = self.chain.entities()
+            statement = self.chain.join(select(aggregate.whole(entities)), entities, outer=False)
+            keys = attribute_columns(entities[0], self.chain.keys[0])
+            statement = statement.where(*(a == b for a, b in zip(keys, aggregate.table_key, strict=True)))
+        if self.dialect.name in ("mysql", "mariadb"):
+            statement = statement.with_for_update(read=True)
+        return statement.correlate(aggregate.table).scalar_subquery()
+
+    def _above(self, level: int, row: str) -> Any:
+        """The parents of a row at `level`: a tuple of expressions, or a SELECT of keys."""
+        mapper = self.chain.mappers[level]
+        link = self.chain.links[level - 1]
+        if link.secondary is None:
+            held = tuple(self._row(row, mapper.column_attrs[name].columns[0]) for name in link.attributes)
+            return held if level == 1 else self._climb(level - 1, held)
+        own = tuple(self._row(row, column) for column in mapper.primary_key)
+        secondary = link.secondary.alias()
+        query = select(*(secondary.c[str(column.key)] for column in link.upper)).where(
+            *(secondary.c[str(column.key)] == value for column, value in zip(link.lower, own, strict=True))
+        )
+        return query if level == 1 else self._climb(level - 1, query)
+
+    def _through(self, level: int, row: str) -> Any:
+        """The parents of a row of the secondary table above `level`."""
+        held = tuple(self._row(row, column) for column in self.chain.links[level - 1].upper)
+        return held if level == 1 else self._climb(level - 1, held)
+
+    def _climb(self, level: int, keys: Any) -> Any:
+        """The parents of the rows at `level` whose keys are `keys`."""
+        mapper, link = self.chain.mappers[level], self.chain.links[level - 1]
+        table = mapper.local_table.alias()
+        own = [table.c[str(column.key)] for column in mapper.primary_key]
+        chosen = _among(own[0] if len(own) == 1 else tuple_(*own), keys)
+        if link.secondary is None:
+            upper = [table.c[mapper.column_attrs[name].columns[0].key] for name in link.attributes]
+            query = select(*upper).where(chosen)
+        else:
+            secondary = link.secondary.alias()
+            joined = and_(*(secondary.c[str(c.key)] == key for c, key in zip(link.lower, own, strict=True)))
+            query = (
+                select(*(secondary.c[str(c.key)] for c in link.upper))
+                .join_from(table, secondary, joined)
+                .where(chosen)
+            )
+        return query if level == 1 else self._climb(level - 1, query)
+
+    def _locks(self, level: int, rows: Sequence[str]) -> list[str]:
+        """Statements that lock the rows between the changed row and the parent. A foreign key check does it on MariaDB,
+        and SQLite has one writer."""
+        if self.dialect.name != "postgresql":
+            return []
+        statements: list[str] = []
+        for row in rows:
+            keys: Any = None
+            for upper in range(level - 1, 0, -1):
+                link = self.chain.links[upper]
+                if link.secondary is not None:
+                    break
+                mapper = self.chain.mappers[upper]
+                table = mapper.local_table
+                own = list(mapper.primary_key)
+                if keys is None:
+                    lower = self.chain.mappers[level]
+                    keys = tuple(
+                        self._row(row, lower.column_attrs[name].columns[0]) for name in link.attributes
+                    )
+                chosen = _among(own[0] if len(own) == 1 else tuple_(*own), keys)
+                lock: Any = select(literal_column("1")).select_from(table).where(chosen).order_by(*own)
+                statements.append(self.text(lock.with_for_update(read=True)).replace("SELECT", "PERFORM", 1))
+                below = table.alias()
+                names = self.chain.links[upper - 1].attributes
+                if not names:
+                    break
+                picked = [below.c[str(column.key)] for column in mapper.primary_key]
+                keys = select(*(below.c[mapper.column_attrs[name].columns[0].key] for name in names)).where(
+                    _among(picked[0] if len(picked) == 1 else tuple_(*picked), keys)
+                )
+        return statements
+
+
+def _among(target: Any, keys: Any) -> ColumnElement[bool]:
+    if isinstance(keys, tuple):
+        return target.in_([keys[0] if len(keys) == 1 else tuple_(*keys)])  # type: ignore[no-any-return]
+    return target.in_(keys)  # type: ignore[no-any-return]
+
+
+def _render(
+    dialect: Dialect, name: str, table: Table, event: str, body: Iterable[str], condition: str
+) -> list[str]:
+    on = _quoted(dialect, table)
+    lines = "\n".join(f"  {statement};" for statement in body)
+    if dialect.name == "postgresql":
+        when = f"\nWHEN ({condition})" if condition else ""
+        return [
+            f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $querycache$\nBEGIN\n{lines}\n"
+            "  RETURN NULL;\nEND $querycache$",
+            f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH ROW{when} EXECUTE FUNCTION {name}()",
+        ]
+    if dialect.name == "sqlite":
+        when = f" WHEN {condition}" if condition else ""
+        return [f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH ROW{when}\nBEGIN\n{lines}\nEND"]
+    if condition:
+        lines = f"  IF {condition} THEN\n{lines}\n  END IF;"
+    return [f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH ROW\nBEGIN\n{lines}\nEND"]

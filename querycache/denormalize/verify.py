@@ -1,0 +1,279 @@
+"""Check and repair: compare what parents store with what their children say, and put it right.
+
+Both walk over the parents by key, a batch at a time. `verify` reads only: stored value and recount of a parent come from
+one statement, so writers at work cause no false alarm. `repair` locks the parents of a batch before it counts them and
+commits after each batch, so no writer waits long, none is overwritten, and an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Engine, event, func, select, tuple_
+from sqlalchemy.orm import Session
+
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns
+from querycache.denormalize.configure import aggregates_of
+from querycache.denormalize.errors import AggregateMismatch
+from querycache.denormalize.images import recount, same
+from querycache.denormalize.kinds import Merge
+from querycache.denormalize.locks import Locks, keys_of
+from querycache.denormalize.plan import Place, plan_of
+from querycache.denormalize.writing import Changes, write
+from querycache.errors import ConfigurationError
+
+__all__ = ["Difference", "Report", "repair", "verify", "verify_at_commit"]
+
+Progress = Callable[[str, int, int, int], None]
+"""Called after each batch with (parent entity, parents done, parents in all, columns found wrong so far)."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One column of one parent that is, or was, wrong."""
+
+    aggregate: str
+    key: Key
+    stored: Any
+    counted: Any
+
+    def __str__(self) -> str:
+        shown = self.key[0] if len(self.key) == 1 else self.key
+        return f"{self.aggregate} of {shown!r}: stored {self.stored!r}, should be {self.counted!r}"
+
+
+@dataclass
+class Report:
+    """What `verify` or `repair` found.
+
+    Attributes:
+        checked: parents looked at, by name of their entity.
+        differences: the columns that were wrong, at most `kept` of them; `wrong` counts all.
+        repaired: columns written.
+        last: the key of the last parent done, by entity; where `repair(after=…)` can go on.
+    """
+
+    checked: dict[str, int] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    wrong: int = 0
+    repaired: int = 0
+    last: dict[str, Key] = field(default_factory=dict)
+    kept: int = 1000
+
+    @property
+    def right(self) -> bool:
+        return self.wrong == 0
+
+    def add(self, difference: Difference) -> None:
+        self.wrong += 1
+        if len(self.differences) < self.kept:
+            self.differences.append(difference)
+
+
+def verify(
+    bind: Session | Engine | Connection,
+    target: Any,
+    *,
+    sample: int | None = None,
+    batch: int = 500,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare stored and recounted values. Read only; safe beside writers.
+
+    Args:
+        bind: what to read with. A Session is flushed first, and its transaction is the one that is checked.
+        target: the aggregates: a MetaData, a declarative base, an entity, an attribute, or several of these.
+        sample: parents of each entity to look at, chosen at random; None for all.
+        batch: parents in one statement.
+        progress: called after each batch.
+
+    Returns:
+        what was found; `report.right` if nothing is wrong.
+
+    Raises:
+        ConfigurationError: if `target` has no aggregates, or a number is not positive.
+    """
+    _positive("sample", sample)
+    _positive("batch", batch)
+    report = Report()
+    with _connection(bind) as connection:
+        for chain, aggregates in _by_chain(target).items():
+            name = chain.root.class_.__name__
+            total, done = _total(connection, chain), 0
+            chosen = None
+            if sample is not None and sample < total:
+                chosen = set(random.Random().sample(range(total), sample))
+                total = sample
+            locks = Locks(connection, _plan(chain))
+            position = 0
+            for keys in _batches(connection, chain, batch):
+                wanted = [
+                    key for number, key in enumerate(keys, position) if chosen is None or number in chosen
+                ]
+                position += len(keys)
+                if not wanted:
+                    continue
+                _compare(locks, chain, aggregates, wanted, report)
+                done += len(wanted)
+                report.last[name] = wanted[-1]
+                if progress is not None:
+                    progress(name, done, total, report.wrong)
+            report.checked[name] = max(done, report.checked.get(name, 0))
+    return report
+
+
+def repair(
+    bind: Engine,
+    target: Any,
+    *,
+    batch: int = 200,
+    after: dict[str, Key] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Put right what is wrong, a batch of parents in a transaction. Safe beside writers.
+
+    Args:
+        bind: the engine to work with.
+        target: the aggregates, as for `verify`.
+        batch: parents locked at a time.
+        after: by entity name, the key to go on after; `Report.last` of a run that was interrupted.
+        progress: called after each batch, when it is committed.
+
+    Returns:
+        what was wrong and has been written.
+
+    Raises:
+        ConfigurationError: if `target` has no aggregates, or a number is not positive.
+    """
+    _positive("batch", batch)
+    report = Report(last=dict(after or {}))
+    for chain, aggregates in _by_chain(target).items():
+        name = chain.root.class_.__name__
+        with bind.connect() as connection:
+            total = _total(connection, chain)
+        last, done = (after or {}).get(name), 0
+        while True:
+            with bind.begin() as connection:
+                keys = _next(connection, chain, last, batch)
+            if not keys:
+                break
+            # The keys were read in another transaction: this one must not have a snapshot before it has the locks.
+            with bind.begin() as connection:
+                _repair(Locks(connection, _plan(chain)), chain, aggregates, keys, report)
+            last = report.last[name] = keys[-1]
+            done += len(keys)
+            if progress is not None:
+                progress(name, done, total, report.wrong)
+        report.checked[name] = max(done, report.checked.get(name, 0))
+    return report
+
+
+def _repair(
+    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key], report: Report
+) -> None:
+    place = Place(chain, 0)
+    locks.lock({place: keys}, roots=True)
+    changes: Changes = {}
+    for difference, aggregate in _differences(locks, chain, aggregates, keys):
+        changes.setdefault(difference.key, {})[aggregate] = Merge("set", difference.counted)
+        report.add(difference)
+        report.repaired += 1
+    write(locks, changes)
+
+
+def _compare(
+    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key], report: Report
+) -> None:
+    for difference, _ in _differences(locks, chain, aggregates, keys):
+        report.add(difference)
+
+
+def _differences(
+    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key]
+) -> Iterator[tuple[Difference, Aggregate]]:
+    found = recount(locks, chain, aggregates, keys)
+    for key in keys:
+        for aggregate, (stored, counted) in found.get(key, {}).items():
+            if not same(aggregate, stored, counted):
+                yield Difference(aggregate.name, key, stored, counted), aggregate
+
+
+def verify_at_commit(session_factory: Any, target: Any) -> Callable[[], None]:
+    """For tests: verify all aggregates of `target` before every commit, and refuse the commit if one is wrong.
+
+    Args:
+        session_factory: a Session class, sessionmaker or Session.
+        target: the aggregates, as for `verify`.
+
+    Returns:
+        a function that ends it.
+
+    Raises:
+        AggregateMismatch: out of `commit()`, naming what is wrong.
+    """
+
+    def check(session: Session) -> None:
+        session.flush()  # the event comes before the last flush
+        report = verify(session, target)
+        if not report.right:
+            shown = "; ".join(str(difference) for difference in report.differences[:10])
+            raise AggregateMismatch(f"{report.wrong} wrong: {shown}")
+
+    event.listen(session_factory, "before_commit", check)
+    return lambda: event.remove(session_factory, "before_commit", check)
+
+
+@contextmanager
+def _connection(bind: Session | Engine | Connection) -> Iterator[Connection]:
+    if isinstance(bind, Engine):
+        with bind.connect() as connection:
+            yield connection
+    elif isinstance(bind, Connection):
+        yield bind
+    else:
+        bind.flush()
+        yield bind.connection()
+
+
+def _by_chain(target: Any) -> dict[Chain, list[Aggregate]]:
+    found: dict[Chain, list[Aggregate]] = {}
+    for aggregate in aggregates_of(target):
+        found.setdefault(aggregate.chain, []).append(aggregate)
+    return found
+
+
+def _plan(chain: Chain) -> Any:
+    plan = plan_of(chain.root)
+    assert plan is not None
+    return plan
+
+
+def _total(connection: Connection, chain: Chain) -> int:
+    return connection.scalar(select(func.count()).select_from(chain.root.class_)) or 0
+
+
+def _batches(connection: Connection, chain: Chain, size: int) -> Iterator[list[Key]]:
+    last: Key | None = None
+    while keys := _next(connection, chain, last, size):
+        yield keys
+        last = keys[-1]
+
+
+def _next(connection: Connection, chain: Chain, last: Key | None, size: int) -> list[Key]:
+    """The keys of the parents after `last`, in the database's own order."""
+    columns = attribute_columns(chain.root.class_, chain.keys[0])
+    statement = select(*columns).order_by(*columns).limit(size)
+    if last is not None:
+        statement = statement.where(
+            columns[0] > last[0] if len(columns) == 1 else tuple_(*columns) > tuple_(*last)
+        )
+    return keys_of(connection.execute(statement), len(columns))
+
+
+def _positive(name: str, number: int | None) -> None:
+    if number is not None and number < 1:
+        raise ConfigurationError(f"{name} must be at least 1, got {number}")

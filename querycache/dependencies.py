@@ -1,0 +1,521 @@
+"""What an answer depends on, and what a write changes: both as tags.
+
+**Reading.** The tables of a statement are those that its SQL names: subqueries, CTEs, eager joins and the joins
+of inheritance included. They are collected while the dialect's own compiler renders the statement once more, so
+what is collected is what is rendered. Where the WHERE clause pins a *tracked* column (primary key, foreign key,
+unique) of a table to values, the answer depends on the *slots* of these values and on the table's *bulk* tag,
+instead of on the whole table. Only comparisons that mean the same in the database as here can pin: integers and
+UUIDs (two strings that hash apart may be equal under a collation), by ``=`` or ``IN``, in a top-level conjunct,
+of a table that appears nowhere else in the statement.
+
+**Writing.** A *row write*, of which old and new values are known, changes the table and the slots of these values.
+A *set write*, of which only the table is known, changes the table and its bulk tag, and so do foreign keys with
+``ON DELETE`` or ``ON UPDATE`` actions in the tables that refer to it.
+
+    ============  ==================  =========================
+    tag           a reader has it     a writer changes it
+    ============  ==================  =========================
+    table:T       unless T is pinned  by every write to T
+    bulk:T        if T is pinned      by set writes to T
+    slot:T.c:N    if c is pinned      by row writes, old and new
+    change:T      if T is pinned by   by row writes but INSERT
+                  other than its key
+    ============  ==================  =========================
+
+The last is there because the old values of a row come from an object, which may be older than the row: somebody may
+have moved it to another parent meanwhile. Only of its primary key is an UPDATE or DELETE sure, by its WHERE clause.
+
+A structure is analysed once and remembered on the compiled object, which lives in SQLAlchemy's bounded cache.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, cast
+
+from sqlalchemy import Alias, BindParameter, Column, ColumnElement, ForeignKey, Integer, Select, Table, Uuid
+from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.schema import UniqueConstraint
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
+
+from querycache.functions import is_stable
+from querycache.keys import structure_digest
+from querycache.sa_internals import Plan
+from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
+from querycache.textual import read_text
+
+__all__ = [
+    "MAX_PINNED_VALUES",
+    "Analysis",
+    "Declarations",
+    "TableName",
+    "analyse",
+    "cascades",
+    "row_write_tags",
+    "set_write_tags",
+    "slot_of",
+    "tracked_columns",
+]
+
+TableName = tuple[str | None, str]
+"""Schema (None for the default one) and name of a table."""
+
+MAX_PINNED_VALUES = 64
+"""A list of more values than this makes the answer depend on the whole table."""
+
+DEFAULT_SLOTS = 1024
+
+
+# --- declarations ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Declarations:
+    """What the application has said about its database: views, tables written by triggers, functions.
+
+    Attributes:
+        sources: for a view, table or function, the tables that its content is made from.
+        slots: number of slots a tracked column is divided into.
+    """
+
+    sources: dict[str, frozenset[str]] = field(default_factory=dict)
+    slots: int = DEFAULT_SLOTS
+
+    def depends(self, name: str, on: Iterable[str]) -> None:
+        """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""
+        self.sources[name.lower()] = self.sources.get(name.lower(), frozenset()) | {
+            each.lower() for each in on
+        }
+
+    def closure(self, names: Iterable[str]) -> set[str]:
+        """The names, and all that they are made from, step by step."""
+        found: set[str] = set()
+        todo = [name.lower() for name in names]
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo.extend(self.sources.get(name, ()))
+        return found
+
+
+# --- tracked columns and slots -----------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
+    """The columns whose values are followed: primary key, foreign keys and unique ones, of exact types."""
+    tracked = dict.fromkeys(table.primary_key.columns)
+    tracked.update(dict.fromkeys(column for column in table.columns if column.foreign_keys or column.unique))
+    for constraint in table.constraints:
+        if isinstance(constraint, UniqueConstraint):
+            tracked.update(dict.fromkeys(constraint.columns))
+    for index in table.indexes:
+        if index.unique:
+            tracked.update(dict.fromkeys(index.columns))
+    return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
+
+
+def slot_of(value: object, slots: int) -> int | None:
+    """The slot of a value: 0 to ``slots`` - 1; None for one that has no canonical form.
+
+    Equal values of the database have equal slots: integers by their value, UUIDs by their 128 bits, also where
+    they are given as text.
+    """
+    if isinstance(value, int):
+        return int(value) % slots
+    if isinstance(value, str):
+        try:
+            value = uuid.UUID(value)
+        except ValueError:
+            return None
+    return value.int % slots if isinstance(value, uuid.UUID) else None
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A tracked column that the statement compares with parameters.
+
+    Attributes:
+        table: the table, as declared.
+        column: name of the column.
+        parameters: names of the parameters, of which one may hold a list.
+        key: True for a column of the primary key.
+    """
+
+    table: TableName
+    column: str
+    parameters: tuple[str, ...]
+    key: bool
+
+
+@dataclass(slots=True)
+class Analysis:
+    """What is known of a statement's structure.
+
+    Attributes:
+        structure: digest of the structure, loader options included, 16 bytes.
+        tables: how often each table appears in its SQL.
+        pins: tracked columns that it compares with parameters, for tables that appear once.
+        functions: lower-case names of the functions it calls.
+        texts: pieces of textual SQL in it.
+        text_tables: tables that these name.
+        opaque: True where they may read what nobody can tell.
+        locks: True for ``FOR UPDATE`` and its like.
+        writes: True where a CTE of it writes.
+    """
+
+    structure: bytes
+    tables: Counter[TableName] = field(default_factory=Counter)
+    pins: tuple[Pin, ...] = ()
+    functions: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    text_tables: frozenset[TableName] = frozenset()
+    opaque: bool = False
+    locks: bool = False
+    writes: bool = False
+
+    def unstable(self, declared: Declarations) -> str:
+        """Name of a function whose answer may change without a write; empty where there is none."""
+        for name in sorted(self.functions):
+            if not is_stable(name) and name not in declared.sources:
+                return name
+        return ""
+
+    def tags(self, plan: Plan, declared: Declarations) -> list[str]:
+        """The tags of the tables, for one execution with its parameters and schemas."""
+        translate = plan.schema_translate_map
+        tags: list[str] = []
+        pinned = set()
+        for pin in self.pins:
+            values = self._pinned_values(pin, plan)
+            slots = {slot_of(value, declared.slots) for value in values} if values is not None else {None}
+            if None in slots or pin.table in pinned:
+                continue
+            pinned.add(pin.table)
+            schema, name = _translated(pin.table, translate)
+            tags.extend(map(bulk_tag, _reader_labels(schema, name)))
+            label = _label(schema, name)
+            if not pin.key:
+                tags.append(change_tag(label))
+            tags.extend(slot_tag(label, pin.column, slot) for slot in sorted(slots))  # type: ignore[type-var, arg-type]
+        whole = {_translated(table, translate) for table in self.tables if table not in pinned}
+        for schema, name in whole:
+            tags.extend(table_tag(label) for label in _reader_labels(schema, name))
+        for schema, name in self.text_tables:
+            labels = _reader_labels(schema, name) if schema else [_label(None, name), _label("?", name)]
+            tags.extend(map(table_tag, labels))
+        if declared.sources:
+            given = {_label(*_translated(table, translate)) for table in self.tables}
+            named = [table[1] for table in (*self.tables, *self.text_tables)]
+            sources = declared.closure([*given, *named, *self.functions])
+            tags.extend(table_tag(source) for source in sources.difference(self.functions, given))
+        return sorted(set(tags))
+
+    @staticmethod
+    def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:
+        values: list[object] = []
+        for name in pin.parameters:
+            value = plan.values.get(name)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                values.extend(value)
+            else:
+                values.append(value)
+        return values if len(values) <= MAX_PINNED_VALUES else None
+
+
+_MEMO = "_querycache_analysis"
+
+
+def analyse(compiled: SQLCompiler) -> Analysis:
+    """The analysis of a statement, made once for its structure."""
+    memo: Analysis | None = compiled.__dict__.get(_MEMO)
+    if memo is None:
+        cache_key = compiled.cache_key
+        memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None))
+        collector = _collector(cast("Any", type(compiled)))
+        # The second compilation renders other statement objects than the first where the ORM makes them anew, so
+        # parameters are found by name.
+        rendered = collector(
+            compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
+        )
+        # of several the first is taken that can be: a key changes least
+        memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
+        _read_texts(memo, compiled.dialect.name)
+        compiled.__dict__[_MEMO] = memo
+    return memo
+
+
+@lru_cache(maxsize=64)
+def _collector(compiler: type[SQLCompiler]) -> type[Any]:
+    class Collector(compiler):  # type: ignore[valid-type, misc]
+        """Notes what the dialect's own compiler renders."""
+
+        def __init__(self, *args: Any, analysis: Analysis, **kwargs: Any) -> None:
+            self.analysis = analysis
+            super().__init__(*args, **kwargs)
+
+        def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
+            if asfrom:
+                self.analysis.tables[getattr(table, "schema", None), table.name] += 1
+            return super().visit_table(table, asfrom=asfrom, **kwargs)
+
+        def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.functions.add(func.name.lower())
+            return super().visit_function(func, *args, **kwargs)
+
+        def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.texts.append(textclause.text)
+            return super().visit_textclause(textclause, *args, **kwargs)
+
+        def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
+            if column.is_literal:
+                self.analysis.texts.append(column.name)
+            return super().visit_column(column, *args, **kwargs)
+
+        def visit_sequence(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.functions.add("nextval")
+            return super().visit_sequence(*args, **kwargs)
+
+        def for_update_clause(self, select: Any, **kwargs: Any) -> Any:
+            self.analysis.locks = True
+            return super().for_update_clause(select, **kwargs)
+
+        def visit_insert(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_insert(*args, **kwargs)
+
+        def visit_update(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_update(*args, **kwargs)
+
+        def visit_delete(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_delete(*args, **kwargs)
+
+    return Collector
+
+
+_WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_CALL = re.compile(r"\b([a-z_]\w*)\s*\(", re.IGNORECASE)
+_NILADIC = re.compile(
+    r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
+    re.IGNORECASE,
+)
+_NOT_CALLED = frozenset(
+    [
+        "and",
+        "as",
+        "between",
+        "case",
+        "else",
+        "exists",
+        "filter",
+        "in",
+        "is",
+        "like",
+        "not",
+        "on",
+        "or",
+        "over",
+        "then",
+        "values",
+        "when",
+        "where",
+    ]
+)
+
+
+def _read_texts(analysis: Analysis, dialect: str) -> None:
+    """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
+    for text in analysis.texts:
+        if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
+            "select",
+            "with",
+            "values",
+            "table",
+        ):
+            statement = read_text(text, dialect)
+            analysis.opaque = analysis.opaque or not statement.understood
+            analysis.writes = analysis.writes or bool(statement.writes)
+            analysis.text_tables |= statement.reads
+            analysis.functions |= statement.functions
+        elif _WORDS_OF_QUERIES.search(text):
+            analysis.opaque = True
+        else:
+            calls = {name.lower() for name in _CALL.findall(text)}
+            analysis.functions |= calls - _NOT_CALLED
+            analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
+
+
+def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
+    state = rendered.compile_state
+    statement = getattr(state, "statement", None) if state is not None else rendered.statement
+    if not isinstance(statement, Select) or statement.whereclause is None:
+        return
+    for conjunct in _conjuncts(statement.whereclause):
+        if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (
+            operators.eq,
+            operators.in_op,
+        ):
+            continue
+        for column, value in ((conjunct.left, conjunct.right), (conjunct.right, conjunct.left)):
+            table = _base_table(column)
+            if table is None or not isinstance(value, BindParameter) or value.callable is not None:
+                continue
+            name = rendered.bind_names.get(value)
+            key = (table.schema, table.name)
+            tracked = {each.name: each for each in tracked_columns(table)}
+            if name is None or column.name not in tracked or analysis.tables[key] != 1:
+                continue
+            if conjunct.operator is operators.in_op and not value.expanding:
+                continue
+            # the parameter must be compared as the column's type: '1' = 1 may hold in the database
+            if isinstance(value.type, type(tracked[column.name].type)) or isinstance(
+                tracked[column.name].type, type(value.type)
+            ):
+                yield Pin(key, column.name, (name,), tracked[column.name].primary_key)
+
+
+def _conjuncts(clause: Any) -> Iterator[Any]:
+    if isinstance(clause, Grouping):
+        yield from _conjuncts(clause.element)
+    elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+        for each in clause.clauses:
+            yield from _conjuncts(each)
+    else:
+        yield clause
+
+
+def _base_table(column: Any) -> Table | None:
+    if not isinstance(column, ColumnElement):
+        return None
+    owner = getattr(column, "table", None)
+    if isinstance(owner, Alias):
+        owner = owner.element
+    return owner if isinstance(owner, Table) else None
+
+
+# --- names of tables -----------------------------------------------------------------------------------
+
+
+def _translated(table: TableName, translate: Mapping[str | None, str | None]) -> TableName:
+    schema, name = table
+    return translate.get(schema, schema), name
+
+
+def _label(schema: str | None, name: str) -> str:
+    return f"{schema}.{name}".lower() if schema else name.lower()
+
+
+def _reader_labels(schema: str | None, name: str) -> list[str]:
+    """What a reader calls a table. With a schema, it also listens to writes that did not say which."""
+    return [_label(schema, name), _label("*", name)] if schema else [_label(None, name)]
+
+
+def _writer_labels(schema: str | None, name: str, default_schema: str | None) -> list[str]:
+    """All that readers may call a table, seen from a connection whose default schema is known."""
+    labels = [_label(schema, name)]
+    if schema is None and default_schema:
+        labels.append(_label(default_schema, name))
+    elif schema is not None:
+        # textual SQL elsewhere may reach it without naming the schema
+        labels.append(_label(None if schema == default_schema else "?", name))
+    return labels
+
+
+# --- writing -------------------------------------------------------------------------------------------
+
+
+def set_write_tags(table: TableName, default_schema: str | None, *, anywhere: bool = False) -> Iterator[str]:
+    """The tags that a write changes of which only the table is known.
+
+    Args:
+        table: schema and name, as they are in the database.
+        default_schema: the connection's default schema.
+        anywhere: True where the schema was not said and a search path decides (textual SQL).
+    """
+    labels = _writer_labels(*table, default_schema)
+    if anywhere:
+        labels.append(_label("*", table[1]))
+    for label in labels:
+        yield table_tag(label)
+        yield bulk_tag(label)
+
+
+def row_write_tags(
+    table: Table,
+    schema: str | None,
+    values: Iterable[tuple[str, object]],
+    default_schema: str | None,
+    slots: int,
+    *,
+    inserted: bool,
+) -> Iterator[str]:
+    """The tags that writes of rows change.
+
+    Args:
+        table: the table.
+        schema: its schema in the database.
+        values: (name of a tracked column, value), for old and new values.
+        default_schema: the connection's default schema.
+        slots: number of slots of a column.
+        inserted: True if all these rows are new.
+    """
+    known = []
+    for column, value in values:
+        if value is None:
+            continue  # no comparison with a parameter finds NULL
+        slot = slot_of(value, slots)
+        if slot is None:
+            yield from set_write_tags((schema, table.name), default_schema)
+            return
+        known.append((column, slot))
+    for label in _writer_labels(schema, table.name, default_schema):
+        yield table_tag(label)
+        if not inserted:
+            yield change_tag(label)
+        for column, slot in known:
+            yield slot_tag(label, column, slot)
+
+
+def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
+    """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
+    return _cascades(table, delete, len(table.metadata.tables))
+
+
+@lru_cache(maxsize=4096)
+def _cascades(table: Table, delete: bool, known_tables: int) -> frozenset[Table]:
+    """The number of tables is there to ask once more when further ones were declared."""
+    found: set[Table] = set()
+    todo = [table]
+    while todo:
+        current = todo.pop()
+        for other in table.metadata.tables.values():
+            for key in other.foreign_keys:
+                action = (key.ondelete if delete else key.onupdate) or ""
+                if (
+                    other not in found
+                    and action.upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
+                    and _refers_to(key, current)
+                ):
+                    found.add(other)
+                    todo.append(other)
+    return frozenset(found)
+
+
+def _refers_to(key: ForeignKey, table: Table) -> bool:
+    try:
+        return key.column.table is table
+    except NoReferenceError:  # to a table that was not declared
+        return False

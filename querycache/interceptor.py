@@ -1,0 +1,534 @@
+"""The read path, whole: decide, look up, replay or freeze.
+
+One handler of ``do_orm_execute`` answers every select for which somebody asked the cache:
+
+1. **Decide.** Options of the statement, or a policy of its entity, ask for the cache. Some statements are
+   never answered from it (row locks, refreshes, server-side cursors …): they are *bypassed*, with a reason.
+2. **Let the others speak.** Handlers registered later may still change the statement (tenant filters!), or
+   run it several times (shards). They are run first, and the cache answers each statement that comes out.
+3. **Look up**, in one round trip: the entry, and the versions of the tags on which it depends.
+4. **Replay** the entry if its versions still stand; otherwise ask the database, and **freeze** what it
+   returns under the versions that were read *before* it was asked.
+
+SQLAlchemy completes objects by further statements (``selectinload`` …). They reach this handler while the
+first one is being loaded, which a context variable tells, and are replayed from, or frozen into, its entry.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sqlalchemy.engine import Result
+from sqlalchemy.orm import ORMExecuteState, Session
+
+from querycache import sa_internals
+from querycache.codec import Corrupt, Unstorable
+from querycache.dependencies import Analysis, Declarations, analyse
+from querycache.errors import CacheMiss
+from querycache.events import Explanation, Outcome, Telemetry
+from querycache.flight import Flights
+from querycache.frozen import (
+    Entry,
+    FrozenStatement,
+    canonical_parameters,
+    discriminators,
+    fingerprint,
+    fits,
+    freeze,
+    layout,
+    merge_frozen_result,
+)
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
+from querycache.ledger import Reading
+from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
+from querycache.regions import Region
+from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
+from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
+from querycache.writes import Transaction, Writes
+
+__all__ = ["Interceptor", "Request"]
+
+# Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
+_DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
+
+
+_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...]] = (None, "", [], ())
+
+
+class _Bypass(Exception):
+    """The statement goes to the database, for the reason given."""
+
+
+class _Refresh(_Bypass):
+    """The statement refreshes an object."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A statement that asks for the cache, with all that is known before it is looked up."""
+
+    region: Region
+    options: CacheOptions
+    prepared: Prepared
+    analysis: Analysis
+    key: str
+    tags: list[str]
+    tag_keys: tuple[str, ...]
+    transactions: Sequence[Transaction] = ()
+
+    @property
+    def name(self) -> str:
+        """What to call it in events."""
+        return self.options.key if isinstance(self.options.key, str) else self.key[-40:-28]
+
+    @property
+    def session(self) -> Session:
+        return self.prepared.invocation.session
+
+
+@dataclass(slots=True)
+class _Load:
+    """A request whose rows are being loaded, and what is gathered for its entry meanwhile.
+
+    Attributes:
+        reading: versions of the tags, read before a statement that depends on them was run; None where the server
+            did not answer.
+        loads: the further statements by fingerprint: those of the entry on a hit, those recorded on a miss.
+        spoiled: why nothing of this may be stored; empty while it may.
+        grown: True once a further statement was recorded.
+        needed: keys of the tags that the answer depends on.
+    """
+
+    request: Request
+    reading: Reading | None
+    needed: set[str]
+    loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
+    spoiled: str = ""
+    grown: bool = False
+    _token: Token[_Load | None] | None = None
+
+    def __enter__(self) -> None:
+        self._token = _loading.set(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _loading.reset(cast("Token[_Load | None]", self._token))
+
+    def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+        """Ask the database, freeze what it returns, and load that."""
+        description, rows, rowcount = prepared.execute()
+        frozen = None
+        if prepared.rewritten:
+            self.spoiled = "rewritten"
+        if not self.unfit:
+            try:
+                frozen = freeze(description, rows, rowcount)
+            except Unstorable as refusal:
+                self.spoiled = refusal.reason
+        return frozen, prepared.replay(description, rows, rowcount)
+
+    def observe(self, tags: Sequence[str]) -> None:
+        """Read the versions of tags not read yet, before the statement runs that depends on them."""
+        region = self.request.region
+        keys = region.tag_keys(tags)
+        self.needed.update(keys)
+        if self.reading is not None and not self.needed.issubset(self.reading.tags):
+            more = region.observe(keys)
+            self.reading = None if more is None else self.reading.union(more)
+
+    @property
+    def unfit(self) -> str:
+        """Why this cannot be stored, in a word or two; empty where it can."""
+        if self.spoiled:
+            return self.spoiled
+        if self.reading is None:
+            return "unavailable"
+        return "" if self.reading.of(self.needed).fillable else "pending"
+
+
+class _Explained(Exception):
+    """Carries an explanation out of Session.execute."""
+
+    def __init__(self, explanation: Explanation) -> None:
+        self.explanation = explanation
+
+
+_explaining: ContextVar[bool] = ContextVar("querycache_explaining", default=False)
+
+
+# The load that runs around the current statement, in this thread or task.
+_loading: ContextVar[_Load | None] = ContextVar("querycache_loading", default=None)
+
+
+class Interceptor:
+    """The ``do_orm_execute`` handler of one QueryCache.
+
+    Args:
+        region_for: gives the region of a name, the default one for None.
+        writes: knows what the transactions of a session have written.
+        declared: what the application has said about views, triggers and functions.
+        telemetry: is told each decision.
+        scope: gives, for a session, a value that keeps answers apart (tenant, locale, role).
+        policies: what is cached without a word in the statement, by mapped class.
+    """
+
+    def __init__(
+        self,
+        region_for: Callable[[str | None], Region],
+        writes: Writes,
+        declared: Declarations,
+        telemetry: Telemetry,
+        scope: Callable[[Session], object] | None,
+        policies: Mapping[type, Policy],
+    ) -> None:
+        self._region_for = region_for
+        self._writes = writes
+        self._declared = declared
+        self._telemetry = telemetry
+        self._scope = scope
+        self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
+        self._flights = Flights()
+        self._known_options: dict[object, CacheOptions | None] = {}
+
+    def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
+        """Answer the statement, or return None to leave it to SQLAlchemy."""
+        load = _loading.get()
+        if load is not None and load.request.session is state.session:
+            if sa_internals.later_handlers(state):
+                return sa_internals.run_later_handlers(state, self._last)
+            return self._complete(load, state)
+        options = self._wanted(state)
+        if options is None and not _explaining.get():
+            return None
+        if sa_internals.later_handlers(state):
+            return sa_internals.run_later_handlers(state, self._last)
+        return self._answer(state, options)
+
+    def _last(self, state: ORMExecuteState) -> Result[Any]:
+        """Answer the statement after all other handlers have had their say."""
+        load = _loading.get()
+        if load is not None and load.request.session is state.session:
+            result = self._complete(load, state)
+        else:
+            result = self._answer(state, self._wanted(state))
+        return sa_internals.run_statement(state) if result is None else result
+
+    def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
+        if _explaining.get():
+            raise _Explained(self._explanation(state, options))
+        if options is None:
+            return None
+        region = self._region_for(options.region)
+        try:
+            request = self._decide(state, region, options)
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+            name = options.key if isinstance(options.key, str) else ""
+            self._telemetry.emit("bypass", region.name, name, str(refusal))
+            return None
+        return self._look_up(request)
+
+    def explain(self, session: Session, statement: Any) -> Explanation:
+        """What would be done with a statement, found by doing it up to the point where it would be answered."""
+        token = _explaining.set(True)
+        try:
+            with session.no_autoflush:
+                session.execute(statement)
+        except _Explained as explained:
+            return explained.explanation
+        finally:
+            _explaining.reset(token)
+        raise AssertionError("the handler always explains")
+
+    def _explanation(self, state: ORMExecuteState, options: CacheOptions | None) -> Explanation:
+        if options is None:
+            return Explanation(False, "no cache_key, no policy")
+        region = self._region_for(options.region)
+        try:
+            request = self._decide(state, region, options)
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+            return Explanation(False, str(refusal), region.name)
+        lookup = region.lookup(request.key, request.tag_keys)
+        distrust = "" if lookup.reading is None else self._distrust(request, lookup.reading)
+        stored = lookup.entry is not None
+        return Explanation(
+            cacheable=not distrust,
+            reason=distrust or lookup.reason or lookup.outcome,
+            region=region.name,
+            key=request.key,
+            tags=tuple(request.tags),
+            stored=stored,
+            age=None if lookup.entry is None else max(0.0, time.time() - lookup.entry.created),
+            promise=region.promise,
+        )
+
+    # --- decide ------------------------------------------------------------------------------------
+
+    def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
+        if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
+            return self._options_from(sa_internals.effective_options(state))
+        for option in sa_internals.statement_options(state.statement):
+            if isinstance(option, FromCache):
+                return option.cache_options
+            if isinstance(option, RelationshipCache) and state.is_relationship_load:
+                path: Any = state.loader_strategy_path
+                if option.applies_to(path[-2], path[-1].key):
+                    return option.cache_options
+        if self._policies and state.is_select and state.bind_mapper is not None:
+            for cls in state.bind_mapper.class_.__mro__:
+                if cls in self._policies:
+                    return self._policies[cls]
+        return None
+
+    def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
+        """The checked form of execution options, the same object for the same values."""
+        given = tuple(
+            (name, type(options[name]), options[name])
+            for name in options
+            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
+        )
+        try:
+            known = self._known_options.get(given)
+        except TypeError:  # a list among the values
+            return CacheOptions.from_execution_options(options)
+        if known is None:
+            known = CacheOptions.from_execution_options(options)
+            if len(self._known_options) > 1000:
+                self._known_options.clear()
+            self._known_options[given] = known
+        return known
+
+    def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        """All that is needed to look the statement up.
+
+        Raises:
+            _Bypass: no cache can answer this statement.
+            UnkeyableValue: a parameter, or the scope, has no canonical form.
+            Unpreparable: a parameter has no value.
+        """
+        if options.mode == "bypass":
+            raise _Bypass("mode")
+        self._refuse(state)
+        session = state.session
+        prepared = sa_internals.prepare(Invocation.take(state))
+        plan = prepared.plan
+        self._writes.watch(plan.engine)
+        scope = "" if self._scope is None else canonical(self._scope(session))
+        # For a statement that is executed again and again, all of this follows from its plan.
+        memo = (self, region, options, scope)
+        analysis, key, tags, tag_keys = plan.memo.get(memo, _NOTHING_KNOWN)
+        if analysis is None:
+            analysis = analyse(plan.compiled)
+            self._refuse_content(analysis, plan, options)
+            key = self._key(region, options, plan, analysis, scope)
+            tags = self._tags(region, options, plan, analysis)
+            if len(plan.memo) > 16:
+                plan.memo.clear()
+            tag_keys = region.tag_keys(tags)
+            plan.memo[memo] = analysis, key, tags, tag_keys
+        self._writes.notice_old_views(session)
+        transactions = self._writes.transactions(session)
+        request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
+        if self._writes.owes(region.ledger):
+            raise _Bypass("unavailable")
+        for transaction in transactions:
+            if transaction.hides(tags):
+                raise _Bypass("own write")
+        return request
+
+    @staticmethod
+    def _refuse(state: ORMExecuteState, within: bool = False) -> None:
+        """Raise _Bypass for what no cache can answer, as far as it shows before the statement is compiled."""
+        statement: Any = state.statement
+        session = state.session
+        options = sa_internals.effective_options(state)
+        if not (statement.is_select or statement.is_from_statement or sa_internals.is_textual(statement)):
+            raise _Bypass("not a select")
+        if statement.is_dml:
+            raise _Bypass("not a select")
+        if state.is_executemany:
+            raise _Bypass("several parameter sets")
+        if "sa_top_level_orm_context" in options and not within:
+            raise _Bypass("part of another load")
+        if not session.is_active:
+            raise _Bypass("transaction failed")
+        if sa_internals.is_flushing(session):
+            raise _Bypass("flushing")
+        if not _DATABASE_ONLY.isdisjoint(options):
+            for name in _DATABASE_ONLY.intersection(options):
+                if options[name]:
+                    raise _Bypass(name)
+        load_options = sa_internals.load_options(options)
+        if load_options is not None:
+            if load_options["refresh_state"] is not None:
+                raise _Refresh("refresh")
+            for name in ("populate_existing", "yield_per"):
+                if load_options[name]:
+                    raise _Bypass(name)
+
+    def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
+        """Raise _Bypass for what no cache can answer, as far as it shows in what the statement says."""
+        if analysis.locks:
+            raise _Bypass("for update")
+        if analysis.writes:
+            raise _Bypass("not a select")
+        if options.ttl is not None:
+            return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
+        unstable = analysis.unstable(self._declared)
+        if unstable:
+            raise _Bypass(f"function {unstable}")
+        if analysis.opaque and not options.tables:
+            raise _Bypass("text")
+
+    def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
+        name = options.key if isinstance(options.key, str) else ""
+        if options.exact:
+            return region.entry_key(digest((name, scope)))
+        identity = bind_identity(plan.engine)
+        parts = (
+            analysis.structure,
+            identity,
+            plan.sql,
+            canonical_parameters(plan),
+            discriminators(plan),
+            name,
+            scope,
+        )
+        return region.entry_key(digest(parts))
+
+    def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
+        tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
+        if isinstance(options.key, str):
+            tags.append(key_tag(options.key))
+        tags.extend(map(user_tag, options.tags))
+        tags.extend(map(table_tag, self._declared.closure(options.tables)))
+        tags.extend(analysis.tags(plan, self._declared))
+        return tags
+
+    # --- look up -----------------------------------------------------------------------------------
+
+    def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
+        region, options = request.region, request.options
+        lookup = region.lookup(request.key, request.tag_keys)
+        outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
+        if reading is not None:
+            distrust = self._distrust(request, reading)
+            if distrust:
+                self._telemetry.emit("bypass", region.name, request.name, distrust)
+                return None
+        if options.mode == "refresh":
+            outcome, reason, entry = "miss", "refresh", None
+        elif entry is not None and options.exact and not fits(entry, request.prepared):
+            warnings.warn(
+                f"cache_exact: what is stored under {request.name!r} does not have the columns of the "
+                "statement that asks for it, so the database was asked. Give each kind of row its own cache_key",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            outcome, reason, entry = "miss", "layout", None
+            # valid by its own tags; those of this statement may never have been looked up
+            reading = region.observe(request.tag_keys)
+        if entry is not None and reading is not None:
+            try:
+                result = self._replay(request, entry, reading)
+            except Corrupt as fault:
+                outcome, reason = "miss", fault.reason
+            else:
+                self._telemetry.emit("hit", region.name, request.name)
+                return result
+        if options.mode == "only":
+            raise CacheMiss(
+                f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
+                "cache_mode='only' forbids to ask the database"
+            )
+        if reading is None:
+            self._telemetry.emit(outcome, region.name, request.name, reason)
+            return self._ask_database(request, reading)
+        flight = (region.name, request.key, reading.versions)
+        if may_wait and sa_internals.may_block() and self._flights.wait(flight):
+            return self._look_up(request, may_wait=False)
+        self._telemetry.emit(outcome, region.name, request.name, reason)
+        with self._flights.flying(flight):
+            return self._ask_database(request, reading)
+
+    @staticmethod
+    def _distrust(request: Request, reading: Reading) -> str:
+        """Why this session's transaction must not be answered from the cache; empty where it may."""
+        ledger = request.region.ledger
+        for transaction in request.transactions:
+            if transaction.snapshot is not None and transaction.snapshot.get(ledger) != (
+                reading.witness or -1
+            ):
+                return "snapshot"
+            if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(
+                reading.tags
+            ):
+                return "own write"
+        return ""
+
+    # --- replay, or ask the database and freeze ------------------------------------------------------
+
+    def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
+        load = _Load(request, reading, set(reading.tags), dict(entry.loads))
+        sa_internals.autobegin(request.session)
+        with load:
+            result = merge_frozen_result(request.prepared, entry.main)
+        if load.grown:
+            self._fill(load, entry.main)
+        return result
+
+    def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
+        load = _Load(request, reading, set(request.tag_keys))
+        with load:
+            main, result = load.run(request.prepared)
+        self._fill(load, main)
+        return result
+
+    def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
+        """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
+        try:
+            self._refuse(state, within=True)
+            prepared = sa_internals.prepare(Invocation.take(state))
+            analysis = analyse(prepared.plan.compiled)
+            self._refuse_content(analysis, prepared.plan, load.request.options)
+            mark = fingerprint(prepared.plan)
+        except _Refresh:
+            return None  # not part of the answer, but of what the application does with it
+        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+            load.spoiled = str(refusal)
+            return None
+        frozen = load.loads.get(mark)
+        if frozen is not None:
+            return merge_frozen_result(prepared, frozen)
+        load.observe(analysis.tags(prepared.plan, self._declared))
+        frozen, result = load.run(prepared)
+        if frozen is not None:
+            load.loads[mark] = frozen
+            load.grown = True
+        return result
+
+    def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
+        request = load.request
+        outcome: Outcome = "bypass"
+        reason = load.unfit or self._unfit_transaction(request, load.reading)
+        if main is not None and load.reading is not None and not reason:
+            shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
+            entry = Entry(time.time(), main, load.loads, shape)
+            reading = load.reading.of(load.needed)
+            reason = request.region.fill(request.key, entry, reading, request.options.ttl, request.tag_keys)
+            outcome = "error" if reason else "fill"
+        self._telemetry.emit(outcome, request.region.name, request.name, reason)
+
+    def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
+        """Why what this session's transaction has read must not be shared; empty where it may."""
+        request.transactions = self._writes.transactions(request.session)
+        for transaction in request.transactions:
+            if transaction.wrote:
+                return "after write"
+        if sa_internals.reads_uncommitted(request.session):
+            return "uncommitted"
+        return self._distrust(request, reading) if reading is not None else ""

@@ -1,0 +1,219 @@
+"""Keys: what names an answer, the same in every process.
+
+Two statements share an answer only if the driver would be given the same SQL text and the same parameter
+values, for the same database, under the same scope. That alone decides the rows, so it is the heart of the
+key: the text as compiled for the dialect (``DISTINCT ON``, ``SKIP LOCKED`` and translated schemas are in
+it), and the parameters after bind processing, in a canonical form in which ``1``, ``True``, ``1.0`` and
+``"1"`` differ.
+
+What the text does not show is which further statements the answer brings along (``selectinload`` and its
+like), so a digest of the statement's structure, loader options and criteria included, is part of the key
+too. It only separates entries. Nothing wrong is ever served where two structures share a digest: each
+further statement is found by its own SQL and parameters, and one that is not found is asked of the database.
+
+Keys are digests (BLAKE2b, RFC 7693): no value of the application can be read from them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import enum
+import os
+import secrets
+import types
+import uuid
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from sqlalchemy import Column, Table
+from sqlalchemy.engine import Engine
+from sqlalchemy.orm import Mapper
+from sqlalchemy.types import TypeEngine
+
+from querycache.sa_internals import root_engine
+
+__all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
+
+
+class UnkeyableValue(TypeError):
+    """A parameter has a type without a canonical form, so that no key can be made.
+
+    Attributes:
+        reason: two or three words that name the type.
+    """
+
+    def __init__(self, value: object) -> None:
+        self.reason = f"parameter type {type(value).__qualname__}"
+        super().__init__(self.reason)
+
+
+# repr() of these types, exactly and not their subclasses, is one form per value, and tells the type
+_CANONICAL = frozenset(
+    {
+        bool,
+        bytes,
+        datetime.date,
+        datetime.timedelta,
+        decimal.Decimal,
+        float,
+        int,
+        str,
+        type(None),
+        uuid.UUID,
+    }
+)
+
+
+def canonical(value: object) -> str:
+    """A text that is equal for equal values of one type and differs otherwise.
+
+    Args:
+        value: a value as given to a driver; containers are walked.
+    Raises:
+        UnkeyableValue: the value, or one inside it, is of a type without a canonical form.
+    """
+    kind = type(value)
+    if kind in _CANONICAL:
+        return repr(value)
+    if kind is tuple or kind is list:
+        if _CANONICAL.issuperset(map(type, value)):  # type: ignore[call-overload]
+            return repr(value)
+        return f"{kind.__name__}({','.join(map(canonical, value))})"  # type: ignore[call-overload]
+    if kind is dict:
+        pairs = sorted((canonical(k), canonical(v)) for k, v in value.items())  # type: ignore[attr-defined]
+        return f"dict({','.join(f'{k}:{v}' for k, v in pairs)})"
+    if kind is set or kind is frozenset:
+        return f"{kind.__name__}({','.join(sorted(map(canonical, value)))})"  # type: ignore[call-overload]
+    if kind is memoryview or kind is bytearray:
+        return f"{kind.__name__}({bytes(value)!r})"  # type: ignore[call-overload]
+    if isinstance(value, enum.Enum):
+        return f"{kind.__module__}.{kind.__qualname__}.{value.name}"
+    if kind is datetime.datetime or kind is datetime.time:
+        # the repr() of a time zone may be anything; what reaches the database is the offset
+        offset = value.utcoffset()  # type: ignore[attr-defined]
+        return f"{value.replace(tzinfo=None)!r}{offset!r}"  # type: ignore[attr-defined]
+    module = kind.__module__
+    if module == "ipaddress":
+        return f"{kind.__name__}({value})"
+    if module in ("psycopg.types.json", "psycopg.dbapi20"):  # Json, Jsonb, Binary
+        return f"{kind.__name__}({canonical(value.obj)})"  # type: ignore[attr-defined]
+    if module.startswith("psycopg.types.range"):
+        bounds = (value.lower, value.upper, value.bounds)  # type: ignore[attr-defined]
+        return f"{kind.__name__}({canonical(bounds)})"
+    if module.startswith("psycopg.types.multirange"):
+        return f"{kind.__name__}({','.join(map(canonical, value))})"  # type: ignore[call-overload]
+    raise UnkeyableValue(value)
+
+
+def digest(parts: Iterable[str | bytes], size: int = 20) -> bytes:
+    """BLAKE2b over the parts, each preceded by its length.
+
+    Args:
+        parts: texts and bytes, in an order that matters.
+        size: length of the digest in bytes.
+    """
+    hasher = blake2b(digest_size=size)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(4, "big"))
+        hasher.update(data)
+    return hasher.digest()
+
+
+_private_databases: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+
+
+def bind_identity(engine: Engine) -> str:
+    """Which database an engine speaks to, without its password.
+
+    An SQLite database in memory belongs to one engine, and so does what a ``creator`` connects to when the
+    URL does not say: such engines get a random identity of their own, which they share with what
+    ``Engine.execution_options`` makes from them.
+    """
+    engine = root_engine(engine)
+    url = engine.url
+    if url.get_backend_name() == "sqlite":
+        name = url.database
+        if name and name != ":memory:" and not name.startswith("file:"):
+            return f"sqlite:{os.path.abspath(name)}"
+    elif url.host or url.database or url.query:
+        return (
+            f"{url.get_backend_name()}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)}"
+        )
+    identity = _private_databases.get(engine)
+    if identity is None:
+        identity = _private_databases.setdefault(engine, f"private:{secrets.token_hex(8)}")
+    return identity
+
+
+def structure_digest(cache_key: Sequence[Any] | None) -> bytes:
+    """A digest of a statement's structure that is the same in every process.
+
+    Args:
+        cache_key: the ``key`` of SQLAlchemy's :class:`~sqlalchemy.sql.expression.CacheKey`, None where an
+            element of the statement has none.
+    """
+    hasher = blake2b(digest_size=16)
+    _walk(cache_key, hasher.update)
+    return hasher.digest()
+
+
+def _walk(value: Any, update: Any) -> None:
+    # Objects are told apart by what names them in every process; never by repr() or hash(), which hold
+    # addresses and random seeds.
+    kind = type(value)
+    if kind is tuple and value and isinstance(value[0], type) and issubclass(value[0], TypeEngine):
+        # A type and its arguments, which SQLAlchemy takes from a set.
+        _walk(value[0], update)
+        _walk_unordered(value[1:], update)
+    elif kind is tuple and value and all(isinstance(item, Mapper) for item in value):
+        # Classes that selectin_polymorphic has sorted by address.
+        _walk_unordered(value, update)
+    elif kind is tuple or kind is list:
+        update(b"(%d," % len(value))
+        previous = None
+        for item in value:
+            # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
+            # them. Where they are no defaults, it shows in the SQL.
+            if previous != "_compile_options":
+                _walk(item, update)
+            previous = item
+    elif kind in _CANONICAL:
+        update(f"{value!r},".encode("utf-8", "surrogatepass"))
+    elif isinstance(value, Mapping):
+        _walk_unordered(value.items(), update)
+    elif isinstance(value, (set, frozenset)):
+        _walk_unordered(value, update)
+    elif isinstance(value, type):
+        update(f"<{value.__module__}.{value.__qualname__}>".encode())
+    elif isinstance(value, Table):
+        update(f"table {value.fullname}".encode())
+    elif isinstance(value, Column):
+        update(
+            f"column {value.table.fullname if isinstance(value.table, Table) else ''}.{value.name}".encode()
+        )
+    elif isinstance(value, Mapper):
+        update(f"mapper {value.class_.__module__}.{value.class_.__qualname__}".encode())
+    elif isinstance(value, types.CodeType):
+        update(f"code {value.co_filename}:{value.co_firstlineno}".encode())
+        update(value.co_code)
+    elif isinstance(value, enum.Enum):
+        update(f"{kind.__qualname__}.{value.name}".encode())
+    elif hasattr(value, "__qualname__"):
+        update(f"function {value.__module__}.{value.__qualname__}".encode())
+    else:
+        update(f"<{kind.__module__}.{kind.__qualname__}>".encode())
+
+
+def _walk_unordered(values: Iterable[Any], update: Any) -> None:
+    digests = []
+    for value in values:
+        hasher = blake2b(digest_size=16)
+        _walk(value, hasher.update)
+        digests.append(hasher.digest())
+    update(b"{%d," % len(digests))
+    for each in sorted(digests):
+        update(each)

@@ -1,0 +1,321 @@
+"""The ledger: which version each tag has, and therefore which entries may still be used.
+
+An answer in the cache depends on **tags** (a table, a slot of rows, a name that the user gave). The ledger
+keeps one version per tag in the same store as the entries, and an entry carries the versions that its tags
+had *before* the database was asked: its **vector**. An entry is valid exactly while every one of its tags is
+present, clean and equal to what the vector says. Nobody ever deletes entries to invalidate them, and no
+clocks are compared.
+
+**Writers** work in two phases. Just before COMMIT, :meth:`Ledger.begin` puts a *pending* mark on every tag of
+the transaction, so that no lookup hits or fills under it while the commit becomes visible. After COMMIT, or
+its failure, :meth:`Ledger.end` gives each tag a new generation and takes the mark off. Marks are counted, so
+writers may overlap. A writer that dies in between leaves its mark, and the tag stays unusable until the mark
+heals: the entries that it made stale are never served again.
+
+**Losing keys** (eviction, flush, restart) must be survived. A tag that is gone makes its entries invalid, and
+when it is created again it gets a random incarnation that no entry has. But the marks of writers still at
+work were lost with it, so it starts in *quarantine*, as unusable as if it were marked.
+
+**Healing.** One more counter, the **witness**, is marked by every writer whatever it writes, first in phase
+one and last in phase two. Whoever reads a tag unclean and *after that* the witness clean knows that no writer
+is at work anywhere, so every mark on the tag, kept or lost, is dead, and clears it
+(:meth:`StoreBackend.settle`). The witness itself, and tags under a load so steady that the witness is never
+clean, heal by **lease**: a process that for a whole lease, on its own monotonic clock, has seen a tag in one
+incarnation and never clean, clears a quarantine; marks it first turns into a quarantine, which then lasts
+another lease. This is right as long as no writer spends longer than a lease between its mark and the end of
+its COMMIT. Where the store can prove that nothing was ever lost, the witness need not wait for its first
+lease, so that a new server serves at once; for marks that were given up that is no proof.
+
+What each step does to a version is in :mod:`querycache.versions`. That no interleaving of writers, readers,
+crashes and losses gives a stale hit is checked exhaustively in ``tests/test_ledger_model.py``, and on this
+code, under random schedules, in ``tests/test_ledger_schedules.py``.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from querycache import versions
+from querycache.store import Mark, StoreBackend
+
+__all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading"]
+
+DEFAULT_LEASE = 30.0
+"""Seconds. Longer than any COMMIT takes."""
+
+Marks = Mapping[str, Mark]
+"""What :meth:`Ledger.begin` gives and :meth:`Ledger.end` takes: opaque to everyone else."""
+
+_PROOF_INTERVAL = 1.0
+_MOST_WATCHED = 16_384
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one lookup found. Take it before the database is asked, and fill with it afterwards."""
+
+    tags: tuple[str, ...]
+    """The tags that were asked for, in the order of ``versions``."""
+
+    versions: tuple[int | None, ...]
+    """Their versions at the time of the lookup; None for one that is missing."""
+
+    payload: bytes | None
+    """The valid entry, or None."""
+
+    stale: bool
+    """Whether an entry was found that is valid no more, or that could not be read."""
+
+    witness: int | None = None
+    """The version of the witness, read last: it differs from one reading to the next if anybody wrote
+    between."""
+
+    @property
+    def fillable(self) -> bool:
+        """Whether an answer read from the database from now on may be stored under these versions."""
+        return all(map(versions.is_clean, self.versions))
+
+    def of(self, tags: set[str]) -> Reading:
+        """This reading with these of its tags alone."""
+        if tags.issuperset(self.tags):
+            return self
+        kept = [pair for pair in zip(self.tags, self.versions, strict=True) if pair[0] in tags]
+        return Reading(
+            tuple(tag for tag, _ in kept), tuple(version for _, version in kept), None, False, self.witness
+        )
+
+    def union(self, other: Reading) -> Reading:
+        """This reading together with a later one of further tags, for an answer that depends on both."""
+        more = [
+            (tag, version)
+            for tag, version in zip(other.tags, other.versions, strict=True)
+            if tag not in self.tags
+        ]
+        return Reading(
+            (*self.tags, *(tag for tag, _ in more)),
+            (*self.versions, *(version for _, version in more)),
+            self.payload,
+            self.stale,
+            self.witness if self.witness == other.witness else None,
+        )
+
+
+class Ledger:
+    """The versions of the tags of one namespace.
+
+    :param store: where entries and versions are.
+    :param witness: the key of the counter that every writer marks; no tag may have this name.
+    :param lease: seconds after which a writer that has not ended is taken for dead; longer than any COMMIT.
+    :param clock: monotonic seconds of this process.
+
+    Every method may raise :class:`~querycache.errors.CacheUnavailable`. Safe for use by several threads.
+    """
+
+    def __init__(
+        self,
+        store: StoreBackend,
+        witness: str,
+        *,
+        lease: float = DEFAULT_LEASE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store = store
+        self.lease = lease
+        self._witness = witness
+        self._clock = clock
+        self._lock = threading.Lock()
+        # For each counter not seen clean: the incarnation it has, and since when.
+        self._unclean: dict[str, tuple[int, float]] = {}
+        self._next_proof = float("-inf")
+
+    # -- readers --------------------------------------------------------------------------------------------
+
+    def lookup(self, entry: str | None, tags: Sequence[str]) -> Reading:
+        """Read an entry together with the versions of its tags.
+
+        One round trip where the tags are clean; a few more where some are missing or unclean and can be
+        healed.
+
+        :param entry: the key of the entry; None to read versions only.
+        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
+            others (those of statements that were only met while it was loaded) they are read in a second
+            round trip.
+        """
+        blob, found = self.store.fetch(entry, [*tags, self._witness])
+        witness = found.pop()
+        payload = None if blob is None else _open(blob, tags, found)
+        if blob is not None and payload is None:
+            others = [tag for tag in _tags_of(blob) if tag not in tags]
+            if others:
+                tags = [*tags, *others]
+                _, found = self.store.fetch(None, [*tags, self._witness])
+                witness = found.pop()
+                payload = _open(blob, tags, found)
+        stale = blob is not None and payload is None
+        if payload is None and not all(map(versions.is_clean, found)):
+            found, witness = self._tend(tags, found, witness)
+        elif self._unclean:
+            self._forget(tags)
+        return Reading(tuple(tags), tuple(found), payload, stale, witness)
+
+    def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
+        """Store an answer that was read from the database after the reading was taken.
+
+        :param ttl: seconds that the entry may be used at most; None for no limit.
+        :returns: False if the reading is not fillable, or the store refused the entry.
+        """
+        return reading.fillable and self.store.store(entry, _seal(payload, reading), ttl)
+
+    def _tend(
+        self, tags: Sequence[str], found: list[int | None], witness: int | None
+    ) -> tuple[list[int | None], int | None]:
+        """Create and clear what can be created and cleared now; give the versions that there are then.
+
+        Of the witness too: it only differs from the one that was read where nobody else has changed it since.
+        """
+        witness = self._tend_witness(witness)
+        unclean = [tag for tag, version in zip(tags, found, strict=True) if not versions.is_clean(version)]
+        if versions.is_clean(witness) or None in found:
+            settled = dict(zip(unclean, self.store.settle(unclean, self._witness), strict=True))
+            found = [settled.get(tag, version) for tag, version in zip(tags, found, strict=True)]
+        return [self._watch(tag, version) for tag, version in zip(tags, found, strict=True)], witness
+
+    def _tend_witness(self, version: int | None) -> int | None:
+        if version is None:
+            planted = versions.planted(versions.fresh())
+            if not self.store.swap([(self._witness, None, planted)])[0]:
+                return None
+            version = planted
+        if versions.is_provable(version) and self._nothing_was_lost():
+            # Proven after the witness was read, and true only if no writer has touched it since.
+            clean = versions.cleared(version, versions.fresh())
+            if self.store.swap([(self._witness, version, clean)])[0]:
+                version = clean
+        return self._watch(self._witness, version)
+
+    def _nothing_was_lost(self) -> bool:
+        now = self._clock()
+        if now < self._next_proof:
+            return False
+        self._next_proof = now + _PROOF_INTERVAL
+        return self.store.lost_nothing_for(self.lease)
+
+    def _watch(self, counter: str, version: int | None) -> int | None:
+        """Remember since when a counter has not been seen clean, and heal it after a lease."""
+        if version is None or versions.is_clean(version):
+            self._forget((counter,))
+            return version
+        incarnation = versions.incarnation_of(version)
+        now = self._clock()
+        with self._lock:
+            known, since = self._unclean.get(counter, (None, now))
+            if known != incarnation:
+                since = now
+                if counter in self._unclean or len(self._unclean) < _MOST_WATCHED:
+                    self._unclean[counter] = (incarnation, now)
+                else:
+                    self._forget_old(now)
+        if now - since < self.lease:
+            return version
+        healed = versions.healed(version, versions.fresh())
+        if not self.store.swap([(counter, version, healed)])[0]:
+            return version
+        return self._watch(counter, healed)
+
+    def _forget(self, counters: Iterable[str]) -> None:
+        with self._lock:
+            for counter in counters:
+                self._unclean.pop(counter, None)
+
+    def _forget_old(self, now: float) -> None:
+        """Make room by forgetting counters that nobody has looked up since they could have healed."""
+        for counter, (_, since) in list(self._unclean.items()):
+            if now - since > 2 * self.lease:
+                del self._unclean[counter]
+
+    # -- writers --------------------------------------------------------------------------------------------
+
+    def begin(self, tags: Iterable[str]) -> Marks:
+        """Phase one, just before COMMIT: mark every tag pending. One round trip.
+
+        If it raises, marks may or may not have been made; those that were heal by lease.
+        """
+        counters = list(dict.fromkeys(tags))
+        return self.store.begin([self._witness, *counters]) if counters else {}
+
+    def end(self, marks: Marks) -> None:
+        """Phase two, after COMMIT or its failure: a new generation for every tag, and the marks taken off.
+
+        One round trip (memcached: more where other writers are at the same tags).
+        """
+        if marks:
+            in_order = {counter: mark for counter, mark in marks.items() if counter != self._witness}
+            in_order[self._witness] = marks[self._witness]
+            self.store.end(in_order)
+
+    def bump(self, tags: Iterable[str]) -> None:
+        """Invalidate by hand, outside any transaction: everything that depends on one of the tags is invalid.
+
+        One round trip.
+        """
+        counters = list(dict.fromkeys(tags))
+        if counters:
+            self.store.bump(counters)
+
+
+_HEADER = struct.Struct(">HI")
+
+
+def _seal(payload: bytes, reading: Reading) -> bytes:
+    """An entry as it is stored: number of tags, length of their names, versions, names, payload."""
+    return _header(reading.tags, reading.versions) + payload
+
+
+def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
+    names = _names(tuple(tags))
+    return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+@lru_cache(maxsize=1024)
+def _names(tags: tuple[str, ...]) -> bytes:
+    return "\0".join(tags).encode("utf-8", "surrogatepass")
+
+
+def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
+    """The payload of an entry, if all its tags are among those found, with the versions it was stored under.
+
+    (Only clean versions are ever stored.)
+    """
+    if None not in found:
+        header = _header(tags, found)
+        if blob.startswith(header):
+            return blob[len(header) :]
+    stored = _tags_of(blob)
+    if not stored:
+        return None
+    known = dict(zip(tags, found, strict=True))
+    now = [known.get(tag) for tag in stored]
+    if None in now:
+        return None
+    header = _header(stored, now)
+    return blob[len(header) :] if blob.startswith(header) else None
+
+
+def _tags_of(blob: bytes) -> list[str]:
+    """The tags that an entry names; none where the bytes are no entry."""
+    if len(blob) < _HEADER.size:
+        return []
+    count, length = _HEADER.unpack_from(blob)
+    start = _HEADER.size + 8 * count
+    if count == 0 or start + length > len(blob):
+        return []
+    try:
+        names = blob[start : start + length].decode("utf-8", "surrogatepass").split("\0")
+    except UnicodeDecodeError:
+        return []
+    return names if len(names) == count else []

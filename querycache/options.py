@@ -1,0 +1,205 @@
+"""The words with which a statement asks for the cache.
+
+Execution options (``.execution_options(cache_key="front-page", cache_ttl=60)``) are the short way. The
+statement options :class:`FromCache` and :class:`RelationshipCache` say the same through
+``.options(…)``; the second speaks of lazy loads that will come later. :class:`Policy` speaks of every
+select of an entity, in the table given to ``QueryCache(policies=…)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute
+from sqlalchemy.orm.interfaces import UserDefinedOption
+
+from querycache.errors import ConfigurationError
+
+__all__ = ["EXECUTION_OPTIONS", "CacheOptions", "FromCache", "Mode", "Policy", "RelationshipCache"]
+
+Mode = Literal["use", "refresh", "bypass", "only"]
+_MODES = get_args(Mode)
+
+EXECUTION_OPTIONS = frozenset(
+    {"cache_exact", "cache_key", "cache_mode", "cache_region", "cache_tables", "cache_tags", "cache_ttl"}
+)
+"""The execution options that querycache reads."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheOptions:
+    """What one statement asks of the cache, checked.
+
+    Attributes:
+        key: True to derive the key from the statement; a string becomes part of the key and names the tag by
+            which ``invalidate(key=…)`` finds every answer stored under it.
+        region: name of the region, None for the default one.
+        ttl: seconds after which the answer expires; None for the region's own.
+        tags: names for ``invalidate(tags=…)``.
+        tables: tables the statement reads, for text in which they cannot be seen.
+        mode: "use" the cache; "refresh": ask the database and store the answer; "bypass": leave the cache
+            out of it; "only": raise CacheMiss rather than ask the database.
+        exact: look up by the string in ``key`` alone, whatever the statement.
+    """
+
+    key: str | Literal[True] = True
+    region: str | None = None
+    ttl: float | None = None
+    tags: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    mode: Mode = "use"
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.key is not True and not (isinstance(self.key, str) and self.key):
+            raise ConfigurationError(
+                f"cache_key={self.key!r}: give a non-empty string, or True to derive the key from the statement"
+            )
+        if self.region is not None and not isinstance(self.region, str):
+            raise ConfigurationError(f"cache_region={self.region!r}: give the name of a region as a string")
+        check_ttl("cache_ttl", self.ttl)
+        if self.mode not in _MODES:
+            raise ConfigurationError(f"cache_mode={self.mode!r}: give one of {', '.join(map(repr, _MODES))}")
+        if not isinstance(self.exact, bool):
+            raise ConfigurationError(f"cache_exact={self.exact!r}: give True or False")
+        if self.exact and self.key is True:
+            raise ConfigurationError(
+                "cache_exact=True needs a string as cache_key: there is nothing else to go by"
+            )
+
+    @classmethod
+    def from_execution_options(cls, options: Mapping[str, Any]) -> CacheOptions | None:
+        """Read the execution options of a statement; None where it has no ``cache_key``.
+
+        ``cache_key=None`` and ``cache_key=False`` mean that the statement is not to be cached, also under a
+        policy; they give options with the mode "bypass".
+
+        Raises:
+            ConfigurationError: an option has a value that it cannot have, or a name close to a known one.
+        """
+        key = options.get("cache_key")
+        if key is None or key is False:
+            return cls(mode="bypass") if "cache_key" in options else None
+        values: dict[str, Any] = {}
+        for name in options:
+            if name.startswith("cache_"):
+                if name not in EXECUTION_OPTIONS:
+                    raise ConfigurationError(
+                        f"unknown execution option {name!r}: querycache knows {', '.join(sorted(EXECUTION_OPTIONS))}"
+                    )
+                value = options[name]
+                if name in ("cache_tags", "cache_tables"):
+                    value = names(name, value)
+                values[name.removeprefix("cache_")] = value
+        return cls(**values)
+
+
+def names(argument: str, value: object) -> tuple[str, ...]:
+    """A tuple of non-empty strings from what a caller gave; a single string is an error, not its letters."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigurationError(f"{argument}={value!r}: give a list of strings, such as [{value!r}]")
+    result = tuple(value)
+    for each in result:
+        if not isinstance(each, str) or not each:
+            raise ConfigurationError(f"{argument} has {each!r} in it: only non-empty strings can stand there")
+    return result
+
+
+def check_ttl(argument: str, value: object) -> None:
+    """Refuse what is not a positive number of seconds or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ConfigurationError(
+            f"{argument}={value!r}: give a positive number of seconds, or None for no expiry"
+        )
+
+
+class FromCache(UserDefinedOption):
+    """Statement option: answer this statement from the cache.
+
+    ``select(User).options(FromCache(ttl=60))`` is the same as
+    ``select(User).execution_options(cache_key=True, cache_ttl=60)``.
+
+    Args:
+        region: name of the region; the default region when left out.
+        key: as ``cache_key``: a string, or True to derive it.
+        ttl: seconds until the answer expires.
+        tags: names for ``invalidate(tags=…)``.
+    Raises:
+        ConfigurationError: a value that cannot be used.
+    """
+
+    propagate_to_loaders = False
+
+    def __init__(
+        self,
+        region: str | None = None,
+        key: str | Literal[True] = True,
+        ttl: float | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        self.cache_options = CacheOptions(key=key, region=region, ttl=ttl, tags=names("tags", tags))
+
+
+class RelationshipCache(UserDefinedOption):
+    """Statement option: answer later lazy loads of a relationship from the cache.
+
+    ``select(Comment).options(RelationshipCache(Comment.author))`` leaves the select itself alone; when
+    ``comment.author`` of an object that it loaded is touched, the load goes through the cache.
+
+    Args:
+        attribute: the relationship, such as ``Comment.author``.
+        region, key, ttl, tags: as for :class:`FromCache`.
+    Raises:
+        ConfigurationError: the attribute is not a mapped attribute, or a value that cannot be used.
+    """
+
+    propagate_to_loaders = True
+
+    def __init__(
+        self,
+        attribute: InstrumentedAttribute[Any],
+        region: str | None = None,
+        key: str | Literal[True] = True,
+        ttl: float | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
+        super().__init__()
+        if not isinstance(attribute, QueryableAttribute) or not hasattr(attribute, "parent"):
+            raise ConfigurationError(
+                f"RelationshipCache({attribute!r}): give a relationship attribute, such as Comment.author"
+            )
+        self.attribute = attribute
+        self.cache_options = CacheOptions(key=key, region=region, ttl=ttl, tags=names("tags", tags))
+
+    def applies_to(self, entity: Any, key: str) -> bool:
+        """True for the lazy load of this relationship by an object of this entity."""
+        return key == self.attribute.key and bool(entity.mapper.isa(self.attribute.parent.mapper))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How selects of an entity are cached that say nothing themselves.
+
+    Args:
+        ttl: seconds until an answer expires; None for the region's own.
+        region: name of the region; None for the default one.
+        tags: names for ``invalidate(tags=…)``.
+    Raises:
+        ConfigurationError: a value that cannot be used.
+    """
+
+    ttl: float | None = None
+    region: str | None = None
+    tags: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_ttl("Policy(ttl)", self.ttl)
+        object.__setattr__(self, "tags", names("Policy(tags)", self.tags))
+
+    def cache_options(self) -> CacheOptions:
+        return replace(CacheOptions(), ttl=self.ttl, region=self.region, tags=self.tags)

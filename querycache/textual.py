@@ -1,0 +1,218 @@
+"""What a piece of textual SQL reads and writes.
+
+Parsed with sqlglot where it is installed (``pip install querycache[text]``). What cannot be understood is said to be
+so, and is then taken for a statement that may read or write anything.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+__all__ = ["TextStatement", "commits", "first_word", "read_text"]
+
+TableName = tuple[str | None, str]
+
+_COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
+_HARMLESS = frozenset(
+    [
+        "analyze",
+        "begin",
+        "checkpoint",
+        "close",
+        "commit",
+        "deallocate",
+        "declare",
+        "describe",
+        "desc",
+        "discard",
+        "end",
+        "explain",
+        "fetch",
+        "listen",
+        "notify",
+        "pragma",
+        "prepare",
+        "release",
+        "reset",
+        "rollback",
+        "savepoint",
+        "set",
+        "show",
+        "start",
+        "unlisten",
+        "use",
+        "vacuum",
+    ]
+)
+_HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
+_COMMITTING = frozenset(["commit", "end"])
+# All else commits on MySQL and MariaDB.
+_NOT_COMMITTING = frozenset(
+    [
+        "delete",
+        "desc",
+        "describe",
+        "do",
+        "explain",
+        "insert",
+        "release",
+        "replace",
+        "rollback",
+        "savepoint",
+        "select",
+        "show",
+        "table",
+        "update",
+        "use",
+        "values",
+        "with",
+    ]
+)
+_WRITING = re.compile(
+    r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock)\b",
+    re.IGNORECASE,
+)
+_PARSED = re.compile(
+    r"\(*\s*(select|with|insert|update|delete|merge|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
+    r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
+    re.IGNORECASE,
+)
+# Parameters as drivers want them written, which the grammars of the databases do not know.
+_PLACEHOLDERS = re.compile(r"%%|%\(\w+\)s|%s")
+_DIALECTS = {"postgresql": "postgres", "mariadb": "mysql", "mysql": "mysql", "sqlite": "sqlite"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextStatement:
+    """What is known of a textual statement.
+
+    Attributes:
+        understood: False where it may read and write anything.
+        reads, writes: tables, as (schema or None, name).
+        functions: lower-case names of the functions it calls.
+        isolation: True where it sets how transactions are isolated.
+        commits: True for COMMIT and its like.
+    """
+
+    understood: bool
+    reads: frozenset[TableName] = frozenset()
+    writes: frozenset[TableName] = frozenset()
+    functions: frozenset[str] = frozenset()
+    isolation: bool = False
+    commits: bool = False
+
+
+_ANYTHING = TextStatement(False)
+
+
+@lru_cache(maxsize=2048)
+def read_text(sql: str, dialect: str) -> TextStatement:
+    """What a textual statement reads and writes.
+
+    Args:
+        sql: the statement.
+        dialect: SQLAlchemy's name of the dialect.
+    """
+    text = sql.strip().rstrip(";").strip()
+    bare = _COMMENTS.sub(" ", text).strip()
+    first, second = _words(bare)
+    if "/*!" in text or "/*M!" in text:  # comments that MySQL executes
+        return _ANYTHING
+    if first in _COMMITTING or (first, second) == ("xa", "commit"):
+        # what was prepared in another session may be anything
+        return TextStatement(second not in ("prepared", "commit"), commits=True)
+    if first == "xa" and second in _HARMLESS_XA:
+        return TextStatement(True)
+    if first in _HARMLESS and ";" not in text and not (first == "explain" and _WRITING.search(text)):
+        return TextStatement(
+            True,
+            isolation=first in ("set", "start", "begin") and "isolation" in bare.lower(),
+            commits=commits(sql, dialect),
+        )
+    if not _PARSED.match(bare):
+        return _ANYTHING
+    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
+    return _parsed(text, _DIALECTS.get(dialect, ""))
+
+
+def first_word(sql: str) -> str:
+    """The first word of a statement, in lower case; empty where it begins otherwise."""
+    return _words(_COMMENTS.sub(" ", sql))[0]
+
+
+def commits(sql: str, dialect: str) -> bool:
+    """True if a statement commits what was written before it; MySQL does so at most that are not DML."""
+    word = first_word(sql)
+    return word in _COMMITTING or (dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING)
+
+
+def _words(text: str) -> tuple[str, str]:
+    found = re.match(r"[(\s]*(\w*)\s*(\w*)", text)
+    assert found is not None
+    return found.group(1).lower(), found.group(2).lower()
+
+
+def _parsed(text: str, dialect: str) -> TextStatement:
+    try:
+        import sqlglot
+        from sqlglot import errors, exp
+    except ImportError:
+        return _ANYTHING
+    try:
+        statements = sqlglot.parse(text, dialect=dialect or None)
+    except (errors.SqlglotError, RecursionError):
+        return _ANYTHING
+    reads: set[TableName] = set()
+    writes: set[TableName] = set()
+    functions: set[str] = set()
+    for statement in statements:
+        if statement is None:
+            continue
+        targets = _targets(statement, exp)
+        if targets is None:
+            return _ANYTHING
+        common = {cte.alias.lower() for cte in statement.find_all(exp.CTE)}
+        for table in statement.find_all(exp.Table):
+            if isinstance(table.this, exp.Func):
+                functions.add(_function_name(table.this, exp))
+                continue
+            name = (table.db or None, table.name)
+            if any(table is target for target in targets):
+                writes.add(name)
+            elif table.db or table.name.lower() not in common:
+                reads.add(name)
+        functions.update(_function_name(each, exp) for each in statement.find_all(exp.Func))
+    return TextStatement(True, frozenset(reads), frozenset(writes), frozenset(functions))
+
+
+def _targets(statement: Any, exp: Any) -> list[Any] | None:
+    """The table nodes that are written to; None where that cannot be told."""
+    kinds = (exp.Query, exp.Insert, exp.Update, exp.Delete, exp.Merge)
+    definitions = (exp.Create, exp.Drop, exp.Alter, exp.TruncateTable)
+    if not isinstance(statement, (*kinds, *definitions)) or statement.find(exp.Command, exp.Copy):
+        return None
+    if isinstance(statement, (exp.Drop, exp.TruncateTable)) and "CASCADE" in statement.sql().upper():
+        return None  # and all that refers to it, whatever its foreign keys say
+    if isinstance(statement, definitions):
+        return list(statement.find_all(exp.Table)) or None
+    targets: list[Any] = []
+    for node in statement.find_all(exp.Insert, exp.Update, exp.Delete, exp.Merge, exp.Into):
+        if isinstance(node, exp.Insert):
+            this = node.this.this if isinstance(node.this, exp.Schema) else node.this
+            found = [this] if isinstance(this, exp.Table) else []
+        else:
+            # with several tables in it, which of them is changed depends on the dialect: take all
+            found = list(node.find_all(exp.Table))
+        if not found:
+            return None
+        targets.extend(found)
+    return targets
+
+
+def _function_name(function: Any, exp: Any) -> str:
+    if isinstance(function, exp.Anonymous):
+        return str(function.name).lower()
+    return str(function.sql_name()).lower()

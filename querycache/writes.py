@@ -1,0 +1,509 @@
+"""The write path, whole: what each transaction has written, and both phases of making it known.
+
+Every statement that this process sends through SQLAlchemy is executed by its engine's dialect, whoever sent it: the
+unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
+which are noted with the *database connection* (not with a Session, which Core never sees):
+
+- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots;
+- every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
+- textual SQL: what its parser finds; everything where it cannot be understood.
+
+It is the dialect, too, that sends COMMIT, whoever asked for it, and there are the two phases of
+:mod:`querycache.ledger`. **Phase one**, just before: every tag of the transaction is marked pending, so that no lookup
+hits or fills under it while the commit becomes visible. **Phase two**, just after: each tag gets a new version;
+always, also where COMMIT failed or its outcome is unknown. A statement that commits (in autocommit mode, a textual
+COMMIT, DDL on MySQL) has both phases around itself.
+
+The dialect is listened to, and not the engine: its events ``commit`` and the like have no counterpart after the
+COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
+
+Until its transaction ends, a Session is not answered from the cache where it has written, and fills nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sqlalchemy import Table
+from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
+from sqlalchemy.orm import Session, UOWTransaction
+
+from querycache import sa_internals
+from querycache.dependencies import (
+    Declarations,
+    TableName,
+    cascades,
+    row_write_tags,
+    set_write_tags,
+    tracked_columns,
+)
+from querycache.errors import CacheUnavailable
+from querycache.events import Telemetry
+from querycache.ledger import Ledger, Marks
+from querycache.regions import Regions
+from querycache.tags import EVERYTHING
+from querycache.textual import TextStatement, commits, read_text
+
+__all__ = ["Consistency", "OnOutage", "Transaction", "Writes"]
+
+Consistency = Literal["strict", "commit"]
+OnOutage = Literal["available", "refuse"]
+
+SchemaMap = Mapping[str | None, str | None]
+"""A ``schema_translate_map``."""
+
+_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of a table that a flush has written.
+
+    Attributes:
+        values: old and new values of their tracked columns.
+        known: False if there are some that only the database knows.
+        inserted: True if all of them are new.
+    """
+
+    values: set[tuple[str, object]] = field(default_factory=set)
+    known: bool = True
+    inserted: bool = True
+
+    def add(self, state: Any, table: Table) -> None:
+        self.inserted = self.inserted and state.key is None
+        for column in tracked_columns(table):
+            for value in sa_internals.old_and_new(state, column):
+                if value is sa_internals.UNKNOWN:
+                    self.known = False
+                else:
+                    self.values.add((column.name, value))
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What one database connection has written since its transaction began.
+
+    Attributes:
+        tags: the tags that are changed.
+        unresolved: tables written by the unit of work, whose rows ``after_flush`` will tell.
+        marked: those that phase one has marked; None before it.
+        marks: the marks of phase one.
+        unmarked: ledgers that could not be reached in phase one.
+        snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
+            began; None where each statement sees what is committed.
+    """
+
+    tags: set[str] = field(default_factory=set)
+    unresolved: dict[Table, SchemaMap] = field(default_factory=dict)
+    marked: set[str] | None = None
+    marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
+    unmarked: list[Ledger] = field(default_factory=list)
+    snapshot: dict[Ledger, int | None] | None = None
+
+    @property
+    def wrote(self) -> bool:
+        return bool(self.tags or self.unresolved)
+
+    def hides(self, tags: Iterable[str]) -> bool:
+        """True if an answer that depends on these tags could lack what this transaction has written."""
+        return bool(self.unresolved) or EVERYTHING in self.tags or not self.tags.isdisjoint(tags)
+
+
+class Writes:
+    """Notes what is written through the engines it watches, and tells the ledgers.
+
+    Args:
+        regions: whose answers are made invalid.
+        declared: views, triggers, and the number of slots.
+        telemetry: is told of faults.
+        consistency: "strict" for both phases; "commit" for the second alone.
+        on_outage: whether a COMMIT goes through ("available") or is refused ("refuse") when a cache server cannot
+            be reached before it.
+    """
+
+    def __init__(
+        self,
+        regions: Regions,
+        declared: Declarations,
+        telemetry: Telemetry,
+        consistency: Consistency,
+        on_outage: OnOutage,
+    ) -> None:
+        self._regions = regions
+        self._declared = declared
+        self._telemetry = telemetry
+        self._consistency = consistency
+        self._on_outage = on_outage
+        self._info_key = f"querycache:{id(self)}"
+        self._isolation_key = f"{self._info_key}:isolation"
+        self._savepoint_key = f"{self._info_key}:savepoint"
+        self._begun_key = f"{self._info_key}:begun"
+        # dialects whose transactions may keep an old view of the database for more than a statement
+        self._old_views: set[Dialect] = set()
+        self._settled: set[Dialect] = set()
+        self._lock = threading.Lock()
+        self._watched: set[Engine] = set()
+        self._owed: dict[Ledger, set[str]] = {}
+
+    # --- where it listens ----------------------------------------------------------------------------
+
+    def watch(self, engine: Engine) -> bool:
+        """Note what is written through an engine from now on. Returns False where that was done already."""
+        engine = sa_internals.root_engine(engine)
+        if engine in self._watched:
+            return False
+        with self._lock:
+            if engine in self._watched:
+                return False
+            sa_internals.tap(engine, self)
+            self._watched.add(engine)
+            return True
+
+    def unwatch(self) -> None:
+        """Leave all engines alone again."""
+        with self._lock:
+            for engine in self._watched:
+                sa_internals.untap(engine, self)
+            self._watched.clear()
+
+    def session_listeners(self) -> Mapping[str, Any]:
+        """The events of a Session, or of what makes Sessions, that matter here."""
+        return {
+            "after_begin": self._after_begin,
+            "before_flush": self._before_flush,
+            "after_flush": self._after_flush,
+        }
+
+    # --- what readers ask ----------------------------------------------------------------------------
+
+    def transactions(self, session: Session) -> list[Transaction]:
+        """The transactions that a Session takes part in, with what they have written."""
+        found = []
+        for connection in sa_internals.connections(session):
+            transaction = self._of(connection.info)
+            if transaction is not None:
+                found.append(transaction)
+        return found
+
+    def notice_old_views(self, session: Session) -> None:
+        """Find transactions of SQLite that were begun by hand, and so show the database as it was then.
+
+        Its driver begins none before a SELECT; applications that do make it so that each of their transactions has a
+        snapshot, and this is the first time that it shows.
+        """
+        for connection in sa_internals.connections(session):
+            if connection.dialect.name == "sqlite" and sa_internals.in_transaction(connection):
+                transaction = self._ensure(connection)
+                if transaction.snapshot is None and not transaction.wrote:
+                    transaction.snapshot = dict.fromkeys(self._regions.ledgers)
+                    self._old_views.add(connection.dialect)
+                    connection.info.pop(self._begun_key, None)  # its first statement is past
+
+    def owes(self, ledger: Ledger) -> bool:
+        """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
+        if not self._owed:
+            return False
+        tags = self._owed.get(ledger)
+        if tags is None:
+            return False
+        try:
+            ledger.bump(sorted(tags))
+        except CacheUnavailable:
+            return True
+        with self._lock:
+            left = self._owed.get(ledger, set()) - tags
+            if left:
+                self._owed[ledger] = left
+            else:
+                self._owed.pop(ledger, None)
+        return bool(left)
+
+    def note(self, session: Session, tags: Iterable[str]) -> None:
+        """Make tags part of what a Session's transaction writes: they change when it commits."""
+        self._note(session.connection(), tags)
+
+    # --- statements ----------------------------------------------------------------------------------
+
+    def executing(self, sql: str, context: Any) -> bool:
+        """A statement is about to run. Returns True where it commits itself, and :meth:`executed` is to follow."""
+        connection: Connection = context.root_connection
+        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
+            self._first_statement(connection)
+        compiled = context.compiled
+        # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
+        if compiled is None or context.is_text:
+            text = read_text(sql, connection.dialect.name)
+            if text.commits and self._is_committing(connection):
+                return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
+            wrote = self._note_text(connection, text) or text.commits
+        elif context.isinsert or context.isupdate or context.isdelete:
+            wrote = True
+            self._note_dml(connection, context)
+        elif context.isddl:
+            wrote = True
+            self._note_ddl(connection, compiled)
+        elif getattr(compiled, "ctes", None):
+            written = sa_internals.written_in_ctes(compiled)
+            wrote = bool(written)
+            self._note_tables(connection, written, context)
+        elif self._ends_savepoint(connection, compiled):
+            self._phase_one(connection.info, connection.dialect)
+            return True
+        else:
+            return False
+        if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
+            self._phase_one(connection.info, connection.dialect)
+            return True
+        return False
+
+    def executed(self, context: Any) -> None:
+        """The statement that commits itself has run, or failed."""
+        connection: Connection = context.root_connection
+        transaction = self._of(connection.info)
+        if transaction is not None:
+            self._end(transaction)
+            if sa_internals.is_autocommit(connection):
+                del connection.info[self._info_key]
+            # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
+
+    def _is_committing(self, connection: Connection) -> bool:
+        transaction = self._of(connection.info)
+        return (transaction is not None and transaction.marked is not None) or isinstance(
+            connection.get_transaction(), TwoPhaseTransaction
+        )
+
+    def _note_dml(self, connection: Connection, context: Any) -> None:
+        tables = sa_internals.dml_tables(context.compiled)
+        if tables is None:
+            self._note(connection, [EVERYTHING])
+        elif sa_internals.is_unit_of_work(context):
+            schemas = _schema_map(context)
+            for table in tables:
+                self._ensure(connection).unresolved[table] = schemas
+                if not context.isinsert:
+                    self._note_sets(connection, cascades(table, delete=context.isdelete), schemas)
+        else:
+            self._note_tables(connection, tables, context)
+
+    def _note_tables(self, connection: Connection, tables: Iterable[Table], context: Any) -> None:
+        # an upsert, or INSERT OR REPLACE, may do either
+        upsert = context.isinsert and sa_internals.is_upsert(context.compiled)
+        delete, update = context.isdelete or upsert, context.isupdate or upsert
+        for table in tables:
+            changed = {table}
+            if delete:
+                changed |= cascades(table, delete=True)
+            if update:
+                changed |= cascades(table, delete=False)
+            self._note_sets(connection, changed, _schema_map(context))
+
+    def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
+        default = connection.dialect.default_schema_name
+        for table in tables:
+            self._note(connection, set_write_tags(_name(table, schemas), default))
+
+    def _note_ddl(self, connection: Connection, compiled: Any) -> None:
+        element = getattr(compiled.statement, "element", None)
+        table = element if isinstance(element, Table) else getattr(element, "table", None)
+        if isinstance(table, Table):
+            default = connection.dialect.default_schema_name
+            self._note(connection, set_write_tags((table.schema, table.name), default))
+        else:
+            self._note(connection, [EVERYTHING])
+
+    def _note_text(self, connection: Connection, text: TextStatement) -> bool:
+        if text.isolation:
+            # nobody knows from now on what transactions of this connection see
+            connection.info[self._isolation_key] = True
+            self._old_views.add(connection.dialect)
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        if not text.understood:
+            self._note(connection, [EVERYTHING])
+        default = connection.dialect.default_schema_name
+        for schema, name in text.writes:
+            self._note(connection, set_write_tags((schema, name), default, anywhere=schema is None))
+            for table in sa_internals.known_tables(name):
+                self._note_sets(connection, cascades(table, delete=True) | cascades(table, delete=False), {})
+        return bool(text.writes) or not text.understood
+
+    def _note(self, connection: Connection, tags: Iterable[str]) -> None:
+        transaction = self._ensure(connection)
+        transaction.tags.update(tags)
+
+    def _of(self, info: Mapping[Any, Any]) -> Transaction | None:
+        found: Transaction | None = info.get(self._info_key)
+        return found
+
+    def _ensure(self, connection: Connection) -> Transaction:
+        transaction = self._of(connection.info)
+        if transaction is None:
+            transaction = connection.info[self._info_key] = Transaction()
+        return transaction
+
+    # --- the unit of work ------------------------------------------------------------------------------
+
+    def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
+        if self.watch(connection.engine):
+            # It began unseen, and where the Session was bound to a Connection it may have written.
+            if self._takes_snapshots(connection):
+                self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+            if isinstance(session.bind, Connection):
+                self._note(connection, [EVERYTHING])
+
+    def _before_flush(self, session: Session, context: UOWTransaction, instances: Any) -> None:
+        for connection in sa_internals.connections(session):
+            self._resolve(connection.info, connection.dialect, {})
+
+    def _after_flush(self, session: Session, context: UOWTransaction) -> None:
+        rows: dict[Table, _Rows] = {}
+        for state in sa_internals.flushed(context):
+            for table in state.mapper.tables:
+                if isinstance(table, Table):
+                    rows.setdefault(table, _Rows()).add(state, table)
+        for connection in sa_internals.connections(session):
+            self._resolve(connection.info, connection.dialect, rows)
+
+    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, _Rows]) -> None:
+        """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
+        transaction = self._of(info)
+        if transaction is None:
+            return
+        default = dialect.default_schema_name
+        for table, schemas in transaction.unresolved.items():
+            known = rows.get(table)
+            schema, name = _name(table, schemas)
+            if known is None or not known.known:
+                transaction.tags.update(set_write_tags((schema, name), default))
+            else:
+                slots, inserted = self._declared.slots, known.inserted
+                tags = row_write_tags(table, schema, known.values, default, slots, inserted=inserted)
+                transaction.tags.update(tags)
+        transaction.unresolved.clear()
+
+    # --- the end of a transaction ------------------------------------------------------------------------
+
+    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None:
+        """A transaction is about to begin; what it sees of the database is settled by its first statement."""
+        info.pop(self._savepoint_key, None)
+        transaction = self._of(info)
+        # One that is not marked goes on: two Connections can share what the driver calls a connection.
+        if transaction is not None and transaction.marked is not None:
+            self._phase_two(info)
+        info[self._begun_key] = True
+        if dialect not in self._settled:
+            self._settled.add(dialect)
+            if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
+                self._old_views.add(dialect)
+
+    def _first_statement(self, connection: Connection) -> None:
+        if not connection.info.pop(self._begun_key, False):
+            return
+        if connection.info.get(self._isolation_key):
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        elif self._takes_snapshots(connection):
+            self._ensure(connection).snapshot = {ledger: _witness(ledger) for ledger in self._regions.ledgers}
+
+    def _takes_snapshots(self, connection: Connection) -> bool:
+        if connection.dialect.name == "sqlite":
+            return connection.dialect in self._old_views
+        return sa_internals.isolation_level(connection) in _SNAPSHOTS
+
+    def _ends_savepoint(self, connection: Connection, compiled: Any) -> bool:
+        """True where SQLite is about to commit: a savepoint outside of a transaction begins one."""
+        if connection.dialect.name != "sqlite":
+            return False
+        kind = compiled.statement.__visit_name__
+        if kind == "savepoint" and not sa_internals.in_transaction(connection):
+            connection.info[self._savepoint_key] = True
+        return kind == "release_savepoint" and self._savepoint_key in connection.info
+
+    def commit(self, info: dict[Any, Any], dialect: Dialect) -> None:
+        """COMMIT, or PREPARE of a two-phase transaction, is about to be sent; :meth:`end` follows it.
+
+        Raises:
+            CacheUnavailable: a cache server cannot be told, and commits are refused then.
+        """
+        self._phase_one(info, dialect)
+
+    def end(self, info: dict[Any, Any]) -> None:
+        """A transaction has ended: committed, or failed to, or rolled back."""
+        self._phase_two(info)
+
+    def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
+        """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed.
+
+        Raises:
+            CacheUnavailable: a cache server does not answer, and commits are to be refused then.
+        """
+        transaction = self._of(info)
+        if transaction is None or not transaction.wrote:
+            return
+        self._resolve(info, dialect, {})
+        marked = transaction.marked or set()
+        tags = transaction.tags - marked
+        transaction.marked = marked | tags
+        if self._consistency == "commit":
+            transaction.unmarked = list(self._regions.ledgers)
+        for ledger, keys in self._regions.tag_keys(tags):
+            if not keys or ledger in transaction.unmarked:
+                continue
+            try:
+                transaction.marks.append((ledger, ledger.begin(keys)))
+            except CacheUnavailable:
+                if self._on_outage == "refuse":
+                    raise
+                transaction.unmarked.append(ledger)
+
+    def _phase_two(self, info: dict[Any, Any]) -> None:
+        """End a transaction: where it was marked, its tags get new versions; otherwise it was rolled back."""
+        transaction: Transaction | None = info.pop(self._info_key, None)
+        if transaction is not None:
+            self._end(transaction)
+
+    def _end(self, transaction: Transaction) -> None:
+        """Give what phase one has marked new versions, and take the marks off."""
+        if transaction.marked is None:
+            return
+        marks, unmarked, tags = transaction.marks, transaction.unmarked, transaction.marked
+        transaction.marks, transaction.unmarked, transaction.marked = [], [], None
+        for ledger, marks_there in marks:
+            try:
+                ledger.end(marks_there)
+            except CacheUnavailable:
+                # the marks stay: nothing that depends on them is served until they have healed
+                self._telemetry.emit("error", "", "", "unavailable after commit")
+        for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
+            if ledger in unmarked:
+                with self._lock:
+                    self._owed.setdefault(ledger, set()).update(keys)
+                if self.owes(ledger):
+                    self._telemetry.emit("error", "", "", "unavailable at commit")
+
+
+def _witness(ledger: Ledger) -> int | None:
+    try:
+        return ledger.lookup(None, ()).witness
+    except CacheUnavailable:
+        return None
+
+
+def _commits_itself(connection: Connection, sql: str) -> bool:
+    """True if the database commits at a statement, whatever transaction SQLAlchemy thinks it is in."""
+    if connection.dialect.name == "sqlite":
+        # its driver begins a transaction before some kinds of statements only
+        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(
+            connection, sql
+        )
+        return not open_after or commits(sql, "sqlite")
+    return commits(sql, connection.dialect.name)
+
+
+def _schema_map(context: Any) -> SchemaMap:
+    return context.execution_options.get("schema_translate_map") or {}
+
+
+def _name(table: Table, schemas: SchemaMap) -> TableName:
+    return schemas.get(table.schema, table.schema), table.name

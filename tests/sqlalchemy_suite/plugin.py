@@ -1,0 +1,156 @@
+"""The pytest plugin: what SQLAlchemy's tests select, they are given from bytes.
+
+Loaded with ``-p tests.sqlalchemy_suite.plugin``, it attaches a cache to every Session, with these changes:
+
+- Everything that is a select asks for the cache, without a word in the statement.
+- No answer is ever old: each statement is run against the database, once, and its answer is stored; then it
+  is looked up like any other, with ``cache_mode="only"``, and the *hit* is what the test is given. So the
+  test sees the SQL that it would see anyway, and rows that went through freeze, bytes and replay. The
+  post-loads of a statement arrive while its hit is being replayed; theirs take the same way.
+- As no answer is old, nothing that is bypassed for its content or its time is bypassed here: refreshes,
+  statements that overwrite what is loaded or that run while the Session flushes, functions like ``now()``,
+  and what the transaction itself has written. Writes are noted as ever.
+
+What is left to the database is counted with its reason. Each test's report carries the counts of the test.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Result
+from sqlalchemy.orm import ORMExecuteState, Session
+
+from querycache import interceptor, sa_internals
+from querycache.codec import Codec, Unstorable
+from querycache.dependencies import Declarations
+from querycache.events import Telemetry
+from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_result
+from querycache.interceptor import Interceptor, Request
+from querycache.keys import UnkeyableValue
+from querycache.ledger import DEFAULT_LEASE
+from querycache.options import CacheOptions
+from querycache.regions import Region, Regions
+from querycache.sa_internals import Prepared, Unpreparable
+from querycache.writes import Transaction, Writes
+from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, PROPERTY
+
+# with a TTL, so that answers are stored that change by themselves
+_OPTIONS = CacheOptions(mode="only", ttl=3600)
+
+_counts: Counter[str] = Counter()
+_codec = Codec(FrozenStatement)
+
+
+class _Load(interceptor._Load):
+    """A load whose post-loads are replayed from bytes, also when they are met for the first time."""
+
+    __slots__ = ()
+
+    def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+        description, rows, rowcount = prepared.execute()
+        try:
+            packed = _codec.encode(freeze(description, rows, rowcount))
+        except Unstorable as refusal:
+            _counts[refusal.reason] += 1
+            return None, prepared.replay(description, rows, rowcount)
+        frozen = _codec.decode(packed)
+        _counts[COMPLETED] += 1
+        return frozen, merge_frozen_result(prepared, frozen)
+
+
+class _Writes(Writes):
+    """Notes what is written, and keeps it from readers."""
+
+    def transactions(self, session: Session) -> list[Transaction]:
+        return []
+
+    def notice_old_views(self, session: Session) -> None:
+        pass
+
+
+class _Replay(Interceptor):
+    """Answers every select from the store, filling it just before."""
+
+    def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
+        return _OPTIONS
+
+    @staticmethod
+    def _refuse(state: ORMExecuteState, within: bool = False) -> None:
+        statement: Any = state.statement
+        if not (statement.is_select or statement.is_from_statement or sa_internals.is_textual(statement)):
+            raise interceptor._Bypass("not a select")
+        if statement.is_dml:
+            raise interceptor._Bypass("not a select")
+        if state.is_executemany:
+            raise interceptor._Bypass("several parameter sets")
+        if not state.session.is_active:
+            raise interceptor._Bypass("transaction failed")
+        options = sa_internals.effective_options(state)
+        load_options = sa_internals.load_options(options)
+        if options.get("yield_per") or (load_options is not None and load_options["yield_per"]):
+            raise interceptor._Bypass("yield_per")
+
+    def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        try:
+            return super()._decide(state, region, options)
+        except (interceptor._Bypass, UnkeyableValue, Unpreparable) as refusal:
+            _counts[str(refusal)] += 1
+            raise
+
+    def _complete(self, load: interceptor._Load, state: ORMExecuteState) -> Result[Any] | None:
+        result = super()._complete(load, state)
+        if result is None:
+            _counts[load.spoiled] += 1
+        return result
+
+    def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
+        region = request.region
+        reading = region.lookup(request.key, request.tag_keys).reading
+        assert reading is not None, "the memory store always answers"
+        reading = reading.of(set(request.tag_keys))
+        description, rows, rowcount = request.prepared.execute()
+        try:
+            main = freeze(description, rows, rowcount)
+        except Unstorable as refusal:
+            _counts[refusal.reason] += 1
+            return request.prepared.replay(description, rows, rowcount)
+        if not reading.fillable:
+            _counts["pending"] += 1
+            return request.prepared.replay(description, rows, rowcount)
+        refused = region.fill(request.key, Entry(time.time(), main, {}), reading, None, request.tag_keys)
+        assert not refused, refused
+        _counts[ANSWERED] += 1
+        return super()._look_up(request, may_wait)
+
+
+_declared = Declarations()
+_telemetry = Telemetry()
+_regions = Regions("memory://", namespace="suite", lease=DEFAULT_LEASE, ttl=None, signing_key=None)
+_writes = _Writes(_regions, _declared, _telemetry, "strict", "available")
+_replay = _Replay(_regions.get, _writes, _declared, _telemetry, None, {})
+_listeners = {**_writes.session_listeners(), "do_orm_execute": _replay}
+
+
+def pytest_configure() -> None:
+    interceptor._Load = _Load  # type: ignore[misc]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _counts.clear()
+    # again for each test, because some remove all listeners of Session when they end
+    for name, listener in _listeners.items():
+        if not event.contains(Session, name, listener):
+            event.listen(Session, name, listener)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    _writes.unwatch()
+    item.user_properties.append((PROPERTY, json.dumps(_counts)))

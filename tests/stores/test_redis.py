@@ -1,0 +1,364 @@
+"""The store on Redis: the common contracts, and what is Redis' own: restarts, expiry, proofs, refusals."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from dogpile.cache.region import CacheRegion
+
+from querycache import versions
+from querycache.backends import breaker
+from querycache.backends.redis import RedisBackend
+from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.store import StoreBackend
+from tests.servers import Server
+from tests.stores.contract import (
+    Connect,
+    ServerContract,
+    StoreContract,
+    fresh_names,
+    is_new,
+    put,
+    read,
+    region_of,
+    version_of,
+)
+
+MONTH = 30 * 24 * 3600
+
+
+@pytest.fixture
+def private_redis(private_server: Callable[[str], Server]) -> Server:
+    return private_server("redis")
+
+
+@pytest.fixture
+def client(redis_store_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_store_url) as client:
+        yield client
+
+
+class TestRedis(StoreContract, ServerContract):
+    @pytest.fixture
+    def store(self, redis_store_url: str) -> Iterator[RedisBackend]:
+        store = RedisBackend({"url": redis_store_url})
+        yield store
+        store.close()
+
+    @pytest.fixture
+    def region(self, redis_store_url: str) -> CacheRegion:
+        return region_of("querycache.redis", url=redis_store_url)
+
+    @pytest.fixture
+    def connect(self) -> Connect:
+        return lambda host, port: RedisBackend({"url": f"redis://{host}:{port}", "timeout": 0.1})
+
+    # --- Expiry -----------------------------------------------------------------------------------
+
+    def test_D3_entries_expire_in_the_server(self, store: StoreBackend, client: redis.Redis) -> None:
+        store.store("entry", b"payload", 2.5)
+        assert 2_000 < client.pttl("entry") <= 2_500
+        store.store("entry", b"payload", 0.000_1)
+        store.store("kept", b"payload")
+        assert client.ttl("kept") == -1
+
+    def test_D10_months_are_no_dates(self, store: StoreBackend, client: redis.Redis) -> None:
+        store.store("entry", b"payload", 90 * 24 * 3600)
+        assert client.ttl("entry") > 89 * 24 * 3600
+
+    def test_D13_counters_expire_a_month_after_the_last_write(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        store.begin(["written"])
+        store.settle(["planted"], "witness")
+        store.swap([("swapped", None, versions.fresh())])
+        keys = client.keys("*@*")
+        assert len(keys) == 3
+        assert all(MONTH - 60 < client.ttl(key) <= MONTH for key in keys)
+        for step in (store.begin, store.bump):
+            for key in keys:
+                client.expire(key, 100)
+            step(["written", "planted", "swapped"])
+            assert all(MONTH - 60 < client.ttl(key) <= MONTH for key in keys)
+
+    # --- Round trips ------------------------------------------------------------------------------
+
+    def test_every_step_is_one_command(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        tags = [f"tag {number}" for number in range(200)]
+        store.ping()  # connects
+        with redis.Redis.from_url(private_redis.url) as client, client.monitor() as monitor:
+            client.echo("the beginning")
+            while "beginning" not in monitor.next_command()["command"]:
+                pass
+
+            def commands(step: Callable[[], Any]) -> list[str]:
+                step()
+                client.echo("the end")
+                seen: list[str] = []
+                for command in iter(monitor.next_command, None):
+                    name = command["command"].partition(" ")[0]
+                    if name == "ECHO":
+                        return seen
+                    if command["client_type"] != "lua":
+                        seen.append(name)
+                return seen
+
+            assert commands(lambda: store.fetch("entry", tags)) == ["MGET"]
+            assert commands(lambda: store.store("entry", b"payload", 60)) == ["SET"]
+            assert commands(lambda: store.begin(tags)) == ["EVALSHA"]
+            assert commands(lambda: store.end(store.begin(tags))) == ["EVALSHA", "EVALSHA"]
+            assert commands(lambda: store.bump(tags)) == ["EVALSHA"]
+            assert commands(lambda: store.settle(tags, "witness")) == ["EVALSHA"]
+            assert commands(lambda: store.swap([(tag, None, 1) for tag in tags])) == ["EVALSHA"]
+            assert commands(lambda: store.get_serialized_multi(["a", "b"])) == ["MGET"]
+        store.close()
+
+    def test_scripts_that_were_flushed_are_sent_again(self, store: StoreBackend, client: redis.Redis) -> None:
+        store.ping()
+        for step in (
+            lambda name: store.end(store.begin([name])),
+            lambda name: store.bump([name]),
+            lambda name: store.settle([name], "witness"),
+            lambda name: store.swap([(name, None, versions.fresh())]),
+        ):
+            client.script_flush()
+            step(*fresh_names(1))
+
+    # --- What a restart brings back ---------------------------------------------------------------
+
+    def test_E5_no_version_survives_a_restart(
+        self, private_redis: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Redis loads its snapshot, and a write since would be unseen."""
+        monkeypatch.setattr(breaker, "COOL_DOWN", 0.0)
+        store = RedisBackend({"url": private_redis.url})
+        other = RedisBackend({"url": private_redis.url})
+        store.store("entry", b"payload")
+        [name] = put(store, [version_of(10_000_000, 0, 0, 0)])
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.save()
+        marks = store.begin([name])
+        private_redis.kill()
+        with pytest.raises(CacheUnavailable):
+            store.fetch("entry", [name])
+        private_redis.start()
+        for each in (store, other):
+            assert each.fetch("entry", [name]) == (b"payload", [None])
+        store.end(marks)
+        assert store.fetch("entry", [name]) == (b"payload", [None])
+        store.close()
+        other.close()
+
+    def test_a_connection_that_the_server_closed_is_replaced_unseen(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        store.store("entry", b"payload")
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.client_kill_filter(_type="normal", skipme=True)
+        assert store.fetch("entry")[0] == b"payload"
+        store.close()
+
+    def test_a_paused_server_costs_a_timeout_and_heals(
+        self, private_redis: Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = RedisBackend({"url": private_redis.url, "timeout": 0.1})
+        store.store("entry", b"payload")
+        private_redis.pause()
+        with pytest.raises(CacheUnavailable, match="does not answer"):
+            store.fetch("entry")
+        with pytest.raises(CacheUnavailable, match="left alone"):
+            store.fetch("entry")
+        private_redis.resume()
+        monkeypatch.setattr(store._breaker, "_next_try", 0.0)
+        # The late answer to the first question must not be taken for the answer to the second.
+        assert store.fetch("other")[0] is None
+        assert store.fetch("entry")[0] == b"payload"
+        store.close()
+
+    # --- The proof that nothing was lost ----------------------------------------------------------
+
+    def test_a_server_of_ones_own_has_lost_nothing(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        store.store("entry", b"payload")
+        store.remove(["entry"])
+        store.end(store.begin(["tag"]))
+        store.bump(["tag"])
+        store.settle(["tag", "other"], "witness")
+        assert store.lost_nothing_for(-5)
+        assert not store.lost_nothing_for(3_600)
+        store.close()
+
+    @pytest.mark.parametrize(
+        "command",
+        [
+            "FLUSHALL",
+            "FLUSHDB ASYNC",
+            "DEL x",
+            "UNLINK x",
+            "GETDEL x",
+            "RENAME a b",
+            "MOVE a 3",
+            "SWAPDB 0 1",
+            "COPY a b",
+            "REPLICAOF NO ONE",
+            "CONFIG RESETSTAT",
+        ],
+    )
+    def test_a_server_on_which_somebody_removed_something_may_have_lost_counters(
+        self, private_redis: Server, command: str
+    ) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        assert store.lost_nothing_for(-5)
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.mset({"a": 1, "x": 1})
+            client.execute_command(*command.split())
+        assert not store.lost_nothing_for(-5)
+        store.close()
+
+    def test_a_server_that_evicts_has_lost_counters(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.config_set("maxmemory-policy", "allkeys-lru")
+            client.config_set("maxmemory", client.info("memory")["used_memory"] + 200_000)
+        for number in range(100):
+            store.store(f"entry {number}", bytes(10_000))
+        assert not store.lost_nothing_for(-5)
+        store.close()
+
+    def test_a_promoted_replica_has_not_seen_all_marks(self, private_server: Callable[[str], Server]) -> None:
+        master, replica = private_server("redis"), private_server("redis")
+        with redis.Redis.from_url(master.url) as client:
+            client.config_set("repl-diskless-sync-delay", 0)
+        with redis.Redis.from_url(replica.url) as client:
+            address = redis.Redis.from_url(master.url).connection_pool.connection_kwargs
+            client.execute_command("REPLICAOF", address["host"], address["port"])
+            while client.info("replication")["master_link_status"] != "up":
+                time.sleep(0.01)
+            store = RedisBackend({"url": replica.url})
+            assert not store.lost_nothing_for(-5)
+            with pytest.raises(CacheUnavailable, match="replica"):
+                store.begin(["tag"])
+            client.execute_command("REPLICAOF", "NO", "ONE")
+            client.config_resetstat()
+            assert not store.lost_nothing_for(-5)
+        store.close()
+
+    # --- Refusals and garbage ---------------------------------------------------------------------
+
+    def test_a_full_server_refuses_entries_and_says_so(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.config_set("maxmemory", 1)
+        assert not store.store("entry", b"payload")
+        with pytest.raises(CacheUnavailable, match="maxmemory"):
+            store.begin(["tag"])
+        assert store.fetch("entry", ["tag"]) == (None, [None])
+        store.close()
+
+    def test_a_counter_that_is_none_counts_as_missing_and_is_replaced(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        for garbage in (
+            b"",
+            b"0",
+            b"-1",
+            b"x" * 19,
+            b"1" * 18,
+            b"1" * 20,
+            b"1" * 18 + b".",
+            b" " + b"1" * 18,
+        ):
+            [name] = put(store, [versions.fresh()])
+            [key] = client.keys(f"{name}@*")
+            client.set(key, garbage)
+            assert read(store, [name]) == [None]
+            store.bump([name])
+            store.end({name: store.begin(["any"])["any"]})
+            assert client.get(key) == garbage
+            client.set(key, garbage)
+            assert not versions.is_clean(store.settle([name], "witness")[0])
+            client.set(key, garbage)
+            assert store.swap([(name, None, versions.fresh())]) == [False]
+            store.begin([name])
+            assert is_new(read(store, [name])[0], versions.GIVEN_UP + 1)
+
+    def test_a_key_of_another_type_is_an_outage_of_its_tag_only(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        [name] = put(store, [versions.fresh()])
+        [key] = client.keys(f"{name}@*")
+        client.delete(key)
+        client.lpush(key, "x")
+        assert store.fetch("entry", [name]) == (None, [None])
+        with pytest.raises(CacheUnavailable, match="WRONGTYPE"):
+            store.begin([name])
+        assert store.begin(["another"])
+
+    # --- Processes --------------------------------------------------------------------------------
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_forked_process_has_connections_of_its_own(self, store: StoreBackend) -> None:
+        store.store("entry", b"parent")
+        child = os.fork()
+        if child == 0:
+            try:
+                ok = all(store.fetch("entry")[0] == b"parent" for _ in range(200))
+            finally:
+                os._exit(0 if ok else 1)
+        assert all(store.fetch("missing")[0] is None for _ in range(200))
+        assert os.waitpid(child, 0)[1] == 0
+
+    # --- Configuration ----------------------------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({}, "cannot use the address 'None'; write redis://host:6379/0"),
+            ({"url": "http://host"}, "cannot use the address 'http://host'"),
+            ({"url": "redis://host?timeot=1"}, "no option 'timeot'; it takes"),
+            ({"url": "redis://host?timeout=0"}, "'0' for option 'timeout'"),
+            ({"url": "redis://host?timeout=nan"}, "'nan' for option 'timeout'"),
+            ({"url": "redis://host", "timeout": None}, "None for option 'timeout'"),
+            ({"url": "redis://host?max_connections=-1"}, "'-1' for option 'max_connections'"),
+            ({"url": "redis://host?ssl_cert_reqs=none"}, "needs TLS: write rediss://"),
+            ({"url": "redis://host?db=1"}, "redis://host:6379/0"),
+            ({"url": "redis://host:port"}, "cannot use its address"),
+            ({"url": "redis://user:secret@[x"}, "is no URL"),
+        ],
+    )
+    def test_what_cannot_work_is_an_error_that_says_what_would(
+        self, arguments: dict[str, object], message: str
+    ) -> None:
+        with pytest.raises(ConfigurationError) as raised:
+            RedisBackend(arguments)
+        assert message in str(raised.value)
+        assert "secret" not in str(raised.value)
+
+    @pytest.mark.parametrize("scheme", ["redis", "valkey"])
+    def test_schemes(self, redis_store_url: str, scheme: str) -> None:
+        store = RedisBackend({"url": redis_store_url.replace("redis", scheme, 1)})
+        store.ping()
+        store.close()
+
+    def test_tls_is_spoken_where_asked_for(self) -> None:
+        store = RedisBackend({"url": "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no"})
+        assert store._pool.connection_class is redis.SSLConnection
+
+    def test_a_password_shows_in_no_error(self, redis_store_url: str) -> None:
+        store = RedisBackend({"url": redis_store_url.replace("//", "//me:secret@")})
+        with pytest.raises(CacheUnavailable) as raised:
+            store.ping()
+        assert "secret" not in str(raised.value)
+
+    def test_without_the_client_the_error_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "redis", None)
+        monkeypatch.delitem(sys.modules, "querycache.backends.redis")
+        with pytest.raises(ConfigurationError, match=r"pip install querycache\[redis\]"):
+            importlib.import_module("querycache.backends.redis")

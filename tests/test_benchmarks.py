@@ -1,0 +1,49 @@
+"""The benchmarks run, compare the answers, and say what is required. How fast it is, is not tested here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(module: str, *arguments: str) -> Any:
+    """A benchmark without servers, as JSON."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("QUERYCACHE_TEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--json", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_read_path(tmp_path: Path) -> None:
+    picture = tmp_path / "plot.png"
+    answer = run("benchmarks", "--seconds", "0.01", "--rows", "1,10", "--plot", str(picture))
+    assert answer["missing"] == ["postgresql", "redis", "memcached"]
+    cells = {(cell["case"], cell["rows"]): cell["medians"] for cell in answer["microseconds"]}
+    cases = ("plain entity", "joined author", "selectin comments", "columns", "aggregate")
+    assert set(cells) == {(case, rows) for case in cases for rows in (1, 10)}
+    for medians in cells.values():
+        assert set(medians) == {"SQLite", "recipe memory", "memory", "limit"}
+    required = [each["what"] for each in answer["required"]]
+    assert "plain entity, 10 rows: memory hit against recipe memory" in required
+    assert any("empty listener" in what for what in required)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_bound() -> None:
+    answer = run("benchmarks.memory_bound", "--max-mb", "8", "--fills", "20000")
+    assert [moment["fills"] for moment in answer["moments"]] == list(range(2000, 20001, 2000))
+    accounted = [moment["accounted"] for moment in answer["moments"]]
+    assert max(accounted) <= answer["max_bytes"] and min(accounted[1:]) > 0.9 * answer["max_bytes"]

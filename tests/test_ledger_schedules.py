@@ -1,0 +1,285 @@
+"""The ledger's own code under random schedules: real `Ledger`, real backend, and anything in between two
+commands.
+
+The model in `test_ledger_model.py` is exhaustive, but it is a model. Here the code itself runs: each process
+is a greenlet with a ledger of its own, which yields before every single command that reaches the server, so
+that all others may come between, keys may be lost, time may pass, and it may be killed. The memcached backend
+runs over a server of sixty lines in this file. What is checked is the same: a lookup that begins after a
+COMMIT has taken effect is not answered with data from before it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from querycache import versions
+from querycache.backends import memcached
+from querycache.backends.memcached import MemcachedBackend
+from querycache.backends.memory import MemoryBackend
+from querycache.backends.meta import Pipeline, Reply
+from querycache.ledger import Ledger
+from querycache.store import StoreBackend
+
+TAGS = ("a", "b")
+LEASE = 10.0
+STEPS = 1_000
+
+
+class Stale(Exception):
+    """A hit with data from before a COMMIT."""
+
+
+class FakeMemcached:
+    """What memcached does for the meta commands that the backend uses."""
+
+    def __init__(self) -> None:
+        self.items: dict[bytes, tuple[bytes, int]] = {}
+        self.lost = False
+        self._cas = 0
+
+    def execute(self, command: bytes) -> Reply:
+        line, _, data = command.partition(b"\r\n")
+        verb, key, *rest = line.split(b" ")
+        present = self.items.get(key)
+        if verb == b"mg":
+            return Reply(b"EN") if present is None else self._value(present, rest)
+        flags = {flag[:1]: flag[1:] for flag in rest}
+        if b"C" in flags:
+            if present is None:
+                return Reply(b"NF")
+            if int(flags[b"C"]) != present[1]:
+                return Reply(b"EX")
+        if verb == b"ms":
+            if flags.get(b"M") == b"E" and present is not None:
+                return Reply(b"NS")
+            return self._put(key, data, rest, b"HD")
+        assert verb == b"ma"
+        if present is None:
+            return self._put(key, flags[b"J"], rest, b"VA") if b"N" in flags else Reply(b"NF")
+        return self._put(key, b"%d" % (int(present[0]) + int(flags[b"D"])), rest, b"VA")
+
+    def _put(self, key: bytes, value: bytes, flags: Sequence[bytes], code: bytes) -> Reply:
+        self._cas += 1
+        self.items[key] = (value, self._cas)
+        reply = self._value(self.items[key], flags)
+        return reply if b"v" in flags else Reply(b"HD", reply.flags)
+
+    def _value(self, item: tuple[bytes, int], flags: Sequence[bytes]) -> Reply:
+        return Reply(b"VA", (b"c%d" % item[1],) if b"c" in flags else (), item[0])
+
+
+class Pausing:
+    """A store that lets others come before each of its steps."""
+
+    def __init__(self, store: StoreBackend, run: Run) -> None:
+        self._store = store
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        step = getattr(self._store, name)
+
+        def paused(*arguments: Any) -> Any:
+            self._run.pause()
+            found = step(*arguments)
+            self._run.live_or_die()
+            return found
+
+        return paused
+
+
+class Run:
+    """One schedule: who goes next, what is lost, how much time passes, and who dies, all from one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.now = 0.0
+        self.respects_lease = True
+        self.loss_rate = 0.005
+        self.committed = dict.fromkeys(TAGS, 0)
+        self.at_work: dict[greenlet, float] = {}
+        self.doomed: set[greenlet] = set()
+        self.hits = self.fills = 0
+        self.main = getcurrent()
+        self.processes: list[greenlet] = []
+        self.store: Any = None
+        self.lose: Callable[[], None] = lambda: None
+
+    def start(self, role: Callable[[Ledger], None]) -> greenlet:
+        return greenlet(lambda: role(Ledger(self.store, "witness", lease=LEASE, clock=lambda: self.now)))
+
+    def go(self, steps: int) -> Run:
+        self.processes = [
+            self.start(role) for role in (self.write, self.write, self.read, self.read, self.read)
+        ]
+        try:
+            for _ in range(steps):
+                event = self.random.random()
+                if event < self.loss_rate:
+                    self.lose()
+                elif event < 0.04:
+                    self.pass_time()
+                elif event < 0.05:
+                    self.kill(self.random.randrange(2))
+                else:
+                    process = self.random.choice(self.processes)
+                    process.switch()
+                    while self.random.random() < 0.8:
+                        process.switch()
+        finally:
+            for process in [*self.processes, *self.doomed]:
+                process.throw(GreenletExit)
+        return self
+
+    def pause(self) -> None:
+        """Let others go first."""
+        self.main.switch()
+
+    def live_or_die(self) -> None:
+        if getcurrent() in self.doomed:
+            raise GreenletExit
+
+    def pass_time(self) -> None:
+        """As much as the lease allows: no writer is longer than that between its mark and its COMMIT."""
+        most = 3 * LEASE
+        if self.respects_lease:
+            most = min([most, *(began + LEASE - self.now for began in self.at_work.values())])
+        self.now += self.random.choice((0.3, 0.999)) * most
+
+    def kill(self, index: int) -> None:
+        """A writer is gone, and its transaction with it. What it had sent may still arrive. Another takes its
+        place."""
+        process = self.processes[index]
+        self.at_work.pop(process, None)
+        if self.random.random() < 0.5:
+            process.throw(GreenletExit)
+        else:
+            self.doomed.add(process)
+            while process and self.random.random() < 0.8:
+                process.switch()
+        self.processes[index] = self.start(self.write)
+
+    def write(self, ledger: Ledger) -> None:
+        while True:
+            while self.random.random() < 0.9:
+                self.pause()
+            tags = self.random.sample(TAGS, self.random.randint(1, len(TAGS)))
+            self.at_work[getcurrent()] = self.now
+            marks = ledger.begin(tags)
+            self.pause()
+            self.live_or_die()
+            if self.random.random() < 0.9:  # or the COMMIT fails
+                for tag in tags:
+                    self.committed[tag] += 1
+            del self.at_work[getcurrent()]
+            self.pause()
+            self.live_or_die()
+            if self.random.random() < 0.95:  # or what was sent never arrives
+                ledger.end(marks)
+
+    def read(self, ledger: Ledger) -> None:
+        while True:
+            self.pause()
+            tags = list(TAGS) if self.random.random() < 0.5 else ["a"]
+            entry = "entry-" + "-".join(tags)
+            required = [self.committed[tag] for tag in tags]
+            reading = ledger.lookup(entry, tags)
+            if reading.payload is not None:
+                self.hits += 1
+                found = [int(number) for number in reading.payload.split(b",")]
+                if any(have < must for have, must in zip(found, required, strict=True)):
+                    raise Stale(f"{entry}: {found}, committed were {required}")
+            elif reading.fillable:
+                self.pause()
+                payload = b",".join(b"%d" % self.committed[tag] for tag in tags)
+                self.pause()
+                self.fills += ledger.fill(entry, reading, payload)
+
+
+def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
+    run = Run(seed)
+    server = FakeMemcached()
+
+    def converse(batches: Sequence[tuple[Any, Pipeline]], essential: bool = False) -> list[list[Reply]]:
+        answers: list[list[Reply]] = []
+        for _, pipeline in batches:
+            answers.append([])
+            for command in pipeline._commands:
+                run.pause()
+                answers[-1].append(server.execute(command))
+        run.live_or_die()
+        return answers
+
+    def lose() -> None:
+        if server.items:
+            del server.items[run.random.choice(list(server.items))]
+            server.lost = True
+
+    monkeypatch.setattr(memcached, "converse", converse)
+    run.lose = lose
+    run.store = MemcachedBackend({"servers": ["nowhere"]})
+    monkeypatch.setattr(run.store, "lost_nothing_for", lambda seconds: run.now > seconds and not server.lost)
+    return run
+
+
+def on_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
+    run = Run(seed)
+    store = MemoryBackend({})
+
+    def lose() -> None:
+        name, version = run.random.choice([*store._counters.items(), ("none", 1)])
+        if versions.is_clean(version):
+            del store._counters[name]
+
+    run.lose = lose
+    run.store = Pausing(store, run)
+    return run
+
+
+STORES = {"memcached": on_memcached, "memory": on_memory}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_no_schedule_gives_a_stale_hit(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [STORES[store](seed, monkeypatch).go(STEPS) for seed in range(60)]
+    # And not for want of answers.
+    assert sum(run.fills for run in runs) > 1_000
+    assert sum(run.hits for run in runs) > 2_000
+
+
+def end_unmarks_whatever_it_finds(version: int, incarnation: int) -> int:
+    return version + versions.GENERATION - 1
+
+
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [
+        ("begun", lambda version, new: new),
+        ("planted", lambda new: new),
+        ("ended", end_unmarks_whatever_it_finds),
+        ("cleared", lambda version, new: version - version % versions.GENERATION),
+        ("healed", lambda version, new: new),
+        ("is_clean", lambda version: version is not None),
+    ],
+)
+def test_a_broken_step_gives_a_stale_hit(
+    step: str, broken: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, step, broken)
+    with pytest.raises(Stale):
+        for seed in range(400):
+            run = on_memcached(seed, monkeypatch)
+            run.loss_rate = 0.01
+            run.go(STEPS)
+
+
+def test_a_lease_shorter_than_a_commit_gives_a_stale_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stale):
+        for seed in range(400):
+            run = on_memcached(seed, monkeypatch)
+            run.respects_lease = False
+            run.go(STEPS)

@@ -1,0 +1,130 @@
+"""What a replayed statement must have in common with one that the database has answered.
+
+Each of these was found by running SQLAlchemy's own tests on replayed rows (``tests/sqlalchemy_suite``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, StaticPool, create_engine, event, select
+from sqlalchemy.exc import StatementError
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    ORMExecuteState,
+    Session,
+    immediateload,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+)
+
+from querycache import QueryCache
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Author(Base):
+    __tablename__ = "author"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None]
+    books: Mapped[list[Book]] = relationship(back_populates="author")
+
+
+class Book(Base):
+    __tablename__ = "book"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    author_id: Mapped[int] = mapped_column(ForeignKey("author.id"))
+    author: Mapped[Author] = relationship(back_populates="books")
+
+
+@pytest.fixture
+def cache() -> QueryCache:
+    return QueryCache()
+
+
+@pytest.fixture
+def session(cache: QueryCache) -> Iterator[Session]:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Base.metadata.create_all(engine)
+    with Session(engine) as seed, seed.begin():
+        seed.add(Author(id=1, name="one", books=[Book(id=1), Book(id=2)]))
+    maker = sessionmaker(engine)
+    cache.attach(maker)
+    with maker() as session:
+        yield session
+    engine.dispose()
+
+
+AUTHORS_WITH_BOOKS = (
+    select(Author).options(selectinload(Author.books)).execution_options(cache_key="authors", mine=1)
+)
+
+
+@pytest.mark.parametrize("outcome", ["miss", "hit"])
+def test_post_loads_are_shown_to_handlers_with_the_options_that_were_given(
+    cache: QueryCache, session: Session, outcome: str
+) -> None:
+    if outcome == "hit":
+        session.scalars(AUTHORS_WITH_BOOKS).all()
+        session.expunge_all()
+    seen: list[dict[str, Any]] = []
+
+    @event.listens_for(session, "do_orm_execute")
+    def note(state: ORMExecuteState) -> None:
+        seen.append(dict(state.execution_options))
+
+    with cache.recording() as events:
+        session.scalars(AUTHORS_WITH_BOOKS).all()
+
+    assert events[0].outcome == outcome
+    for options in seen:
+        public = {name: value for name, value in options.items() if not name.startswith(("_", "sa_"))}
+        assert public == {"cache_key": "authors", "mine": 1}
+    assert len(seen) == 2
+
+
+def test_a_post_load_flushes_where_only_its_statement_was_told_not_to(session: Session) -> None:
+    statement = select(Author).options(selectinload(Author.books)).execution_options(autoflush=False)
+    flushed = []
+
+    for options in ({}, {"cache_key": True}):
+        author = session.get_one(Author, 1)
+        author.name = "changed"
+        session.expire(author, ["books"])
+        session.scalars(statement.execution_options(**options)).all()
+        flushed.append(author not in session.dirty)
+        session.rollback()
+
+    assert flushed[0] == flushed[1]
+
+
+def test_a_bypass_with_handlers_after_the_cache_loads_as_if_there_were_none(session: Session) -> None:
+    event.listen(session, "do_orm_execute", lambda state: None)
+    statement = select(Author).options(immediateload(Author.books)).execution_options(yield_per=1)
+
+    (author,) = session.scalars(statement.execution_options(cache_key=True))
+
+    assert len(author.__dict__["books"]) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_key": True}], ids=["uncached", "cached"])
+def test_parameters_that_cannot_be_resolved_raise_what_they_raise_uncached(
+    cache: QueryCache, session: Session, options: dict[str, Any]
+) -> None:
+    transient = Author()
+
+    with (
+        cache.recording() as events,
+        pytest.raises(StatementError, match=r"Can't resolve value for column author\.id") as raised,
+    ):
+        session.scalars(select(Book).where(Book.author == transient).execution_options(**options)).all()
+
+    assert raised.value.statement is not None
+    assert [(each.outcome, each.reason) for each in events] == [("bypass", "parameters")] * len(options)

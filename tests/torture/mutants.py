@@ -1,0 +1,207 @@
+"""The protections, switched off one at a time: each must make the judge find illegal reads.
+
+A mutant replaces a piece of the library inside the worker processes. Where the fault that it lets through needs two
+things to meet, it also pauses between them, as a busy machine would.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from querycache import interceptor, ledger, sa_internals, versions, writes
+from querycache.backends.redis import RedisBackend
+
+__all__ = ["MUTANTS", "Mutant", "apply"]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A protection that can be switched off.
+
+    Attributes:
+        what: the protocol without it.
+        apply: replaces the piece.
+        faults: kinds of faults that it takes to show.
+        isolation: of the transactions.
+        consistency: as given to the cache.
+    """
+
+    what: str
+    apply: Callable[[], None] = lambda: None
+    faults: tuple[str, ...] = ()
+    isolation: str = "READ COMMITTED"
+    consistency: str = "strict"
+
+
+def apply(name: str) -> None:
+    """Switch a protection off in this process; the empty name is none."""
+    if name:
+        MUTANTS[name].apply()
+
+
+def _hesitate(longest: float = 0.02) -> None:
+    time.sleep(random.random() * longest)
+
+
+def _late_versions() -> None:
+    original = interceptor._Load.run
+
+    def run(self: Any, prepared: Any) -> Any:
+        answer = original(self, prepared)
+        if self.reading is not None:
+            _hesitate()
+            self.reading = self.request.region.observe(self.reading.tags)
+        return answer
+
+    interceptor._Load.run = run  # type: ignore[method-assign]
+
+
+def _missing_is_valid() -> None:
+    original = ledger._open
+
+    def open_anyway(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
+        stored = ledger._tags_of(blob)
+        if stored:
+            count, _ = ledger._HEADER.unpack_from(blob)
+            was = struct.unpack_from(f">{count}Q", blob, ledger._HEADER.size)
+            vector = dict(zip(stored, was, strict=True))
+            found = [
+                vector.get(tag) if version is None else version
+                for tag, version in zip(tags, found, strict=True)
+            ]
+        return original(blob, tags, found)
+
+    ledger._open = open_anyway
+
+
+def _no_quarantine() -> None:
+    begun = versions.begun
+
+    def begun_clean(version: int | None, new: int) -> int:
+        return new + 1 if version is None else begun(version, new)
+
+    versions.begun = begun_clean
+    versions.planted = lambda new: new
+
+
+def _early_bump() -> None:
+    original = writes.Writes._phase_one
+
+    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+        original(self, info, dialect)
+        transaction = self._of(info)
+        if transaction is not None:
+            for each, marks in transaction.marks:
+                each.end(marks)
+            transaction.marks = []
+
+    writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
+
+
+def _plain_bump() -> None:
+    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+        transaction = self._of(info)
+        if transaction is not None and transaction.wrote:
+            self._resolve(info, dialect, {})
+            for each, keys in self._regions.tag_keys(transaction.tags):
+                each.bump(keys)
+
+    writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
+
+
+def _old_slots_forgotten() -> None:
+    original = sa_internals.old_and_new
+
+    def new_only(state: Any, column: Any) -> tuple[object, object]:
+        _, new = original(state, column)
+        return new, new
+
+    sa_internals.old_and_new = new_only
+
+
+def _own_writes_hidden() -> None:
+    writes.Transaction.hides = lambda self, tags: False  # type: ignore[method-assign]
+    _trust("own write")
+
+
+def _trust(reason: str) -> None:
+    original = interceptor.Interceptor._distrust
+
+    def distrust(request: Any, reading: Any) -> str:
+        found = original(request, reading)
+        return "" if found == reason else found
+
+    interceptor.Interceptor._distrust = staticmethod(distrust)  # type: ignore[method-assign]
+
+
+def _fill_after_write() -> None:
+    """What a transaction reads after its own write is asked of the database, as it should, and then stored."""
+    look_up = interceptor.Interceptor._look_up
+    hides = writes.Transaction.hides
+    writes.Transaction.hides = lambda self, tags: False  # type: ignore[method-assign]
+    _trust("own write")
+
+    def look_up_and_fill(self: Any, request: Any, may_wait: bool = True) -> Any:
+        if any(hides(transaction, request.tags) for transaction in request.transactions):
+            request.options = replace(request.options, mode="refresh")
+        return look_up(self, request, may_wait)
+
+    interceptor.Interceptor._look_up = look_up_and_fill  # type: ignore[method-assign]
+    interceptor.Interceptor._unfit_transaction = lambda *arguments: ""  # type: ignore[method-assign]
+
+
+def _no_cascades() -> None:
+    vars(writes)["cascades"] = lambda table, *, delete: frozenset()
+
+
+def _one_mark_for_all() -> None:
+    """Whoever ends takes off all marks, also those of others."""
+    swap = RedisBackend.swap
+
+    def end(self: Any, marks: Any) -> None:
+        _, found = self.fetch(None, list(marks))
+        swap(
+            self,
+            [
+                (counter, version, version - version % versions.GENERATION + versions.GENERATION)
+                for counter, version in zip(marks, found, strict=True)
+                if version is not None
+            ],
+        )
+
+    RedisBackend.end = end
+
+
+MUTANTS = {
+    "no-marks": Mutant(
+        "no phase one: versions only change after COMMIT", faults=("kill after COMMIT",), consistency="commit"
+    ),
+    "late-versions": Mutant(
+        "an entry is stored under versions read after the database was asked", _late_versions
+    ),
+    "missing-valid": Mutant("a version that is missing counts as unchanged", _missing_is_valid, ("evict",)),
+    "no-quarantine": Mutant(
+        "a version that was lost starts clean, although marks may be lost with it",
+        _no_quarantine,
+        ("flush before COMMIT, kill after",),
+    ),
+    "early-bump": Mutant("marks are taken off before COMMIT instead of after", _early_bump),
+    "bump-before": Mutant("one new generation before COMMIT, and no marks", _plain_bump),
+    "shared-mark": Mutant("a writer that ends takes off the marks of the others, too", _one_mark_for_all),
+    "new-slots-only": Mutant(
+        "a row write changes the slots of its new values, not of its old ones", _old_slots_forgotten
+    ),
+    "no-cascades": Mutant("rows that the database itself deletes are not known to change", _no_cascades),
+    "own-write-hidden": Mutant("a transaction is answered from before its own writes", _own_writes_hidden),
+    "fill-after-write": Mutant("what a transaction reads after its own write is stored", _fill_after_write),
+    "no-snapshots": Mutant(
+        "a transaction with an old snapshot of the database stores what it sees",
+        lambda: _trust("snapshot"),
+        isolation="REPEATABLE READ",
+    ),
+}

@@ -1,0 +1,134 @@
+"""The judge by itself, on small histories of which the judgement is known."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.torture.history import Intent, Outcome, Part, Read
+from tests.torture.judge import Judge
+from tests.torture.schema import State, book_row, initial_state, link_row, shelf_row
+
+BOOK = book_row(0)
+OTHER = book_row(8)
+"""Another one on the same shelf."""
+OLD = initial_state(BOOK)
+NEW: State = (7, 0, 0)
+
+
+def read(begin: int, end: int, *parts: Part, own: dict[int, State | None] | None = None) -> Read:
+    return Read("test", begin, end, [list(parts)], own or {})
+
+
+def point(begin: int, end: int, state: State | None, own: dict[int, State | None] | None = None) -> Read:
+    return read(begin, end, Part("book", 0, {} if state is None else {BOOK: state}), own=own)
+
+
+def verdict(judge: Judge, *reads: Read) -> list[str]:
+    judge.learn(reads)
+    return [illegal.kind for each in reads for illegal in judge.judge(each)]
+
+
+def one_commit(writes: dict[int, State | None], *, committed: bool = True, returned: bool = True) -> Judge:
+    """A commit called at 100 that returned at 200."""
+    return Judge(
+        [Intent("0-0-0", 100, writes)],
+        {"0-0-0": Outcome("0-0-0", 200, "")} if returned else {},
+        frozenset(["0-0-0"]) if committed else frozenset(),
+        {} if returned else {0: 300},
+    )
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "state", "expected"),
+    [
+        (0, 50, OLD, []),
+        (0, 50, NEW, ["early"]),
+        (0, 150, NEW, []),
+        (150, 160, OLD, []),
+        (150, 160, NEW, []),
+        (201, 210, NEW, []),
+        (201, 210, OLD, ["stale"]),
+        (201, 210, None, ["dirty"]),
+        (150, 160, (99, 0, 0), ["dirty"]),
+    ],
+)
+def test_a_read_sees_what_was_there_between_its_begin_and_its_end(
+    begin: int, end: int, state: State | None, expected: list[str]
+) -> None:
+    assert verdict(one_commit({BOOK: NEW}), point(begin, end, state)) == expected
+
+
+def test_what_one_read_has_seen_no_later_one_may_miss() -> None:
+    seen = point(120, 130, NEW)
+    assert verdict(one_commit({BOOK: NEW}), seen, point(125, 140, OLD)) == []
+    assert verdict(one_commit({BOOK: NEW}), seen, point(131, 140, OLD)) == ["stale"]
+
+
+def test_a_killed_writer_has_committed_when_it_is_buried() -> None:
+    judge = one_commit({BOOK: NEW}, returned=False)
+    assert verdict(judge, point(250, 260, OLD), point(301, 310, OLD)) == ["stale"]
+
+
+def test_a_killed_writer_without_its_row_in_the_log_has_not_committed() -> None:
+    judge = one_commit({BOOK: NEW}, committed=False, returned=False)
+    assert verdict(judge, point(301, 310, OLD), point(301, 310, NEW)) == ["dirty"]
+
+
+def test_a_commit_that_returned_without_being_committed_is_noticed() -> None:
+    assert one_commit({BOOK: NEW}, committed=False).contradictions
+
+
+def test_own_writes_are_seen_whatever_others_committed() -> None:
+    mine: State = (5, 0, 0)
+    judge = one_commit({BOOK: NEW})
+    assert verdict(judge, point(201, 210, mine, {BOOK: mine})) == []
+    assert verdict(judge, point(201, 210, NEW, {BOOK: mine})) == ["own"]
+    assert verdict(judge, point(201, 210, None, {BOOK: None})) == []
+    assert verdict(judge, point(201, 210, NEW, {BOOK: None})) == ["own"]
+
+
+def test_a_list_must_have_the_rows_that_belong_in_it_and_no_others() -> None:
+    moved: State = (7, 1, 0)
+    judge = one_commit({BOOK: moved})
+    there = {book_row(number): initial_state(book_row(number)) or () for number in range(0, 48, 8)}
+    without = {row: state for row, state in there.items() if row != BOOK}
+    assert verdict(judge, read(0, 50, Part("on shelf", 0, there))) == []
+    assert verdict(judge, read(0, 50, Part("on shelf", 0, without))) == ["early"]
+    assert verdict(judge, read(201, 210, Part("on shelf", 0, without))) == []
+    assert verdict(judge, read(201, 210, Part("on shelf", 0, there))) == ["stale"]
+    assert verdict(judge, read(201, 210, Part("on shelf", 0, {**without, BOOK: moved}))) == ["misplaced"]
+
+
+def test_a_count_lies_between_the_rows_that_must_and_that_may_be_there() -> None:
+    judge = one_commit({BOOK: None})
+    for begin, end, legal in ((0, 50, {6}), (150, 160, {5, 6}), (201, 210, {5})):
+        for number in range(4, 8):
+            found = verdict(judge, read(begin, end, Part("on shelf", 0, {}, number)))
+            assert found == ([] if number in legal else ["count"])
+
+
+def test_rows_of_one_statement_were_there_together() -> None:
+    first, second = (7, 0, 0), (8, 0, 0)
+    judge = Judge(
+        [Intent("0-0-0", 100, {BOOK: first}), Intent("0-0-1", 300, {OTHER: second})],
+        {"0-0-0": Outcome("0-0-0", 200, ""), "0-0-1": Outcome("0-0-1", 400, "")},
+        frozenset(["0-0-0", "0-0-1"]),
+        {},
+    )
+    parts = Part("book", 0, {BOOK: initial_state(BOOK) or ()}), Part("book", 8, {OTHER: second})
+    assert verdict(judge, read(50, 450, *parts)) == ["torn"]
+    in_two_statements = Read("test", 50, 450, [[part] for part in parts], {})
+    assert verdict(judge, in_two_statements) == []
+
+
+def test_marks_are_judged_by_being_there() -> None:
+    link, other = link_row(3, 1), link_row(3, 0)
+    judge = one_commit({link: ()})
+    assert verdict(judge, read(201, 210, Part("marks", 3, {link: (), other: ()}))) == []
+    assert verdict(judge, read(201, 210, Part("marks", 3, {other: ()}))) == ["stale"]
+    assert verdict(judge, read(0, 50, Part("marks", 3, {link: (), other: ()}))) == ["early"]
+
+
+def test_shelves_are_judged() -> None:
+    judge = one_commit({shelf_row(2): (7,)})
+    assert verdict(judge, read(201, 210, Part("shelf", 2, {shelf_row(2): (0,)}))) == ["stale"]
