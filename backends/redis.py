@@ -113,6 +113,58 @@ def _script(name: str) -> _Script:
     return _Script(name)
 
 
+class _Posting:
+    """A connection that may be given back before the reply to the last command has been read.
+
+    The pool asks every connection whether there is anything to read before it hands it out, and makes those anew
+    that are broken. That is where the reply is read.
+    """
+
+    _again: _Command | None = None
+
+    def post(self: Any, command: _Command, again: _Command) -> None:
+        """Send a command without reading the reply.
+
+        :param again: what to send instead where the server does not have the script.
+        """
+        try:
+            self.send_packed_command(self.pack_commands([command]))
+        except BaseException:
+            self.disconnect()
+            raise
+        self._again = again
+
+    def can_read(self: Any, timeout: float = 0) -> bool:
+        again, self._again = self._again, None
+        if again is not None:
+            try:
+                self.read_response()
+            except redis.exceptions.NoScriptError:
+                _converse(self, [again])
+            except redis.ResponseError:
+                pass  # the marks of the writer stay, and heal as those of one that died
+        return super().can_read(timeout)  # type: ignore[misc, no-any-return]
+
+    def disconnect(self: Any, *arguments: Any, **options: Any) -> None:
+        self._again = None
+        super().disconnect(*arguments, **options)  # type: ignore[misc]
+
+
+class _TcpConnection(_Posting, redis.Connection):
+    pass
+
+
+class _TlsConnection(_Posting, redis.SSLConnection):
+    pass
+
+
+class _UnixConnection(_Posting, redis.UnixDomainSocketConnection):
+    pass
+
+
+_CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixConnection}
+
+
 class RedisBackend(StoreBackend):
     """A store on one Redis server.
 
@@ -141,6 +193,12 @@ class RedisBackend(StoreBackend):
         scheme = _SCHEMES[address.scheme]
         place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
         self._name = f"Redis at {place or 'localhost'}"
+        database = address.path.strip("/")
+        if scheme != "unix" and database and not database.isdecimal():
+            # the client would take the first database without a word
+            raise ConfigurationError(
+                f"the Redis store cannot use {database!r} as the number of a database; write redis://host:6379/0"
+            )
         tls = [name for name in options if name.startswith("ssl_")]
         if tls and scheme != "rediss":
             raise ConfigurationError(f"option {tls[0]!r} needs TLS: write rediss:// instead of {scheme}://")
@@ -159,6 +217,7 @@ class RedisBackend(StoreBackend):
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
                 redis_connect_func=_introduce,
+                connection_class=_CONNECTIONS[scheme],
                 **options,
             )
         except ValueError as error:
@@ -201,7 +260,10 @@ class RedisBackend(StoreBackend):
         return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
 
     def end(self, marks: Mapping[str, Mark]) -> None:
-        self._run("end", list(marks), *(mark.incarnation for mark in marks.values()), essential=True)
+        # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
+        # need not stand by.
+        if marks:
+            self._post("end", list(marks), *(mark.incarnation for mark in marks.values()))
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)
@@ -256,17 +318,33 @@ class RedisBackend(StoreBackend):
         """Run a script; its keys are the counters."""
         if not counters:
             return []
-        script = _script(name)
 
-        def call(run: str, how: str, what: str) -> list[_Command]:
-            return [(how, what, len(counters), *_names(counters, run), *arguments)]
+        def call(run: str) -> list[_Command]:
+            return [_call(_script(name), counters, run, arguments)]
 
-        [reply] = self._exchange(lambda run: call(run, "EVALSHA", script.sha), essential, refusable=True)
+        [reply] = self._exchange(call, essential, refusable=True)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-            [reply] = self._exchange(lambda run: call(run, "EVAL", script.source), essential)
+            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential)
         elif isinstance(reply, redis.ResponseError):
             raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
         return reply  # type: ignore[no-any-return]
+
+    def _post(self, name: str, counters: Sequence[str], *arguments: object) -> None:
+        """Have a script run, and leave its reply to whoever uses the connection next."""
+        self._breaker.admit(essential=True)
+        try:
+            connection = self._pool.get_connection()
+            try:
+                command = _call(_script(name), counters, connection.querycache_run, arguments)
+                connection.post(command, _in_full(command, name))
+            finally:
+                self._pool.release(connection)
+        except (redis.RedisError, OSError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CacheUnavailable:
+        self._breaker.failed(error)
+        return CacheUnavailable(f"{self._name} does not answer: {error}")
 
     def _exchange(
         self,
@@ -288,8 +366,7 @@ class RedisBackend(StoreBackend):
             finally:
                 self._pool.release(connection)
         except (redis.RedisError, OSError) as error:
-            self._breaker.failed(error)
-            raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
+            raise self._failed(error) from error
         self._breaker.succeeded()
         if not refusable:
             for reply in replies:
@@ -312,6 +389,15 @@ def _introduce(connection: Any) -> None:
     if not run:
         raise redis.ConnectionError("it does not tell its run id (INFO server)")
     connection.querycache_run = run[:12]
+
+
+def _call(script: _Script, counters: Sequence[str], run: str, arguments: Sequence[object]) -> _Command:
+    return ("EVALSHA", script.sha, len(counters), *_names(counters, run), *arguments)
+
+
+def _in_full(call: _Command, name: str) -> _Command:
+    """The same call for a server that does not have the script."""
+    return ("EVAL", _script(name).source, *call[2:])
 
 
 def _converse(connection: Any, commands: list[_Command]) -> list[Any]:

@@ -84,9 +84,13 @@ class QueryCache:
         if not isinstance(namespace, str) or not namespace or not namespace.isprintable() or " " in namespace:
             raise ConfigurationError(f"namespace={namespace!r}: give a short text without spaces")
         check_ttl("ttl", ttl)
+        if lease is None:
+            raise ConfigurationError("lease=None: give a positive number of seconds")
         check_ttl("lease", lease)
         if scope is not None and not callable(scope):
             raise ConfigurationError(f"scope={scope!r}: give a function of the session, or None")
+        if policies is not None and not isinstance(policies, Mapping):
+            raise ConfigurationError(f"policies={policies!r}: give a mapping of mapped classes to Policy")
         for cls, policy in (policies or {}).items():
             if not isinstance(cls, type) or not isinstance(policy, Policy):
                 raise ConfigurationError(f"policies: {cls!r}: {policy!r} is not a mapped class with a Policy")
@@ -98,9 +102,13 @@ class QueryCache:
                 raise ConfigurationError(f"{argument}={value!r}: give one of {', '.join(map(repr, choices))}")
         if not isinstance(slots, int) or isinstance(slots, bool) or slots < 1:
             raise ConfigurationError(f"slots={slots!r}: give a positive whole number")
+        if signing_key is not None and (not isinstance(signing_key, bytes) or len(signing_key) < 16):
+            raise ConfigurationError("signing_key: give at least 16 random bytes, as bytes, or None")
         self._telemetry = Telemetry()
         self._declared = Declarations(slots=slots)
         self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
+        for policy in (policies or {}).values():
+            self._regions.get(policy.region)
         self._writes = Writes(self._regions, self._declared, self._telemetry, consistency, on_outage)
         self._interceptor = Interceptor(
             self._regions.get, self._writes, self._declared, self._telemetry, scope, policies or {}
@@ -121,17 +129,19 @@ class QueryCache:
         Raises:
             ConfigurationError: the file cannot be read, or has a key that is not known.
         """
+        table: object
         if isinstance(config, Mapping):
-            source, table = "configuration", dict(config)
+            source, table = "configuration", config
         else:
             source = str(config)
             try:
                 content = tomllib.loads(Path(config).read_text("utf-8"))
-            except (OSError, tomllib.TOMLDecodeError) as error:
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
                 raise ConfigurationError(f"cannot read {source!r}: {error}") from error
-            if "querycache" not in content:
+            table = content.get("querycache")
+            if not isinstance(table, dict):
                 raise ConfigurationError(f"{source!r} has no table [querycache]")
-            table = content["querycache"]
+        table = dict(table)
         for name in list(table):
             if name.startswith("cache."):
                 _add_dogpile_key(table, name, table.pop(name))
@@ -140,6 +150,9 @@ class QueryCache:
             raise ConfigurationError(
                 f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}"
             )
+        twice = sorted(set(table).intersection(arguments))
+        if twice:
+            raise ConfigurationError(f"{source}: {twice[0]} is given twice, there and as an argument")
         if isinstance(table.get("signing_key"), str):
             table["signing_key"] = table["signing_key"].encode()
         return cls(**table, **arguments)
@@ -234,7 +247,8 @@ class QueryCache:
             tables: every answer that depends on one of these tables, named as ``table`` or ``schema.table``.
             entities: every answer that depends on a table of one of these mapped classes.
             statement: every answer to this statement, whatever its parameters.
-            region: alone, every answer in this region; with others, only there.
+            region: alone, every answer in this region; with others, only in the store of this region, which others
+                may share.
             everything: True for every answer in every region.
             session: make it part of this session's transaction: it takes effect when that commits, and not if it
                 rolls back. ``region`` cannot be given with others then.
@@ -249,6 +263,8 @@ class QueryCache:
             schema, _, name = given.rpartition(".")
             # a schema that is given may be the default one, which statements need not name
             named.extend(set_write_tags((schema or None, name), schema or None, anywhere=not schema))
+        if isinstance(entities, type) or not isinstance(entities, Iterable):
+            raise ConfigurationError(f"entities={entities!r}: give a list of mapped classes")
         for entity in entities:
             for table in sa_internals.tables_of(entity):
                 named.extend(set_write_tags((table.schema, table.name), None, anywhere=not table.schema))

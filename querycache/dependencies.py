@@ -62,6 +62,7 @@ __all__ = [
     "set_write_tags",
     "slot_of",
     "tracked_columns",
+    "written_by_triggers",
 ]
 
 TableName = tuple[str | None, str]
@@ -94,16 +95,36 @@ class Declarations:
             each.lower() for each in on
         }
 
-    def closure(self, names: Iterable[str]) -> set[str]:
-        """The names, and all that they are made from, step by step."""
+    def made_from(self, names: Iterable[str]) -> set[str]:
+        """All that the names are made from, step by step; with a name itself only if it is made from itself."""
         found: set[str] = set()
         todo = [name.lower() for name in names]
         while todo:
             name = todo.pop()
-            if name not in found:
-                found.add(name)
-                todo.extend(self.sources.get(name, ()))
+            fresh = {*self.sources.get(name, ()), *_by_triggers.get(name, ())} - found
+            found |= fresh
+            todo.extend(fresh)
         return found
+
+    def closure(self, names: Iterable[str]) -> set[str]:
+        """The names, and all that they are made from."""
+        given = {name.lower() for name in names}
+        return given | self.made_from(given)
+
+
+_by_triggers: dict[str, frozenset[str]] = {}
+"""For a table that triggers write, the tables that fire them; for every cache of the process."""
+
+
+def written_by_triggers(table: Table, on: Iterable[Table]) -> None:
+    """Note, for every cache of the process, that triggers on the tables in `on` write rows of `table`.
+
+    Schemas make no difference: they are translated by connection, and a table that is taken to be written too often
+    is answered by the database.
+    """
+    labels = {_label(schema, each.name) for each in on for schema in (None, "?")}
+    name = table.name.lower()
+    _by_triggers[name] = _by_triggers.get(name, frozenset()) | labels
 
 
 # --- tracked columns and slots -----------------------------------------------------------------------
@@ -215,11 +236,11 @@ class Analysis:
         for schema, name in self.text_tables:
             labels = _reader_labels(schema, name) if schema else [_label(None, name), _label("?", name)]
             tags.extend(map(table_tag, labels))
-        if declared.sources:
+        if declared.sources or _by_triggers:
             given = {_label(*_translated(table, translate)) for table in self.tables}
             named = [table[1] for table in (*self.tables, *self.text_tables)]
-            sources = declared.closure([*given, *named, *self.functions])
-            tags.extend(table_tag(source) for source in sources.difference(self.functions, given))
+            # A source may be a table of the statement, and pinned there: what is made from it is made from all of it.
+            tags.extend(map(table_tag, declared.made_from([*given, *named, *self.functions])))
         return sorted(set(tags))
 
     @staticmethod
@@ -460,7 +481,7 @@ def row_write_tags(
     default_schema: str | None,
     slots: int,
     *,
-    inserted: bool,
+    moved: bool,
 ) -> Iterator[str]:
     """The tags that writes of rows change.
 
@@ -470,7 +491,7 @@ def row_write_tags(
         values: (name of a tracked column, value), for old and new values.
         default_schema: the connection's default schema.
         slots: number of slots of a column.
-        inserted: True if all these rows are new.
+        moved: True if these are not all the values that the rows had in the database.
     """
     known = []
     for column, value in values:
@@ -483,7 +504,7 @@ def row_write_tags(
         known.append((column, slot))
     for label in _writer_labels(schema, table.name, default_schema):
         yield table_tag(label)
-        if not inserted:
+        if moved:
             yield change_tag(label)
         for column, slot in known:
             yield slot_tag(label, column, slot)
@@ -516,6 +537,8 @@ def _cascades(table: Table, delete: bool, known_tables: int) -> frozenset[Table]
 
 def _refers_to(key: ForeignKey, table: Table) -> bool:
     try:
-        return key.column.table is table
+        referred = key.column.table
     except NoReferenceError:  # to a table that was not declared
         return False
+    # not `is`: in statements of the ORM tables are copies with annotations
+    return referred.key == table.key and referred.metadata is table.metadata

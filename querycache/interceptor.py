@@ -84,7 +84,7 @@ class Request:
     @property
     def name(self) -> str:
         """What to call it in events."""
-        return self.options.key if isinstance(self.options.key, str) else self.key[-40:-28]
+        return self.options.name or self.key[-40:-28]
 
     @property
     def session(self) -> Session:
@@ -226,10 +226,14 @@ class Interceptor:
         try:
             request = self._decide(state, region, options)
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
-            name = options.key if isinstance(options.key, str) else ""
-            self._telemetry.emit("bypass", region.name, name, str(refusal))
+            self._leave(region, options, str(refusal))
             return None
         return self._look_up(request)
+
+    def _leave(self, region: Region, options: CacheOptions, reason: str) -> None:
+        """Leave a statement to the database, where that may be asked."""
+        self._telemetry.emit("bypass", region.name, options.name, reason)
+        _check_allowed(region, options, reason)
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
@@ -269,8 +273,18 @@ class Interceptor:
 
     def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
-        if "cache_key" in state.execution_options or "cache_key" in state.local_execution_options:
-            return self._options_from(sa_internals.effective_options(state))
+        # Every statement comes through here, cached or not. So there are loops and no generators, and
+        # state.execution_options, which is made for whoever asks, is not asked for.
+        for given in (state.local_execution_options, state.statement.get_execution_options()):
+            for name in given:
+                if isinstance(name, str) and name.startswith("cache_"):
+                    options = sa_internals.effective_options(state)
+                    refined = None if "cache_key" in options else self._asked_otherwise(state)
+                    return self._options_from(options, refined)
+        return self._asked_otherwise(state)
+
+    def _asked_otherwise(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What is asked for a statement by other ways than its execution options."""
         for option in sa_internals.statement_options(state.statement):
             if isinstance(option, FromCache):
                 return option.cache_options
@@ -284,19 +298,22 @@ class Interceptor:
                     return self._policies[cls]
         return None
 
-    def _options_from(self, options: Mapping[str, Any]) -> CacheOptions | None:
+    def _options_from(self, options: Mapping[str, Any], refined: CacheOptions | None) -> CacheOptions | None:
         """The checked form of execution options, the same object for the same values."""
-        given = tuple(
-            (name, type(options[name]), options[name])
-            for name in options
-            if isinstance(name, str) and name.startswith("cache_")  # subqueryload has tuples as names
+        given = (
+            refined,
+            *(
+                (name, type(value), tuple(value) if type(value) is list else value)
+                for name, value in options.items()
+                if isinstance(name, str) and name.startswith("cache_")
+            ),
         )
         try:
             known = self._known_options.get(given)
-        except TypeError:  # a list among the values
-            return CacheOptions.from_execution_options(options)
+        except TypeError:  # a set among the values
+            return CacheOptions.from_execution_options(options, refined)
         if known is None:
-            known = CacheOptions.from_execution_options(options)
+            known = CacheOptions.from_execution_options(options, refined)
             if len(self._known_options) > 1000:
                 self._known_options.clear()
             self._known_options[given] = known
@@ -364,7 +381,9 @@ class Interceptor:
                     raise _Bypass(name)
         load_options = sa_internals.load_options(options)
         if load_options is not None:
-            if load_options["refresh_state"] is not None:
+            refreshed = load_options["refresh_state"]
+            # A loader may need a column that the statement has deferred: what it asks then is part of the answer.
+            if refreshed is not None and (not within or refreshed.expired or refreshed.expired_attributes):
                 raise _Refresh("refresh")
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
@@ -385,9 +404,8 @@ class Interceptor:
             raise _Bypass("text")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        name = options.key if isinstance(options.key, str) else ""
         if options.exact:
-            return region.entry_key(digest((name, scope)))
+            return region.entry_key(digest((region.name, options.name, scope)))
         identity = bind_identity(plan.engine)
         parts = (
             analysis.structure,
@@ -395,8 +413,12 @@ class Interceptor:
             plan.sql,
             canonical_parameters(plan),
             discriminators(plan),
-            name,
+            options.name,
             scope,
+            # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
+            region.name,
+            canonical(frozenset(options.tags)),
+            canonical(frozenset(options.tables)),
         )
         return region.entry_key(digest(parts))
 
@@ -418,7 +440,7 @@ class Interceptor:
         if reading is not None:
             distrust = self._distrust(request, reading)
             if distrust:
-                self._telemetry.emit("bypass", region.name, request.name, distrust)
+                self._leave(region, options, distrust)
                 return None
         if options.mode == "refresh":
             outcome, reason, entry = "miss", "refresh", None
@@ -441,10 +463,8 @@ class Interceptor:
                 self._telemetry.emit("hit", region.name, request.name)
                 return result
         if options.mode == "only":
-            raise CacheMiss(
-                f"region {region.name!r} has no answer for {request.name!r} ({reason or outcome}), and "
-                "cache_mode='only' forbids to ask the database"
-            )
+            self._telemetry.emit(outcome, region.name, request.name, reason)
+            _check_allowed(region, options, reason or outcome)
         if reading is None:
             self._telemetry.emit(outcome, region.name, request.name, reason)
             return self._ask_database(request, reading)
@@ -500,10 +520,12 @@ class Interceptor:
             return None  # not part of the answer, but of what the application does with it
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             load.spoiled = str(refusal)
+            _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
         frozen = load.loads.get(mark)
         if frozen is not None:
             return merge_frozen_result(prepared, frozen)
+        _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(analysis.tags(prepared.plan, self._declared))
         frozen, result = load.run(prepared)
         if frozen is not None:
@@ -532,3 +554,12 @@ class Interceptor:
         if sa_internals.reads_uncommitted(request.session):
             return "uncommitted"
         return self._distrust(request, reading) if reading is not None else ""
+
+
+def _check_allowed(region: Region, options: CacheOptions, reason: str) -> None:
+    """Raise CacheMiss where the database may not be asked."""
+    if options.mode == "only":
+        raise CacheMiss(
+            f"region {region.name!r} has no answer for {options.name!r} ({reason}), and cache_mode='only' forbids to "
+            "ask the database"
+        )

@@ -178,7 +178,9 @@ def _walk(value: Any, update: Any) -> None:
         for item in value:
             # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
             # them. Where they are no defaults, it shows in the SQL.
-            if previous != "_compile_options":
+            if previous == "additional_source_entities":
+                _walk_unordered(item, update)  # those classes of selectin_polymorphic again
+            elif previous != "_compile_options":
                 _walk(item, update)
             previous = item
     elif kind in _CANONICAL:

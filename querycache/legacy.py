@@ -71,11 +71,17 @@ class CachingQuery(Query[T]):
 
     def get(self, ident: Any) -> Any:
         """As ``Query.get()``; of several objects asked for under one key, each is the right one."""
-        return Query.get(self.execution_options(cache_exact=False), ident)
+        return Query.get(_by_its_own_statement(self), ident)
 
     def count(self) -> int:
         """As ``Query.count()``; kept apart from the result that is counted."""
-        return Query.count(self.execution_options(cache_exact=False))
+        return Query.count(_by_its_own_statement(self))
+
+
+def _by_its_own_statement(query: Self) -> Self:
+    return (
+        query.execution_options(cache_exact=False) if "cache_key" in query.get_execution_options() else query
+    )
 
 
 def _checked(query: Self) -> Self:

@@ -8,11 +8,12 @@ select of an entity, in the table given to ``QueryCache(policies=…)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute
+from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute, RelationshipProperty
 from sqlalchemy.orm.interfaces import UserDefinedOption
 
 from querycache.errors import ConfigurationError
@@ -57,8 +58,7 @@ class CacheOptions:
             raise ConfigurationError(
                 f"cache_key={self.key!r}: give a non-empty string, or True to derive the key from the statement"
             )
-        if self.region is not None and not isinstance(self.region, str):
-            raise ConfigurationError(f"cache_region={self.region!r}: give the name of a region as a string")
+        check_region("cache_region", self.region)
         check_ttl("cache_ttl", self.ttl)
         if self.mode not in _MODES:
             raise ConfigurationError(f"cache_mode={self.mode!r}: give one of {', '.join(map(repr, _MODES))}")
@@ -69,31 +69,52 @@ class CacheOptions:
                 "cache_exact=True needs a string as cache_key: there is nothing else to go by"
             )
 
+    @property
+    def name(self) -> str:
+        """The key that the user gave; empty where it is derived."""
+        return self.key if isinstance(self.key, str) else ""
+
     @classmethod
-    def from_execution_options(cls, options: Mapping[str, Any]) -> CacheOptions | None:
-        """Read the execution options of a statement; None where it has no ``cache_key``.
+    def from_execution_options(
+        cls, options: Mapping[str, Any], refined: CacheOptions | None = None
+    ) -> CacheOptions | None:
+        """Read the execution options of a statement.
 
         ``cache_key=None`` and ``cache_key=False`` mean that the statement is not to be cached, also under a
         policy; they give options with the mode "bypass".
 
+        Args:
+            options: all execution options of the statement, of which those that begin with ``cache_`` count.
+            refined: what a statement option or a policy asks for that statement already. Where ``cache_key`` is not
+                among the options, the others change that.
+        Returns:
+            None where there is nothing to change, and no more is asked than to leave the cache out of it.
         Raises:
-            ConfigurationError: an option has a value that it cannot have, or a name close to a known one.
+            ConfigurationError: an option has a name that is not known, or a value that it cannot have, or there is
+                no ``cache_key`` and nothing to change.
         """
-        key = options.get("cache_key")
-        if key is None or key is False:
-            return cls(mode="bypass") if "cache_key" in options else None
         values: dict[str, Any] = {}
-        for name in options:
-            if name.startswith("cache_"):
+        for name, value in options.items():
+            if isinstance(name, str) and name.startswith("cache_"):  # subqueryload has tuples as names
                 if name not in EXECUTION_OPTIONS:
                     raise ConfigurationError(
                         f"unknown execution option {name!r}: querycache knows {', '.join(sorted(EXECUTION_OPTIONS))}"
                     )
-                value = options[name]
                 if name in ("cache_tags", "cache_tables"):
                     value = names(name, value)
                 values[name.removeprefix("cache_")] = value
-        return cls(**values)
+        if "key" in values:
+            if values["key"] is None or values["key"] is False:
+                return cls(mode="bypass")
+            return cls(**values)
+        if refined is not None:
+            return replace(refined, **values)
+        if values.get("mode") == "bypass":
+            return None
+        name, value = next(iter(values.items()))
+        raise ConfigurationError(
+            f"cache_{name}={value!r} without a cache_key: add cache_key=True, or a string, to have the statement cached"
+        )
 
 
 def names(argument: str, value: object) -> tuple[str, ...]:
@@ -111,10 +132,21 @@ def check_ttl(argument: str, value: object) -> None:
     """Refuse what is not a positive number of seconds or None."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    known = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not known or not value > 0 or not math.isfinite(value):  # type: ignore[operator, arg-type]
         raise ConfigurationError(
             f"{argument}={value!r}: give a positive number of seconds, or None for no expiry"
         )
+
+
+def check_region(argument: str, value: object) -> None:
+    """Refuse what is neither the name of a region nor None."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigurationError(f"{argument}={value!r}: give the name of a region as a string, or None")
+
+
+def _named(attribute: object) -> str:
+    return str(attribute) if isinstance(attribute, QueryableAttribute) else repr(attribute)
 
 
 class FromCache(UserDefinedOption):
@@ -169,9 +201,12 @@ class RelationshipCache(UserDefinedOption):
         tags: Iterable[str] = (),
     ) -> None:
         super().__init__()
-        if not isinstance(attribute, QueryableAttribute) or not hasattr(attribute, "parent"):
+        comparator = (
+            getattr(attribute, "comparator", None) if isinstance(attribute, QueryableAttribute) else None
+        )
+        if not isinstance(getattr(comparator, "prop", None), RelationshipProperty):
             raise ConfigurationError(
-                f"RelationshipCache({attribute!r}): give a relationship attribute, such as Comment.author"
+                f"RelationshipCache({_named(attribute)}): give a relationship attribute, such as Comment.author"
             )
         self.attribute = attribute
         self.cache_options = CacheOptions(key=key, region=region, ttl=ttl, tags=names("tags", tags))
@@ -199,6 +234,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_ttl("Policy(ttl)", self.ttl)
+        check_region("Policy(region)", self.region)
         object.__setattr__(self, "tags", names("Policy(tags)", self.tags))
 
     def cache_options(self) -> CacheOptions:

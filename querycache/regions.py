@@ -319,7 +319,9 @@ def _dogpile_region(
         identity = settings.pop("url")
         backend, arguments = _from_url(name, identity)
     elif "backend" in settings:
-        backend, arguments = settings.pop("backend"), dict(settings.pop("arguments", {}))
+        backend, arguments = settings.pop("backend"), settings.pop("arguments", {})
+        if not isinstance(arguments, Mapping):
+            raise ConfigurationError(f"region {name!r}: arguments={arguments!r}: give a mapping")
     else:
         raise ConfigurationError(
             f"region {name!r}: neither 'url' nor 'backend' among {sorted(map(str, given))}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
 from sqlalchemy import Column, Table, event, inspect, util
@@ -44,20 +44,20 @@ __all__ = [
     "Plan",
     "Prepared",
     "Unpreparable",
+    "Written",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
     "connections",
     "default_isolation_level",
-    "dml_tables",
     "effective_options",
     "flushed",
     "in_transaction",
     "is_autocommit",
     "is_flushing",
+    "is_initializing",
     "is_textual",
     "is_unit_of_work",
-    "is_upsert",
     "isolation_level",
     "known_tables",
     "later_handlers",
@@ -73,7 +73,7 @@ __all__ = [
     "tables_of",
     "tap",
     "untap",
-    "written_in_ctes",
+    "written",
 ]
 
 Row = Sequence[object]
@@ -550,6 +550,15 @@ def default_isolation_level(dialect: Any) -> str | None:
     return level.replace("_", " ").upper() if level else None
 
 
+def is_initializing(connection: Connection) -> bool:
+    """True for the connection on which a dialect gets to know its database; nothing can be noted with it."""
+    try:
+        _ = connection.info
+    except NotImplementedError:
+        return True
+    return False
+
+
 def isolation_level(connection: Connection) -> str | None:
     """The isolation level of a connection, in capitals and with spaces, without asking the database."""
     level: str | None = connection.get_execution_options().get("isolation_level")
@@ -582,7 +591,7 @@ class Tap(Protocol):
 
     def executed(self, context: Any) -> None: ...
 
-    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
+    def begin(self, info: dict[Any, Any]) -> None: ...
 
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
 
@@ -590,6 +599,17 @@ class Tap(Protocol):
 
 
 _TAPS = "_querycache_taps"
+_READS = "_querycache_reads"
+
+
+def reads_only(compiled: Any) -> bool:
+    """True for a compiled statement of which :func:`note_reads_only` was told."""
+    return compiled is not None and _READS in compiled.__dict__
+
+
+def note_reads_only(compiled: Any) -> None:
+    """Remember of a compiled statement, which is kept and used again, that it writes nothing."""
+    compiled.__dict__[_READS] = True
 
 
 def tap(engine: Engine, listener: Tap) -> None:
@@ -631,20 +651,21 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
 
 def _info(connection: Any) -> dict[Any, Any] | None:
-    """The dictionary of a connection; None for those that a dialect makes for itself."""
+    """The dictionary of a connection; None for those that a dialect makes for itself.
+
+    It is empty while nothing was noted, and then there is nothing to tell anybody.
+    """
     try:
-        info = connection.info
+        return connection.info  # type: ignore[no-any-return]
     except (AttributeError, NotImplementedError):
         return None
-    return info if isinstance(info, dict) else None
 
 
 def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        info = _info(connection)
-        if info is not None:
+        if info := _info(connection):
             for each in taps:
-                each.begin(info, dialect)
+                each.begin(info)
         return run(connection, *args, **kwargs)
 
     return begin
@@ -653,7 +674,7 @@ def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Ca
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
         info = _info(connection)
-        if info is None:
+        if not info:
             return run(connection, *args, **kwargs)
         for each in taps:
             try:
@@ -689,9 +710,9 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) ->
         try:
             return run(connection, *args, **kwargs)
         finally:
-            info = _info(connection)
-            for each in taps if info is not None else ():
-                each.end(cast("dict[Any, Any]", info))
+            if info := _info(connection):
+                for each in taps:
+                    each.end(info)
 
     return rollback
 
@@ -740,48 +761,51 @@ def _dml(compiled: Any) -> Any:
     return statement.element if statement.is_from_statement else statement
 
 
-def dml_tables(compiled: Any) -> set[Table] | None:
-    """The tables that an INSERT, UPDATE or DELETE may write to; None where that cannot be told."""
+class Written(NamedTuple):
+    """What a statement does to the rows of a table.
+
+    Attributes:
+        table: None where it cannot be told.
+        deletes: whether rows that were there may be gone.
+        updates: whether rows that were there may have changed.
+    """
+
+    table: Table | None
+    deletes: bool
+    updates: bool
+
+
+def written(compiled: Any) -> list[Written]:
+    """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
+    found = []
     statement = _dml(compiled)
-    tables = {_as_table(statement.table)}
-    # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
-    noted = statement._annotations
-    tables.update(noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted)
-    for extra in getattr(compiled.dml_compile_state, "_extra_froms", None) or ():
-        tables.add(_as_table(extra))
-    if getattr(compiled, "ctes", None):
-        tables |= written_in_ctes(compiled)
-    return None if None in tables else cast("set[Table]", tables)
+    if statement.is_dml:
+        tables = [statement.table]
+        # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
+        noted = statement._annotations
+        tables += [noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted]
+        tables += getattr(compiled.dml_compile_state, "_extra_froms", None) or ()
+        found += [_written(statement, table) for table in tables]
+    for cte in getattr(compiled, "ctes", None) or ():
+        if cte.element.is_dml:
+            found.append(_written(cte.element, cte.element.table))
+    return found
 
 
-def written_in_ctes(compiled: Any) -> set[Table]:
-    """The tables that the CTEs of a statement write to."""
-    tables = set()
-    for cte in compiled.ctes:
-        element = cte.element
-        if element.is_dml:
-            tables.add(_as_table(element.table))
-    return tables
-
-
-def _as_table(selectable: Any) -> Any:
+def _written(statement: Any, selectable: Any) -> Written:
     while selectable is not None and not isinstance(selectable, Table):
         selectable = getattr(selectable, "element", None)
-    return selectable
+    # an upsert, INSERT OR REPLACE, or UPDATE OR REPLACE, may do either
+    either = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
-def is_upsert(compiled: Any) -> bool:
-    """True if an INSERT may change or replace rows that are there."""
-    statement = _dml(compiled)
-    return bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
-
-
-def flushed(context: Any) -> Iterator[Any]:
-    """The states that a flush has written."""
+def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
+    """The states that a flush has written, each with True where it was deleted."""
     for state, (is_delete, list_only) in context.states.items():
         # one that was to be deleted, and is replaced by another under its primary key, is listed only
         if is_delete or not list_only:
-            yield state
+            yield state, is_delete
 
 
 UNKNOWN = object()

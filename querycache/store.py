@@ -103,6 +103,7 @@ class StoreBackend(BytesBackend, abc.ABC):
         """Take the step :func:`~querycache.versions.ended` on each counter that is present, in this order.
 
         Where a counter is contended and the store has no atomic step for it, further round trips are taken.
+        May return before the server has done it: until then the marks are there.
         """
 
     @abc.abstractmethod

@@ -53,7 +53,7 @@ def bulk_tag(table: str) -> str:
 
 
 def change_tag(table: str) -> str:
-    """The tag of changes to rows of a table that were there before."""
+    """The tag of changes to rows of a table of which it is not known what they held before."""
     return f"change:{table}"
 
 

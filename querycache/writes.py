@@ -4,7 +4,8 @@ Every statement that this process sends through SQLAlchemy is executed by its en
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
 which are noted with the *database connection* (not with a Session, which Core never sees):
 
-- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots;
+- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots.
+  Foreign keys of rows that were updated are asked of the database then, since the objects may be out of date;
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
@@ -22,12 +23,13 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Table
+from sqlalchemy import Table, and_, or_, select
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, UOWTransaction
 
@@ -55,6 +57,9 @@ OnOutage = Literal["available", "refuse"]
 SchemaMap = Mapping[str | None, str | None]
 """A ``schema_translate_map``."""
 
+_MOST_LOOKED_AT = 50
+"""Rows that a flush may update of a table before they are no longer looked at one by one."""
+
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
@@ -63,23 +68,30 @@ class _Rows:
     """Rows of a table that a flush has written.
 
     Attributes:
-        values: old and new values of their tracked columns.
+        values: old and new values of their tracked columns, as the objects remember them.
         known: False if there are some that only the database knows.
-        inserted: True if all of them are new.
+        updated: primary keys of rows that were there before, and still are.
+        moved: True if some are gone, or have other values in tracked columns than before.
     """
 
     values: set[tuple[str, object]] = field(default_factory=set)
     known: bool = True
-    inserted: bool = True
+    updated: set[tuple[object, ...]] = field(default_factory=set)
+    moved: bool = False
 
-    def add(self, state: Any, table: Table) -> None:
-        self.inserted = self.inserted and state.key is None
+    def add(self, state: Any, table: Table, deleted: bool) -> None:
+        inserted = state.key is None
         for column in tracked_columns(table):
-            for value in sa_internals.old_and_new(state, column):
-                if value is sa_internals.UNKNOWN:
-                    self.known = False
-                else:
-                    self.values.add((column.name, value))
+            old, new = sa_internals.old_and_new(state, column)
+            if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
+                self.known = False
+            else:
+                self.values.update(((column.name, old), (column.name, new)))
+                self.moved = self.moved or not (inserted or column.primary_key or old == new)
+        if not inserted:
+            key = tuple(sa_internals.old_and_new(state, column)[1] for column in table.primary_key)
+            self.moved = self.moved or deleted or sa_internals.UNKNOWN in key
+            self.updated.add(key)
 
 
 @dataclass(slots=True)
@@ -140,7 +152,6 @@ class Writes:
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
-        self._begun_key = f"{self._info_key}:begun"
         # dialects whose transactions may keep an old view of the database for more than a statement
         self._old_views: set[Dialect] = set()
         self._settled: set[Dialect] = set()
@@ -200,7 +211,6 @@ class Writes:
                 if transaction.snapshot is None and not transaction.wrote:
                     transaction.snapshot = dict.fromkeys(self._regions.ledgers)
                     self._old_views.add(connection.dialect)
-                    connection.info.pop(self._begun_key, None)  # its first statement is past
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
@@ -229,30 +239,33 @@ class Writes:
 
     def executing(self, sql: str, context: Any) -> bool:
         """A statement is about to run. Returns True where it commits itself, and :meth:`executed` is to follow."""
-        connection: Connection = context.root_connection
-        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
-            self._first_statement(connection)
         compiled = context.compiled
+        connection: Connection = context.root_connection
+        if context.dialect not in self._settled:
+            if sa_internals.is_initializing(connection):
+                return False
+            self._settle(context.dialect)
+        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
+            self._before_snapshot(connection)
+        if sa_internals.reads_only(compiled):
+            return False
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text:
             text = read_text(sql, connection.dialect.name)
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
-        elif context.isinsert or context.isupdate or context.isdelete:
-            wrote = True
-            self._note_dml(connection, context)
         elif context.isddl:
             wrote = True
             self._note_ddl(connection, compiled)
-        elif getattr(compiled, "ctes", None):
-            written = sa_internals.written_in_ctes(compiled)
-            wrote = bool(written)
-            self._note_tables(connection, written, context)
+        elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
+            wrote = self._note_dml(connection, context)
         elif self._ends_savepoint(connection, compiled):
             self._phase_one(connection.info, connection.dialect)
             return True
         else:
+            if connection.dialect.name != "sqlite" or context.compiled.statement.is_select:
+                sa_internals.note_reads_only(compiled)
             return False
         if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
             self._phase_one(connection.info, connection.dialect)
@@ -275,30 +288,25 @@ class Writes:
             connection.get_transaction(), TwoPhaseTransaction
         )
 
-    def _note_dml(self, connection: Connection, context: Any) -> None:
-        tables = sa_internals.dml_tables(context.compiled)
-        if tables is None:
-            self._note(connection, [EVERYTHING])
-        elif sa_internals.is_unit_of_work(context):
-            schemas = _schema_map(context)
-            for table in tables:
+    def _note_dml(self, connection: Connection, context: Any) -> bool:
+        """Note what a statement and its CTEs write. Returns False if that is nothing."""
+        written = sa_internals.written(context.compiled)
+        schemas = _schema_map(context)
+        for table, deletes, updates in written:
+            if table is None:
+                self._note(connection, [EVERYTHING])
+                continue
+            changed: set[Table] = set()
+            if sa_internals.is_unit_of_work(context):
                 self._ensure(connection).unresolved[table] = schemas
-                if not context.isinsert:
-                    self._note_sets(connection, cascades(table, delete=context.isdelete), schemas)
-        else:
-            self._note_tables(connection, tables, context)
-
-    def _note_tables(self, connection: Connection, tables: Iterable[Table], context: Any) -> None:
-        # an upsert, or INSERT OR REPLACE, may do either
-        upsert = context.isinsert and sa_internals.is_upsert(context.compiled)
-        delete, update = context.isdelete or upsert, context.isupdate or upsert
-        for table in tables:
-            changed = {table}
-            if delete:
+            else:
+                changed.add(table)
+            if deletes:
                 changed |= cascades(table, delete=True)
-            if update:
+            if updates:
                 changed |= cascades(table, delete=False)
-            self._note_sets(connection, changed, _schema_map(context))
+            self._note_sets(connection, changed, schemas)
+        return bool(written)
 
     def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
         default = connection.dialect.default_schema_name
@@ -346,7 +354,7 @@ class Writes:
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        if self.watch(connection.engine):
+        if connection.engine not in self._watched and self.watch(connection.engine):
             # It began unseen, and where the Session was bound to a Connection it may have written.
             if self._takes_snapshots(connection):
                 self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
@@ -359,12 +367,39 @@ class Writes:
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, _Rows] = {}
-        for state in sa_internals.flushed(context):
+        for state, deleted in sa_internals.flushed(context):
             for table in state.mapper.tables:
                 if isinstance(table, Table):
-                    rows.setdefault(table, _Rows()).add(state, table)
+                    rows.setdefault(table, _Rows()).add(state, table, deleted)
         for connection in sa_internals.connections(session):
+            transaction = self._of(connection.info)
+            for table, schemas in transaction.unresolved.items() if transaction is not None else ():
+                if table in rows:
+                    self._look_at(connection, table, schemas, rows[table])
             self._resolve(connection.info, connection.dialect, rows)
+
+    @staticmethod
+    def _look_at(connection: Connection, table: Table, schemas: SchemaMap, rows: _Rows) -> None:
+        """Ask which values the tracked columns of updated rows have.
+
+        What an object remembers may be older than its row, which somebody else may have moved since. Nobody can now
+        until this transaction ends, for it has written the row.
+        """
+        columns = [column for column in tracked_columns(table) if not column.primary_key]
+        if not columns:
+            rows.moved = False
+        elif rows.updated and rows.known and not rows.moved:
+            if len(rows.updated) > _MOST_LOOKED_AT:
+                rows.moved = True
+                return
+            keys = [and_(*map(operator.eq, table.primary_key, key)) for key in rows.updated]
+            found = connection.execute(
+                select(*columns).where(or_(*keys)), execution_options={"schema_translate_map": schemas}
+            ).all()
+            rows.moved = len(found) < len(rows.updated)
+            rows.values.update(
+                (column.name, value) for row in found for column, value in zip(columns, row, strict=True)
+            )
 
     def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, _Rows]) -> None:
         """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
@@ -378,29 +413,32 @@ class Writes:
             if known is None or not known.known:
                 transaction.tags.update(set_write_tags((schema, name), default))
             else:
-                slots, inserted = self._declared.slots, known.inserted
-                tags = row_write_tags(table, schema, known.values, default, slots, inserted=inserted)
+                slots = self._declared.slots
+                tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
                 transaction.tags.update(tags)
         transaction.unresolved.clear()
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
-    def begin(self, info: dict[Any, Any], dialect: Dialect) -> None:
-        """A transaction is about to begin; what it sees of the database is settled by its first statement."""
+    def begin(self, info: dict[Any, Any]) -> None:
+        """A transaction is about to begin on a connection of which something was noted."""
         info.pop(self._savepoint_key, None)
         transaction = self._of(info)
         # One that is not marked goes on: two Connections can share what the driver calls a connection.
         if transaction is not None and transaction.marked is not None:
             self._phase_two(info)
-        info[self._begun_key] = True
-        if dialect not in self._settled:
-            self._settled.add(dialect)
-            if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
-                self._old_views.add(dialect)
 
-    def _first_statement(self, connection: Connection) -> None:
-        if not connection.info.pop(self._begun_key, False):
-            return
+    def _settle(self, dialect: Dialect) -> None:
+        """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
+        self._settled.add(dialect)
+        if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
+            self._old_views.add(dialect)
+
+    def _before_snapshot(self, connection: Connection) -> None:
+        """What a transaction sees of the database is settled by its first statement: remember what was there before."""
+        transaction = self._of(connection.info)
+        if transaction is not None and transaction.snapshot is not None:
+            return  # not the first
         if connection.info.get(self._isolation_key):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         elif self._takes_snapshots(connection):

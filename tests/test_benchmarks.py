@@ -47,3 +47,14 @@ def test_memory_bound() -> None:
     assert [moment["fills"] for moment in answer["moments"]] == list(range(2000, 20001, 2000))
     accounted = [moment["accounted"] for moment in answer["moments"]]
     assert max(accounted) <= answer["max_bytes"] and min(accounted[1:]) > 0.9 * answer["max_bytes"]
+
+
+def test_denormalize() -> None:
+    lines = run("benchmarks.denormalize", "--children", "200", "--flushes", "3", "--rounds", "1")
+    works = [line["work"] for line in lines]
+    assert len(dict.fromkeys(works)) == 4
+    ways = {line["way"] for line in lines if line["work"] == works[0]}
+    assert {"without", "sql", "recount", "flush", "memory", "trigger", "sqlalchemy-utils"} < ways
+    updates = {line["way"]: line["updates"] for line in lines if line["work"] == works[0]}
+    assert (updates["without"], updates["trigger"], updates["sql"]) == (0, 0, 100)
+    assert [line["way"] for line in lines if line["reach"]] == ["sql", "sqlalchemy-utils", "sqlalchemy-utils"]

@@ -22,6 +22,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path: Path) -> None:
         [sys.executable, "-m", "build", "--outdir", str(tmp_path), str(ROOT)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "importable" not in done.stdout + done.stderr, "setuptools takes a directory of data for a package"
     (wheel_path,) = tmp_path.glob("*.whl")
     (sdist_path,) = tmp_path.glob("*.tar.gz")
 
@@ -45,6 +46,7 @@ def test_wheel_and_sdist_hold_the_package(tmp_path: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
     assert dict(entry_points["dogpile.cache"]) == _declared_backends()
+    assert dict(entry_points["console_scripts"]) == {"querycache": "querycache.admin:main"}
 
     with tarfile.open(sdist_path) as sdist:
         top_level = {Path(*Path(name).parts[1:]) for name in sdist.getnames()}

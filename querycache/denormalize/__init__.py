@@ -30,6 +30,7 @@ from querycache.denormalize.errors import (
     UncoveredChange,
 )
 from querycache.denormalize.listeners import install as _install
+from querycache.denormalize.triggers import trigger_sql
 from querycache.denormalize.verify import Difference, Report, repair, verify, verify_at_commit
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "python",
     "repair",
     "sum_of",
+    "trigger_sql",
     "verify",
     "verify_at_commit",
 ]

@@ -22,6 +22,7 @@ from querycache.denormalize.images import Image, image
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
+from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.touched import Sorter, Touched, inserted, missed, spread
 from querycache.denormalize.writing import Changes, changes_between, write
 
@@ -50,7 +51,7 @@ class Work:
             wanted.setdefault(place, set()).update(keys)
         self.locks.lock(wanted, roots=self.locks.parents_first)
         for chain, held in aggregates.items():
-            levels = _levels(chain, self.touched.rows)
+            levels = _levels(self.plan, chain, self.touched.rows)
             if levels:
                 self.before[chain] = image(self.locks, chain, _measured(held), levels)
 
@@ -65,7 +66,7 @@ class Work:
         """
         by_root: dict[Mapper[Any], Changes] = {}
         for chain, held in aggregates.items():
-            levels = _levels(chain, after)
+            levels = _levels(self.plan, chain, after)
             root = chain.root.base_mapper
             before = {
                 renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()
@@ -95,9 +96,8 @@ def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:
     return [held for held in aggregates if not STRATEGIES[held.strategy].recounts]
 
 
-def _levels(chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, set[Key]]:
-    found = {level: rows.get(Place(chain, level)) for level in range(1, chain.depth + 1)}
-    return {level: keys for level, keys in found.items() if keys}
+def _levels(plan: Plan, chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, set[Key]]:
+    return {place.level: keys for place in plan.places[chain] if (keys := rows.get(place))}
 
 
 def connection_of(session: Session, plan: Plan) -> Connection:
@@ -127,10 +127,8 @@ class Keeper:
         for plan, touched in self._sorter.collect(session, parents_at).items():
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
-            for name, strategy in STRATEGIES.items():
-                held = [one for one in plan.aggregates if one.strategy == name]
-                if held:
-                    strategy.before_flush(session, work.locks, held, touched)
+            for strategy, held in _by_strategy(plan):
+                strategy.before_flush(session, work.locks, held, touched)
 
     def after_flush(self, session: Session) -> None:
         again = self._sorter.persistent(session, lambda plan: None)
@@ -154,11 +152,9 @@ class Keeper:
             written = work.write_difference(_kept(plan), after, renamed)
             for aggregate, keys in written.items():
                 self._stale.setdefault(aggregate, set()).update(keys)
-            for name, strategy in STRATEGIES.items():
-                held = [one for one in plan.aggregates if one.strategy == name]
-                if held:
-                    for aggregate, keys in strategy.after_flush(session, held).items():
-                        self._stale.setdefault(aggregate, set()).update(keys)
+            for strategy, held in _by_strategy(plan):
+                for aggregate, keys in strategy.after_flush(session, held).items():
+                    self._stale.setdefault(aggregate, set()).update(keys)
 
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
@@ -187,8 +183,24 @@ class Keeper:
 
 
 def _kept(plan: Plan) -> dict[Chain, list[Aggregate]]:
-    found = {chain: kept_by_images(plan, chain) for chain in plan.by_chain}
-    return {chain: held for chain, held in found.items() if held}
+    def found() -> dict[Chain, list[Aggregate]]:
+        every = {chain: kept_by_images(plan, chain) for chain in plan.by_chain}
+        return {chain: held for chain, held in every.items() if held}
+
+    kept: dict[Chain, list[Aggregate]] = plan.memo(("kept",), found)
+    return kept
+
+
+def _by_strategy(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
+    def found() -> list[tuple[Strategy, list[Aggregate]]]:
+        every = (
+            (strategy, [held for held in plan.aggregates if held.strategy == name])
+            for name, strategy in STRATEGIES.items()
+        )
+        return [(strategy, held) for strategy, held in every if held]
+
+    by_strategy: list[tuple[Strategy, list[Aggregate]]] = plan.memo(("by strategy",), found)
+    return by_strategy
 
 
 def show(
@@ -204,7 +216,7 @@ def show(
         for key in keys:
             instance = session.identity_map.get(root.identity_key_from_primary_key(key))
             state = None if instance is None else sqlalchemy_inspect(instance)
-            if state is not None and aggregate.key in state.dict:
+            if state is not None and (aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires):
                 by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
     for root, states in by_root.items():
         for state, names in states.items():

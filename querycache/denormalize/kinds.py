@@ -356,9 +356,18 @@ class Latest(Kind):
         return (func.count(value),)
 
     def fold(self, values: Iterable[Any]) -> Parts:
-        """`values` are (order, primary key, measure) triples; rows whose order is NULL come first."""
-        last = max(values, key=lambda row: (row[0] is not None, row[0], row[1]), default=None)
-        return (last[2] if last else None,)
+        """`values` are (order, primary key, measure) triples; rows whose order is NULL come first.
+
+        Keys that the database is still to generate will be greater than those it has, in the order of the rows.
+        """
+
+        def rank(numbered: tuple[int, Any]) -> tuple[Any, ...]:
+            number, (order, key, _) = numbered
+            new = None in key
+            return order is not None, order, new, (number,) if new else key
+
+        last = max(enumerate(values), key=rank, default=None)
+        return (last[1][2] if last else None,)
 
     def combine(self, one: Parts, other: Parts) -> Parts:
         return one

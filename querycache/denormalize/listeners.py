@@ -1,19 +1,21 @@
 """The wiring: which event of SQLAlchemy leads where.
 
-Mapper events are listened to from the import on. Session events only once there is a plan, on the Session class, so
+Mapper events are listened to from the import on. Session events only while there is a plan, on the Session class, so
 that every Session is covered, also those that nobody told this package of; an application without aggregates pays
-nothing.
+nothing. `registry.dispose()` (or `clear_mappers()`) ends the plan of the classes that it takes down, and with the last plan
+the Session and Engine classes are as if this package had never been there.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Engine, event
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy import Connection, Engine, MetaData, event
+from sqlalchemy.orm import Mapper, Session, configure_mappers
 
 from querycache.denormalize import bulk, configure, guard, readonly
+from querycache.denormalize.declare import INFO_KEY
 from querycache.denormalize.keeping import keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
@@ -21,12 +23,16 @@ from querycache.denormalize.strategies import STRATEGIES
 __all__ = ["install"]
 
 _attached: weakref.WeakSet[Any] = weakref.WeakSet()
+_kept: weakref.WeakSet[MetaData] = weakref.WeakSet()
+"""The MetaData whose aggregates are kept."""
 
 
 def install() -> None:
     """Listen to mapper configuration. Called once, by the package itself."""
     event.listen(Mapper, "mapper_configured", lambda mapper, cls: configure.note(mapper))
     event.listen(Mapper, "after_configured", configure.build)
+    event.listen(MetaData, "before_create", _before_create)
+    event.listen(object, "class_uninstrument", _class_gone, propagate=True)
     configure.on_plan(_plan_made)
 
 
@@ -37,14 +43,30 @@ def _plan_made(plan: Plan) -> None:
             _attached.add(aggregate.column)
             readonly.protect(aggregate)
             STRATEGIES[aggregate.strategy].attach(plan, aggregate)
+    _kept.add(plan.metadata)
     if not event.contains(Session, "before_flush", _before_flush):
-        event.listen(Session, "before_flush", _before_flush)
-        event.listen(Session, "do_orm_execute", bulk.do_orm_execute)
-        event.listen(Engine, "before_execute", guard.before_execute)
-        event.listen(Session, "after_flush", _after_flush)
-        event.listen(Session, "after_flush_postexec", _after_flush_postexec)
-        event.listen(Session, "after_soft_rollback", _after_rollback)
-        event.listen(Session, "after_transaction_end", _after_transaction_end)
+        for target, name, listener in _LISTENERS:
+            event.listen(target, name, listener)
+
+
+def _class_gone(cls: type[Any]) -> None:
+    """The mapping of a class that holds aggregates is taken down, and with it those of its MetaData."""
+    for metadata in list(_kept):
+        plan = metadata.info.get(INFO_KEY)
+        if isinstance(plan, Plan) and any(held.chain.root.class_ is cls for held in plan.aggregates):
+            del metadata.info[INFO_KEY]
+            _kept.discard(metadata)
+            for aggregate in plan.aggregates:
+                STRATEGIES[aggregate.strategy].detach(aggregate)
+    if not _kept and event.contains(Session, "before_flush", _before_flush):
+        for target, name, listener in _LISTENERS:
+            event.remove(target, name, listener)
+
+
+def _before_create(metadata: MetaData, connection: Connection, **options: Any) -> None:
+    """`create_all()` may come before anything has configured the mappers, and must make the triggers all the same."""
+    if any(INFO_KEY in column.info for table in metadata.tables.values() for column in table.columns):
+        configure_mappers()
 
 
 def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
@@ -71,3 +93,15 @@ def _after_rollback(session: Session, previous_transaction: Any) -> None:
 def _after_transaction_end(session: Session, transaction: Any) -> None:
     if transaction.parent is None:
         keeper_of(session).after_transaction(session)
+
+
+_LISTENERS: Final[tuple[tuple[Any, str, Any], ...]] = (
+    (Session, "before_flush", _before_flush),
+    (Session, "do_orm_execute", bulk.do_orm_execute),
+    (Engine, "before_execute", guard.before_execute),
+    (Session, "after_flush", _after_flush),
+    (Session, "after_flush_postexec", _after_flush_postexec),
+    (Session, "after_soft_rollback", _after_rollback),
+    (Session, "after_transaction_end", _after_transaction_end),
+)
+"""What is listened to while there is a plan."""

@@ -79,6 +79,11 @@ class Plan:
             for chain, held in self.by_chain.items()
             for level in range(1, chain.depth + 1)
         }
+        self.places: dict[Chain, tuple[Place, ...]] = {
+            chain: tuple(Place(chain, level) for level in range(1, chain.depth + 1))
+            for chain in self.by_chain
+        }
+        """The places of each chain below its parent, from the top."""
         self.edges = self._edges()
         self._rank = self._ranks()
         self._statements: dict[tuple[Any, ...], Any] = {}

@@ -74,20 +74,33 @@ class Sorter:
             parents_at: the least level whose rows must be locked before the flush, for a plan; None if none.
         """
         found = self.persistent(session, parents_at)
-        for instance in session.new:
-            known = self.watch(type(instance))
-            if known is not None:
-                plan, watch = known
-                touched = found.get(plan)
-                if touched is None:
-                    touched = found[plan] = Touched()
-                least = parents_at(plan)
-                if least is not None:
-                    for place, _ in watch.places:
-                        if place.level > least:
-                            _parents(instance, place, touched)
+        for cls, instances in self.by_class(session.new).items():
+            known = self.watch(cls)
+            if known is None:
+                continue
+            plan, watch = known
+            touched = found.setdefault(plan, Touched())
+            least = parents_at(plan)
+            locked = [place for place, _ in watch.places if least is not None and place.level > least]
+            if not locked and not watch.collections:
+                continue
+            for instance in instances:
+                for place in locked:
+                    _parents(instance, place, touched)
                 if watch.collections:
                     self._collections(instance, watch, touched)
+        return found
+
+    def by_class(self, instances: Iterable[Any]) -> dict[type[Any], list[Any]]:
+        """The instances of watched classes, in their order; a flush may have many of few classes."""
+        found: dict[type[Any], list[Any]] = {}
+        for instance in instances:
+            cls = type(instance)
+            held = found.get(cls)
+            if held is not None:
+                held.append(instance)
+            elif self.watch(cls) is not None:
+                found[cls] = [instance]
         return found
 
     def persistent(self, session: Session, parents_at: Callable[[Plan], int | None]) -> dict[Plan, Touched]:
@@ -189,19 +202,29 @@ def _parents(instance: Any, place: Place, touched: Touched) -> None:
 def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, set[Key]]]:
     """The keys of the rows that the flush has inserted, by place; asked when it has."""
     found: dict[Plan, dict[Place, set[Key]]] = {}
-    for instance in session.new:
-        known = sorter.watch(type(instance))
+    for cls, instances in sorter.by_class(session.new).items():
+        known = sorter.watch(cls)
         if known is None or not known[1].places:
             continue
         plan, watch = known
-        state = sqlalchemy_inspect(instance)
-        key = tuple(state.mapper.primary_key_from_instance(instance))
-        if None in key:  # an orphan that was not inserted
-            continue
+        keys = _keys(sqlalchemy_inspect(cls), instances)
         per_place = found.setdefault(plan, {})
         for place, _ in watch.places:
-            per_place.setdefault(place, set()).add(key)
+            per_place.setdefault(place, set()).update(keys)
     return found
+
+
+def _keys(mapper: Mapper[Any], instances: Iterable[Any]) -> list[Key]:
+    """The keys of objects that have been inserted; an orphan that was not has none."""
+    names = primary_keys(mapper)
+    try:
+        if len(names) == 1:
+            (name,) = names
+            return [(part,) for each in instances if (part := each.__dict__[name]) is not None]
+        keys = [tuple([each.__dict__[name] for name in names]) for each in instances]
+    except KeyError:  # an attribute that is expired, or mapped under several columns
+        keys = [tuple(mapper.primary_key_from_instance(each)) for each in instances]
+    return [key for key in keys if None not in key]
 
 
 def spread(locks: Locks, touched: Touched) -> None:

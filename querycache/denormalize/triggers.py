@@ -4,8 +4,7 @@ Counts and sums one step below their parent are incremented. Everything else loc
 anew, in this order, so that the count is taken from a snapshot that is younger than the lock. Rows between
 parent and child are locked too, lest they move to another parent meanwhile.
 
-The statements are printed by `python -m querycache.denormalize --app … sql` for migrations, and `create_all()` runs
-them itself.
+`create_all()` runs the statements itself; for migrations there are `trigger_sql()` and `querycache --app … denorm sql`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,30 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.elements import quoted_name
 
 from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
-from querycache.denormalize.plan import Plan, relevant
+from querycache.denormalize.configure import aggregates_of
+from querycache.denormalize.plan import Plan, plan_of, relevant
 from querycache.errors import ConfigurationError
 
-__all__ = ["drop_statements", "trigger_statements"]
+__all__ = ["drop_statements", "trigger_sql", "trigger_statements"]
 
 _EVENTS = {"INSERT": ("NEW",), "UPDATE": ("OLD", "NEW"), "DELETE": ("OLD",)}
 _DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
+
+
+def trigger_sql(target: Any, dialect: Dialect) -> list[str]:
+    """The statements of a migration that creates the triggers of strategy "trigger", to be run one by one.
+
+    Args:
+        target: a MetaData, a declarative base or an entity; the triggers of its whole MetaData are given.
+        dialect: of the database that they are for.
+
+    Raises:
+        ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them.
+    """
+    plans = dict.fromkeys(plan_of(aggregate.chain.root) for aggregate in aggregates_of(target))
+    return [
+        statement for plan in plans if plan is not None for statement in trigger_statements(plan, dialect)
+    ]
 
 
 def trigger_statements(plan: Plan, dialect: Dialect) -> list[str]:

@@ -14,22 +14,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event, func, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.errors import AggregateMismatch
 from querycache.denormalize.images import recount, same
 from querycache.denormalize.kinds import Merge
 from querycache.denormalize.locks import Locks, keys_of
-from querycache.denormalize.plan import Place, plan_of
+from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.writing import Changes, write
 from querycache.errors import ConfigurationError
 
 __all__ = ["Difference", "Report", "repair", "verify", "verify_at_commit"]
 
-Progress = Callable[[str, int, int, int], None]
-"""Called after each batch with (parent entity, parents done, parents in all, columns found wrong so far)."""
+Chains = dict[Chain, list[Aggregate]]
+
+Progress = Callable[[str, int, int, "Report"], None]
+"""Called after each batch with (parent entity, parents done, parents in all, the report so far)."""
 
 
 @dataclass(frozen=True)
@@ -101,28 +103,30 @@ def verify(
     _positive("batch", batch)
     report = Report()
     with _connection(bind) as connection:
-        for chain, aggregates in _by_chain(target).items():
-            name = chain.root.class_.__name__
-            total, done = _total(connection, chain), 0
+        for root, chains in _by_root(target).items():
+            name = root.class_.__name__
+            total, done = _total(connection, root), 0
             chosen = None
             if sample is not None and sample < total:
                 chosen = set(random.Random().sample(range(total), sample))
                 total = sample
-            locks = Locks(connection, _plan(chain))
+            locks = Locks(connection, _plan(root))
             position = 0
-            for keys in _batches(connection, chain, batch):
+            for keys in _batches(connection, root, batch):
                 wanted = [
                     key for number, key in enumerate(keys, position) if chosen is None or number in chosen
                 ]
                 position += len(keys)
                 if not wanted:
                     continue
-                _compare(locks, chain, aggregates, wanted, report)
+                for difference, _ in _differences(locks, chains, wanted):
+                    report.add(difference)
                 done += len(wanted)
                 report.last[name] = wanted[-1]
+                report.checked[name] = done
                 if progress is not None:
-                    progress(name, done, total, report.wrong)
-            report.checked[name] = max(done, report.checked.get(name, 0))
+                    progress(name, done, total, report)
+            report.checked[name] = done
     return report
 
 
@@ -151,55 +155,45 @@ def repair(
     """
     _positive("batch", batch)
     report = Report(last=dict(after or {}))
-    for chain, aggregates in _by_chain(target).items():
-        name = chain.root.class_.__name__
+    for root, chains in _by_root(target).items():
+        name = root.class_.__name__
         with bind.connect() as connection:
-            total = _total(connection, chain)
+            total = _total(connection, root)
         last, done = (after or {}).get(name), 0
         while True:
             with bind.begin() as connection:
-                keys = _next(connection, chain, last, batch)
+                keys = _next(connection, root, last, batch)
             if not keys:
                 break
             # The keys were read in another transaction: this one must not have a snapshot before it has the locks.
             with bind.begin() as connection:
-                _repair(Locks(connection, _plan(chain)), chain, aggregates, keys, report)
+                _repair(Locks(connection, _plan(root)), chains, keys, report)
             last = report.last[name] = keys[-1]
             done += len(keys)
+            report.checked[name] = done
             if progress is not None:
-                progress(name, done, total, report.wrong)
-        report.checked[name] = max(done, report.checked.get(name, 0))
+                progress(name, done, total, report)
+        report.checked[name] = done
     return report
 
 
-def _repair(
-    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key], report: Report
-) -> None:
-    place = Place(chain, 0)
-    locks.lock({place: keys}, roots=True)
+def _repair(locks: Locks, chains: Chains, keys: Sequence[Key], report: Report) -> None:
+    locks.lock({Place(next(iter(chains)), 0): keys}, roots=True)
     changes: Changes = {}
-    for difference, aggregate in _differences(locks, chain, aggregates, keys):
+    for difference, aggregate in _differences(locks, chains, keys):
         changes.setdefault(difference.key, {})[aggregate] = Merge("set", difference.counted)
         report.add(difference)
         report.repaired += 1
     write(locks, changes)
 
 
-def _compare(
-    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key], report: Report
-) -> None:
-    for difference, _ in _differences(locks, chain, aggregates, keys):
-        report.add(difference)
-
-
-def _differences(
-    locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], keys: Sequence[Key]
-) -> Iterator[tuple[Difference, Aggregate]]:
-    found = recount(locks, chain, aggregates, keys)
+def _differences(locks: Locks, chains: Chains, keys: Sequence[Key]) -> Iterator[tuple[Difference, Aggregate]]:
+    found = {chain: recount(locks, chain, held, keys) for chain, held in chains.items()}
     for key in keys:
-        for aggregate, (stored, counted) in found.get(key, {}).items():
-            if not same(aggregate, stored, counted):
-                yield Difference(aggregate.name, key, stored, counted), aggregate
+        for chain in chains:
+            for aggregate, (stored, counted) in found[chain].get(key, {}).items():
+                if not same(aggregate, stored, counted):
+                    yield Difference(aggregate.name, key, stored, counted), aggregate
 
 
 def verify_at_commit(session_factory: Any, target: Any) -> Callable[[], None]:
@@ -239,33 +233,34 @@ def _connection(bind: Session | Engine | Connection) -> Iterator[Connection]:
         yield bind.connection()
 
 
-def _by_chain(target: Any) -> dict[Chain, list[Aggregate]]:
-    found: dict[Chain, list[Aggregate]] = {}
+def _by_root(target: Any) -> dict[Mapper[Any], Chains]:
+    """The parents are walked over once, for all the paths that begin at them."""
+    found: dict[Mapper[Any], Chains] = {}
     for aggregate in aggregates_of(target):
-        found.setdefault(aggregate.chain, []).append(aggregate)
+        found.setdefault(aggregate.chain.root, {}).setdefault(aggregate.chain, []).append(aggregate)
     return found
 
 
-def _plan(chain: Chain) -> Any:
-    plan = plan_of(chain.root)
+def _plan(root: Mapper[Any]) -> Plan:
+    plan = plan_of(root)
     assert plan is not None
     return plan
 
 
-def _total(connection: Connection, chain: Chain) -> int:
-    return connection.scalar(select(func.count()).select_from(chain.root.class_)) or 0
+def _total(connection: Connection, root: Mapper[Any]) -> int:
+    return connection.scalar(select(func.count()).select_from(root.class_)) or 0
 
 
-def _batches(connection: Connection, chain: Chain, size: int) -> Iterator[list[Key]]:
+def _batches(connection: Connection, root: Mapper[Any], size: int) -> Iterator[list[Key]]:
     last: Key | None = None
-    while keys := _next(connection, chain, last, size):
+    while keys := _next(connection, root, last, size):
         yield keys
         last = keys[-1]
 
 
-def _next(connection: Connection, chain: Chain, last: Key | None, size: int) -> list[Key]:
+def _next(connection: Connection, root: Mapper[Any], last: Key | None, size: int) -> list[Key]:
     """The keys of the parents after `last`, in the database's own order."""
-    columns = attribute_columns(chain.root.class_, chain.keys[0])
+    columns = attribute_columns(root.class_, primary_keys(root))
     statement = select(*columns).order_by(*columns).limit(size)
     if last is not None:
         statement = statement.where(

@@ -58,7 +58,12 @@ def write(locks: Locks, changes: Changes) -> dict[Table, set[Key]]:
     for parent, outcomes in changes.items():
         for aggregate, outcome in outcomes.items():
             tables.setdefault(aggregate.table, {}).setdefault(parent, {})[aggregate] = outcome
-    for table in sorted(tables, key=lambda held: (_rank(locks, tables[held]), held.fullname)):
+    ordered = (
+        tables
+        if len(tables) == 1
+        else sorted(tables, key=lambda held: (_rank(locks, tables[held]), held.fullname))
+    )
+    for table in ordered:
         _write_table(locks, table, tables[table])
     return {table: set(rows) for table, rows in tables.items()}
 

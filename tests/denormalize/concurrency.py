@@ -1,22 +1,26 @@
 """The concurrency proof: processes that insert, move, change and delete children of few parents, all at once.
 
-    python -m tests.denormalize.concurrency --database postgresql --isolation "READ COMMITTED" --operations 200000
+    make denormalize-concurrency ARGS="--database postgresql --isolation 'READ COMMITTED' --operations 200000"
 
-At the end every column must equal what the rows say, and with strategy "sql" no transaction may have met a deadlock.
-Serialization failures, which REPEATABLE READ reports by design, are retried. The database is that of the environment
-variable QUERYCACHE_TEST_POSTGRESQL or QUERYCACHE_TEST_MARIADB; tables are made in it and dropped at the end.
+PostgreSQL and MariaDB, at READ COMMITTED and REPEATABLE READ, one after the other, unless one is named. At the end
+every column must equal what the rows say, and with strategy "sql" no transaction may have met a deadlock. Serialization
+failures, which REPEATABLE READ reports by design, are retried. The databases are those of the environment variables
+QUERYCACHE_TEST_POSTGRESQL and QUERYCACHE_TEST_MARIADB; tables are made in them and dropped at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import multiprocessing
 import os
+import queue
 import random
 import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import create_engine, select
@@ -27,6 +31,12 @@ from sqlalchemy.orm.exc import StaleDataError
 from tests.denormalize import models
 
 PARENTS = 6
+TOLD_EVERY = 50
+"""Operations after which a process says how far it is."""
+PATIENCE = 120.0
+"""Seconds without a word from any process after which they are taken to be stuck."""
+DATABASES = ("postgresql", "mariadb")
+ISOLATIONS = ("READ COMMITTED", "REPEATABLE READ")
 DEADLOCK = {"40P01", 1213}
 SERIALIZATION = {"40001", 1020}
 
@@ -63,13 +73,14 @@ def work(
     url: str, made_by: str, strategy: str, isolation: str, operations: int, seed: int, results: Any
 ) -> None:
     warnings.simplefilter("ignore", SAWarning)  # deleting a row that another process has deleted
+    logging.getLogger("psycopg").setLevel(logging.ERROR)  # which warns of each serialization failure
     m: Any = getattr(models, made_by)(strategy)
     engine = create_engine(url, isolation_level=isolation)
     draw = random.Random(seed)
     seen: Counter[str] = Counter()
-    highest = 1000
-    while seen["operations"] < operations:
-        together = min(draw.choice([1, 1, 1, 2, 3]), operations - seen["operations"])
+    done, highest = 0, 1000
+    while done < operations:
+        together = min(draw.choice([1, 1, 1, 2, 3]), operations - done)
         state = draw.getstate()
         while True:
             draw.setstate(state)
@@ -93,9 +104,12 @@ def work(
                         seen["serialization failures"] += 1
                     else:
                         raise
+        done += together
         seen["operations"] += together
+        if seen["operations"] >= TOLD_EVERY or done == operations:
+            results.put(seen)
+            seen = Counter()
     engine.dispose()
-    results.put(seen)
 
 
 def run(
@@ -106,8 +120,13 @@ def run(
     isolation: str = "READ COMMITTED",
     operations: int,
     processes: int = 8,
+    progress: Callable[[Counter[str]], None] = lambda so_far: None,
 ) -> Counter[str]:
-    """Run the proof; returns what was met, by name. Raises AssertionError if a column is wrong at the end."""
+    """Run the proof; returns what was met, by name.
+
+    Raises:
+        AssertionError: a column is wrong at the end, or a process failed.
+    """
     m: Any = getattr(models, made_by)(strategy)
     m.Base.registry.configure()
     engine = create_engine(url)
@@ -121,7 +140,7 @@ def run(
             session.add_all([m.Thread(id=n, forum_id=1 + n % 2) for n in range(1, PARENTS + 1)])
             session.commit()
         context = multiprocessing.get_context("spawn")
-        results: Any = context.SimpleQueue()
+        results: Any = context.Queue()
         share = -(-operations // processes)
         workers = [
             context.Process(
@@ -131,12 +150,24 @@ def run(
         ]
         for worker in workers:
             worker.start()
-        for worker in workers:
-            worker.join()
-        assert all(worker.exitcode == 0 for worker in workers), "a worker failed; its traceback is above"
         total: Counter[str] = Counter()
-        for _ in workers:
-            total.update(results.get())
+        heard = time.monotonic()
+        try:
+            while total["operations"] < share * processes:
+                try:
+                    total.update(results.get(timeout=1))
+                    heard = time.monotonic()
+                except queue.Empty:
+                    assert not any(worker.exitcode for worker in workers), (
+                        "a process failed; see its traceback"
+                    )
+                    assert time.monotonic() - heard < PATIENCE, f"the processes are stuck after {dict(total)}"
+                progress(total)
+            for worker in workers:
+                worker.join(PATIENCE)
+        finally:
+            for worker in workers:
+                worker.kill()
         with Session(engine) as session:
             m.check(session)
             total["children left"] = len(models.rows(session, m.Comment.__table__))
@@ -148,37 +179,63 @@ def run(
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.denormalize.concurrency", description=__doc__)
-    parser.add_argument("--database", choices=["postgresql", "mariadb"], default="postgresql")
+    parser.add_argument("--database", choices=DATABASES, help="this one alone")
+    parser.add_argument("--isolation", choices=ISOLATIONS, help="this level alone")
     parser.add_argument("--strategy", choices=["sql", "recount", "flush", "trigger"], default="sql")
-    parser.add_argument(
-        "--isolation", choices=["READ COMMITTED", "REPEATABLE READ"], default="READ COMMITTED"
-    )
     parser.add_argument("--models", choices=["counters", "forum"], default="counters")
-    parser.add_argument("--operations", type=int, default=200_000)
+    parser.add_argument(
+        "--operations", type=int, default=50_000, help="of each database and level (default: 50000)"
+    )
     parser.add_argument("--processes", type=int, default=8)
     given = parser.parse_args()
-    variable = f"QUERYCACHE_TEST_{given.database.upper()}"
-    url = os.environ.get(variable)
-    if url is None:
-        parser.error(f"set {variable} to the SQLAlchemy URL of a database to work in")
+    wrong = 0
+    for database in [given.database] if given.database else DATABASES:
+        variable = f"QUERYCACHE_TEST_{database.upper()}"
+        url = os.environ.get(variable)
+        if url is None:
+            parser.error(f"set {variable} to the SQLAlchemy URL of a database to work in")
+        for isolation in [given.isolation] if given.isolation else ISOLATIONS:
+            title = f'{database}, {isolation}, {given.models}, strategy "{given.strategy}"'
+            wrong += prove(title, url, isolation, given)
+    return 1 if wrong else 0
+
+
+def prove(title: str, url: str, isolation: str, given: argparse.Namespace) -> bool:
+    """Run one proof and say how it goes; returns whether something is wrong."""
     started = time.perf_counter()
-    met = run(
-        url,
-        made_by=given.models,
-        strategy=given.strategy,
-        isolation=given.isolation,
-        operations=given.operations,
-        processes=given.processes,
-    )
-    seconds = time.perf_counter() - started
+    told = started
+
+    def progress(so_far: Counter[str]) -> None:
+        nonlocal told
+        now = time.perf_counter()
+        if now - told > 5:
+            told = now
+            rate = so_far["operations"] / (now - started)
+            print(f"  {so_far['operations']:,} of {given.operations:,} operations, {rate:.0f}/s", flush=True)
+
+    print(f"{title}: {given.operations:,} operations, {given.processes} processes", flush=True)
+    try:
+        met = run(
+            url,
+            made_by=given.models,
+            strategy=given.strategy,
+            isolation=isolation,
+            operations=given.operations,
+            processes=given.processes,
+            progress=progress,
+        )
+    except AssertionError as error:
+        print(f"  WRONG: {error}", flush=True)
+        return True
+    retries = met["serialization failures"] + met["deadlocks"]
+    deadlocked = given.strategy == "sql" and met["deadlocks"] > 0
     print(
-        f"{given.database} {given.isolation} {given.models} strategy {given.strategy!r}: "
-        f"every column is right; {dict(met)}, {seconds:.0f} s"
+        f"  {met['operations']:,} operations in {time.perf_counter() - started:.0f} s, {retries:,} retries, "
+        f"{met['deadlocks']:,} deadlocks{' (THERE MUST BE NONE)' if deadlocked else ''}, 0 wrong parents, "
+        f"{met['children left']:,} children left",
+        flush=True,
     )
-    if given.strategy == "sql" and met["deadlocks"]:
-        print(f"but there were {met['deadlocks']} deadlocks")
-        return 1
-    return 0
+    return deadlocked
 
 
 if __name__ == "__main__":

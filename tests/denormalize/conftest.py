@@ -6,6 +6,7 @@ beside the worker's, and makes the tables of each set of models once.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -13,14 +14,34 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, MetaData, create_engine, event, make_url
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session, registry
 from sqlalchemy.pool import NullPool
+
+from tests.denormalize import models
 
 DATABASES = [
     "sqlite",
     pytest.param("postgresql", marks=pytest.mark.server("postgresql")),
     pytest.param("mariadb", marks=pytest.mark.server("mariadb")),
 ]
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _mappings_are_taken_down() -> Iterator[None]:
+    """What these tests map is taken down after them, so that the Sessions of other tests have no listeners."""
+    mapped: weakref.WeakSet[registry] = weakref.WeakSet()
+
+    def note(mapper: Mapper[Any], cls: type[Any]) -> None:
+        if cls.__module__.startswith("tests.denormalize."):
+            mapped.add(mapper.registry)
+
+    event.listen(Mapper, "mapper_configured", note)
+    yield
+    event.remove(Mapper, "mapper_configured", note)
+    for each in list(mapped):
+        each.dispose(cascade=True)
+    models.forget()
+    assert not list(Session().dispatch.before_flush)
 
 
 @contextmanager
@@ -107,7 +128,6 @@ def opened(engine: Engine) -> Iterator[Callable[..., Session]]:
     with ExitStack() as stack:
 
         def open_session(models: SimpleNamespace, **options: Any) -> Session:
-            models.Base.registry.configure()
             made = models.Base.metadata.info.setdefault("made on", set())
             if engine.url not in made:
                 models.Base.metadata.create_all(engine)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +42,12 @@ FLAGGED = expression(sql=lambda c: c.score < 0, python=lambda c: c.score is not 
 def rows(session: Session, table: Any) -> list[dict[str, Any]]:
     """The rows of a table as the transaction sees them, past the identity map."""
     return [dict(row._mapping) for row in session.connection().execute(select(table))]
+
+
+def forget() -> None:
+    """Make the models anew when they are next asked for."""
+    for made in (forum, counters, composite, tree, groups, heirs, cascades):
+        made.cache_clear()
 
 
 def assert_columns(
@@ -150,7 +156,7 @@ def forum(strategy: str) -> SimpleNamespace:
                 expected |= {
                     "best": max(scores, default=None),
                     "worst": min(values(visible, "score"), default=None),
-                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001"))
+                    "mean": (Decimal(sum(scores)) / len(scores)).quantize(Decimal("0.0001"), ROUND_HALF_UP)
                     if scores
                     else None,
                     "flagged": any(score < 0 for score in scores),

@@ -72,6 +72,13 @@ class TestForum:
         saved(session, m)
         assert session.get_one(m.Thread, 1).comment_count == 0
 
+    def test_the_latest_of_equals_is_the_last_inserted(self, talk: SimpleNamespace) -> None:
+        """Also where some have no key yet."""
+        thread = talk.session.get_one(talk.m.Thread, 1)
+        for score in (None, 5, None):
+            thread.comments += [talk.m.Comment(message=text, score=score) for text in ("v w", "x y", "z")]
+            saved(talk.session, talk.m)
+
     def test_insert(self, talk: SimpleNamespace) -> None:
         thread = talk.session.get_one(talk.m.Thread, 1)
         thread.comments.append(talk.m.Comment(message="a b c", score=2, price=Decimal("0.10")))

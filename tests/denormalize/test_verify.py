@@ -1,17 +1,13 @@
-"""Check and repair, as functions and from the command line."""
+"""Check and repair, as functions; test_command_line.py has the command."""
 
-import json
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from sqlalchemy import Engine, insert
 from sqlalchemy.orm import Session, sessionmaker
 
-from querycache.denormalize import AggregateMismatch, repair, verify, verify_at_commit
-from querycache.denormalize.__main__ import main
+from querycache.denormalize import AggregateMismatch, Report, repair, verify, verify_at_commit
 from querycache.errors import ConfigurationError
 from tests.denormalize import models
 
@@ -117,8 +113,9 @@ def test_progress_and_resuming(shop: SimpleNamespace) -> None:
 
     seen: list[tuple[str, int, int, int]] = []
 
-    def progress(*what: Any) -> None:
-        seen.append(what)
+    def progress(entity: str, done: int, total: int, report: Report) -> None:
+        assert report.last == {entity: (done,)}
+        seen.append((entity, done, total, report.wrong))
         if len(seen) == 2:
             raise Interrupted
 
@@ -162,37 +159,3 @@ def test_test_mode_refuses_the_commit(shop: SimpleNamespace) -> None:
 def test_numbers_must_be_positive(shop: SimpleNamespace, argument: str) -> None:
     with pytest.raises(ConfigurationError, match=f"{argument} must be at least 1, got 0"):
         verify(shop.engine, shop.m.Base, **{argument: 0})
-
-
-def test_command_line(shop: SimpleNamespace, monkeypatch: Any, capsys: Any) -> None:
-    module: Any = SimpleNamespace(Base=shop.m.Base)
-    monkeypatch.setitem(sys.modules, "an_app", module)
-    url = shop.engine.url.render_as_string(hide_password=False)
-    common = ["--app", "an_app:Base", "--url", url]
-    assert main([*common, "check"]) == 1
-    assert "Thread.comment_count of 4: stored 5, should be 1" in capsys.readouterr().out
-    assert main([*common, "repair", "--batch", "4"]) == 1
-    out = capsys.readouterr().out
-    assert "7 wrong, 7 repaired" in out
-    last = json.loads(out.split("last:")[1])
-    assert last["Thread"] == [10]
-    assert main([*common, "repair", "--after", json.dumps(last)]) == 0
-    assert main([*common, "check", "--sample", "2"]) == 0
-    for wrong, message in (
-        (["--app", "an_app", "check"], "MODULE:ATTRIBUTE"),
-        (["--app", "an_app:Nothing", "check"], "Nothing"),
-        (["--app", "an_app:Base", "check"], "needs a database"),
-        (["--app", "an_app:Base", "sql"], "sql needs a dialect"),
-    ):
-        with pytest.raises(SystemExit) as exit_:
-            main(wrong)
-        assert exit_.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dialect", ["postgresql", "mariadb", "sqlite"])
-def test_command_line_prints_triggers(dialect: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setitem(sys.modules, "an_app", SimpleNamespace(Base=models.counters("trigger").Base))
-    assert main(["--app", "an_app:Base", "--dialect", dialect, "sql"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("CREATE TRIGGER") == 3 * 2 + 2 * 3

@@ -109,7 +109,8 @@ class Observer:
             return kind, tuple(
                 (each.name, self.describe(getattr(value, each.name))) for each in fields(value)
             )
-        return kind, _ADDRESS.sub("0x", repr(value))
+        # an association proxy loads what it is a view of
+        return kind, _ADDRESS.sub("0x", str(outcome_of(lambda: repr(value))))
 
     def _object(self, value: Any, state: InstanceState[Any]) -> Any:
         known = self._numbers.get(id(value))
@@ -138,8 +139,8 @@ class Observer:
             number, state = self._numbers[id(value)]
             for key in sorted(state.mapper.all_orm_descriptors.keys()):
                 with traffic(engine) as seen:
-                    found = outcome_of(lambda: getattr(value, key))  # noqa: B023
-                notes.append((number, key, self.describe(found), seen.statements))
+                    found = self.describe(outcome_of(lambda: getattr(value, key)))  # noqa: B023
+                notes.append((number, key, found, seen.statements))
         return notes
 
 

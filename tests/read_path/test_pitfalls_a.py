@@ -244,6 +244,22 @@ def test_A6_only_from_the_cache(sqlite_forum: Engine, cache: QueryCache, session
         cache.invalidate(key="names")
         with pytest.raises(CacheMiss, match="stale"):
             db.scalars(only)
+    assert (cache.stats().hits, cache.stats().misses, cache.stats().stale) == (1, 2, 1)
+
+
+def test_A6_only_from_the_cache_also_where_it_is_bypassed(own_forum: Engine, sessions: Sessions) -> None:
+    only = {"cache_key": "names", "cache_mode": "only"}
+    statement = select(User).order_by(User.id)
+    with sessions(own_forum)() as db:
+        db.scalars(statement.execution_options(cache_key="names")).all()
+        with pytest.raises(CacheMiss, match="for update"):
+            db.scalars(statement.with_for_update().execution_options(**only))
+        # near relatives of what is stored, which need more than that
+        with pytest.raises(CacheMiss):
+            db.scalars(statement.options(selectinload(User.posts)).execution_options(**only)).all()
+        db.execute(update(User).values(name="new"))
+        with pytest.raises(CacheMiss, match="own write"):
+            db.scalars(statement.execution_options(**only))
 
 
 # --- A7 --------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ Loaded with ``-p tests.sqlalchemy_suite.plugin``, it attaches a cache to every S
 
 - Everything that is a select asks for the cache, without a word in the statement.
 - No answer is ever old: each statement is run against the database, once, and its answer is stored; then it
-  is looked up like any other, with ``cache_mode="only"``, and the *hit* is what the test is given. So the
+  is looked up like any other, and the *hit* is what the test is given. So the
   test sees the SQL that it would see anyway, and rows that went through freeze, bytes and replay. The
   post-loads of a statement arrive while its hit is being replayed; theirs take the same way.
 - As no answer is old, nothing that is bypassed for its content or its time is bypassed here: refreshes,
@@ -33,7 +33,7 @@ from querycache.events import Telemetry
 from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_result
 from querycache.interceptor import Interceptor, Request
 from querycache.keys import UnkeyableValue
-from querycache.ledger import DEFAULT_LEASE
+from querycache.ledger import DEFAULT_LEASE, Reading
 from querycache.options import CacheOptions
 from querycache.regions import Region, Regions
 from querycache.sa_internals import Prepared, Unpreparable
@@ -41,7 +41,7 @@ from querycache.writes import Transaction, Writes
 from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, PROPERTY
 
 # with a TTL, so that answers are stored that change by themselves
-_OPTIONS = CacheOptions(mode="only", ttl=3600)
+_OPTIONS = CacheOptions(ttl=3600)
 
 _counts: Counter[str] = Counter()
 _codec = Codec(FrozenStatement)
@@ -127,6 +127,9 @@ class _Replay(Interceptor):
         assert not refused, refused
         _counts[ANSWERED] += 1
         return super()._look_up(request, may_wait)
+
+    def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any] | None:
+        raise AssertionError("what was just stored was not found")
 
 
 _declared = Declarations()

@@ -8,6 +8,7 @@ import importlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -308,6 +309,14 @@ class TestMemcached(StoreContract, ServerContract):
             client.set("x", b"1")
             removal(client)
         assert not store.lost_nothing_for(-5)
+        store.close()
+
+    def test_a_new_server_is_not_taken_for_older_than_it_is(self, private_memcached: Server) -> None:
+        store = MemcachedBackend({"url": private_memcached.url})
+        born = time.monotonic()
+        while not store.lost_nothing_for(0.5):
+            time.sleep(0.02)
+        assert time.monotonic() - born > 0.4  # the server is a little older than `born`
         store.close()
 
     def test_a_server_that_evicts_has_lost_counters(self, private_memcached: Server) -> None:

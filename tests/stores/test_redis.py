@@ -34,6 +34,12 @@ from tests.stores.contract import (
 MONTH = 30 * 24 * 3600
 
 
+def version_in(store: RedisBackend, counter: str) -> int:
+    _, [version] = store.fetch(None, [counter])
+    assert version is not None
+    return version
+
+
 @pytest.fixture
 def private_redis(private_server: Callable[[str], Server]) -> Server:
     return private_server("redis")
@@ -180,6 +186,37 @@ class TestRedis(StoreContract, ServerContract):
         # The late answer to the first question must not be taken for the answer to the second.
         assert store.fetch("other")[0] is None
         assert store.fetch("entry")[0] == b"payload"
+        store.close()
+
+    # --- The end of a writer is not waited for ----------------------------------------------------
+
+    def test_the_end_does_not_wait_for_a_server_that_is_slow(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url, "timeout": 10})
+        marks = store.begin(["tag"])
+        private_redis.pause()
+        store.end(marks)  # would take ten seconds, and raise
+        private_redis.resume()
+        assert versions.pending_of(version_in(store, "tag")) == 0
+        store.close()
+
+    def test_the_end_is_repeated_where_the_scripts_were_flushed(
+        self, redis_store_url: str, client: redis.Redis
+    ) -> None:
+        store = RedisBackend({"url": redis_store_url})
+        marks = store.begin(["tag"])
+        marked = version_in(store, "tag")
+        client.script_flush()
+        store.end(marks)
+        assert version_in(store, "tag") == marked + versions.GENERATION - 1
+        store.close()
+
+    def test_an_end_that_is_refused_leaves_the_marks_and_disturbs_nobody(self, private_redis: Server) -> None:
+        store = RedisBackend({"url": private_redis.url})
+        marks = store.begin(["tag"])
+        with redis.Redis.from_url(private_redis.url) as client:
+            client.config_set("maxmemory", 1)
+            store.end(marks)
+            assert versions.pending_of(version_in(store, "tag")) == 1
         store.close()
 
     # --- The proof that nothing was lost ----------------------------------------------------------
@@ -349,7 +386,7 @@ class TestRedis(StoreContract, ServerContract):
 
     def test_tls_is_spoken_where_asked_for(self) -> None:
         store = RedisBackend({"url": "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no"})
-        assert store._pool.connection_class is redis.SSLConnection
+        assert issubclass(store._pool.connection_class, redis.SSLConnection)
 
     def test_a_password_shows_in_no_error(self, redis_store_url: str) -> None:
         store = RedisBackend({"url": redis_store_url.replace("//", "//me:secret@")})

@@ -115,7 +115,13 @@ def _find_mutants(options: argparse.Namespace, servers: Mapping[str, Server]) ->
 def find(name: str, database_url: str, store: Server, seed: str = "") -> Report:
     """A round in which a mutant should be found: more writes, and its faults close together."""
     return run_round(
-        database_url, store, seconds=MUTANT_SECONDS, writes=0.02, every=1.0, mutant=name, seed=seed
+        database_url,
+        store,
+        seconds=MUTANT_SECONDS,
+        writes=0.02,
+        every=MUTANTS[name].every,
+        mutant=name,
+        seed=seed,
     )
 
 

@@ -81,6 +81,7 @@ class Faults:
             "crash": self._crash,
             "flush": self._flush,
             "evict": self._evict,
+            "evict slots": lambda: self._evict("*slot:*"),
             "pause": self._pause,
             "starve": self._starve,
         }
@@ -121,10 +122,10 @@ class Faults:
             client.flushall()
         return True
 
-    def _evict(self) -> bool:
+    def _evict(self, pattern: str = "*") -> bool:
         """Some of all keys are lost, entries and versions alike."""
         with redis.Redis.from_url(self._store.url) as client:
-            keys = [key for key in client.scan_iter(count=1000) if self._random.random() < 0.2]
+            keys = [key for key in client.scan_iter(pattern, count=1000) if self._random.random() < 0.2]
             if keys:
                 client.delete(*keys)
         return bool(keys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -102,6 +103,10 @@ class Counted:
     def cost(self, action: Callable[[], object]) -> int:
         before = self.proxy.round_trips
         action()
+        settled = -1
+        while settled != self.proxy.round_trips:  # the last trip of a commit is not waited for
+            settled = self.proxy.round_trips
+            time.sleep(0.05)
         return self.proxy.round_trips - before
 
 

@@ -157,12 +157,12 @@ def _warm_up(world: World) -> None:
     """A store that has lost its versions may be used again after a lease."""
     with world.engine.begin() as connection:
         fill_library(connection)
-    with world.sessions() as session:
-        for _ in range(10_000):
-            with world.cache.recording() as events:
-                read(session, cached=True)
-            if {event.outcome for event in events} == {"hit"}:
-                return
+    for _ in range(2_000):
+        # each time a transaction of its own: where it has a snapshot, that is as old as its beginning
+        with world.sessions() as session, world.cache.recording() as events:
+            read(session, cached=True)
+        if {event.outcome for event in events} == {"hit"}:
+            return
     raise AssertionError(f"the cache does not fill: {events}")
 
 
@@ -576,7 +576,7 @@ WRITES: Mapping[str, Write] = {
     "text update": _text("UPDATE book SET author_id = :author WHERE id = :id", author=3, id=2, sample=True),
     "text delete, ON DELETE CASCADE": _text("DELETE FROM author WHERE id = :id", id=1, sample=True),
     "text with a CTE": _text(
-        "WITH gone AS (SELECT 2 AS id) DELETE FROM book WHERE id IN (SELECT id FROM gone)"
+        "WITH gone AS (SELECT 2 AS id) DELETE FROM book WHERE id IN (SELECT id FROM gone)", only=(*LITE, *PG)
     ),
     "text, not understood": _text("REPLACE INTO author (id, name) VALUES (1, 'again')", only=(*LITE, *MY)),
     "driver update": _driver("UPDATE book SET author_id = 3 WHERE id = 2"),

@@ -40,14 +40,19 @@ class Strategy:
         name: what `strategy=` calls it.
         by_images: whether it is kept by comparing the images of touched rows before and after the flush.
         recounts: whether touched parents are counted anew rather than brought forward.
+        expires: whether the unit of work expires the attribute, as it does with SQL expressions that it has written.
     """
 
     name: ClassVar[str]
     by_images: ClassVar[bool] = False
     recounts: ClassVar[bool] = False
+    expires: ClassVar[bool] = False
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         """Called once for each aggregate when its plan is made."""
+
+    def detach(self, aggregate: Aggregate) -> None:
+        """Called once for each aggregate when the mapping of its plan is taken down."""
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched

@@ -33,6 +33,7 @@ __all__ = ["Flush"]
 
 class Flush(Strategy):
     name = "flush"
+    expires = True
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
@@ -49,7 +50,7 @@ class Flush(Strategy):
         for instance in session.dirty:
             state = sqlalchemy_inspect(instance)
             for aggregate in aggregates:
-                if aggregate.key in state.committed_state and state.mapper.isa(aggregate.chain.root):
+                if aggregate.key in state.expired_attributes and state.mapper.isa(aggregate.chain.root):
                     stale.setdefault(aggregate, set()).add(state.identity)
         return stale
 

@@ -47,11 +47,15 @@ class Memory(Strategy):
     name = "memory"
 
     def __init__(self) -> None:
-        self._ledgers: weakref.WeakKeyDictionary[Any, _Ledger] = weakref.WeakKeyDictionary()
+        self._ledgers: dict[Any, _Ledger] = {}
+        """By column; a ledger knows its column, so a weak key would never go away."""
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         ledger = self._ledgers[aggregate.column] = _Ledger(aggregate)
         ledger.listen()
+
+    def detach(self, aggregate: Aggregate) -> None:
+        self._ledgers.pop(aggregate.column, None)
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched

@@ -14,9 +14,10 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
 
 from querycache.denormalize.chain import Aggregate, Key
-from querycache.denormalize.plan import Plan, plan_of
+from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.triggers import drop_statements, trigger_statements
+from querycache.dependencies import written_by_triggers
 
 __all__ = ["Trigger", "parents_in"]
 
@@ -27,6 +28,12 @@ class Trigger(Strategy):
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         if not event.contains(plan.metadata, "after_create", _create):
             event.listen(plan.metadata, "after_create", _create)
+        # Whatever a cache answers from the parent's rows changes with the rows below, and no statement shows it.
+        chain = aggregate.chain
+        written_by_triggers(
+            aggregate.table,
+            {table for level in range(1, chain.depth + 1) for table in plan.tables_of(Place(chain, level))},
+        )
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
         return parents_in(session, aggregates)

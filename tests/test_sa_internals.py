@@ -1,0 +1,320 @@
+"""Every private name that `querycache/sa_internals.py` takes from SQLAlchemy is where it is looked for.
+
+When one moves, this says which, and what it was used for; everything else would only say that answers are wrong.
+The names are read from the source, so that none can be used without standing here.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect as python
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    CursorResult,
+    Engine,
+    ForeignKey,
+    String,
+    create_engine,
+    event,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.engine import Connection
+from sqlalchemy.engine.result import ChunkedIteratorResult
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    ORMExecuteState,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+)
+
+from querycache import sa_internals
+
+SOURCE = Path(sa_internals.__file__).read_text()
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str | None] = mapped_column(String(10))
+    children: Mapped[list[Child]] = relationship()
+
+
+class Child(Base):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int] = mapped_column(ForeignKey("parent.id"))
+
+
+@dataclass
+class Live:
+    """What SQLAlchemy hands out while a session works: caught in its events."""
+
+    engine: Engine
+    session: Session
+    states: list[ORMExecuteState] = field(default_factory=list)
+    contexts: dict[str, Any] = field(default_factory=dict)
+    flush: Any = None
+    loaded_result: Any = None
+
+    @property
+    def statement(self) -> Any:
+        return select(Parent).where(Parent.name == "a").options(selectinload(Parent.children))
+
+    @property
+    def connection(self) -> Connection:
+        return self.session.connection()
+
+    @property
+    def transaction(self) -> Any:
+        return self.session.get_transaction()
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as db:
+        live = Live(engine, db)
+        event.listen(db, "do_orm_execute", live.states.append)
+        event.listen(db, "after_flush", lambda session, context: setattr(live, "flush", dict(context.states)))
+
+        @event.listens_for(engine, "after_cursor_execute")
+        def note(connection: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
+            live.contexts.setdefault(sql.split()[0], context)
+
+        db.add(Parent(id=1, name="a", children=[Child(id=1)]))
+        db.flush()
+        live.loaded_result = db.execute(live.statement)
+        live.loaded_result.all()
+        db.query(Parent).populate_existing().all()
+        db.execute(update(Parent).values(name="b"))
+        yield live
+
+
+def load_options_of(live: Live) -> Any:
+    return live.states[-2].execution_options["_sa_orm_load_options"]
+
+
+OWNERS: dict[str, Callable[[Live], Any]] = {
+    "_all_registries": lambda live: import_module("sqlalchemy.orm.mapper"),
+    "_annotations": lambda live: insert(Parent),
+    "_autobegin_t": lambda live: live.session,
+    "_autoflush": lambda live: live.session,
+    "_compile_state_cls": lambda live: live.states[0],
+    "_compile_w_cache": lambda live: live.statement,
+    "_compiled_cache": lambda live: live.engine,
+    "_connection_for_bind": lambda live: live.session,
+    "_connections": lambda live: live.transaction,
+    "_events_todo": lambda live: live.states[0],
+    "_execution_options": lambda live: live.statement,
+    "_flushing": lambda live: live.session,
+    "_generate_cache_key": lambda live: live.statement,
+    "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
+    "_is_autocommit_isolation": lambda live: live.connection,
+    "_on_connect_isolation_level": lambda live: live.engine.dialect,
+    "_parent": lambda live: live.transaction,
+    "_populate_existing": load_options_of,
+    "_post_values_clause": lambda live: upsert(Parent).on_conflict_do_nothing(),
+    "_prefixes": lambda live: insert(Parent),
+    "_propagate_attrs": lambda live: live.contexts["SELECT"].invoked_statement,
+    "_proxied": lambda live: live.engine.execution_options(a=1),
+    "_refresh_state": load_options_of,
+    "_remaining_events": lambda live: live.states[0],
+    "_result_columns": lambda live: live.contexts["SELECT"].compiled,
+    "_setup_result_proxy": lambda live: live.contexts["SELECT"],
+    "_starting_event_idx": lambda live: live.states[0],
+    "_transaction": lambda live: live.session,
+    "_with_options": lambda live: live.statement,
+    "_yield_per": load_options_of,
+}
+
+# Looked for where some versions have it, and done without elsewhere.
+OPTIONAL = {"_extra_froms", "_update_execution_options"}
+
+
+def private_names(source: str) -> set[str]:
+    """Private names that a source takes from elsewhere: attributes, imports, and names given to getattr."""
+    tree = ast.parse(source)
+    own: set[str] = set()
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                own.add(name)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name):
+                used.add(name)
+            case ast.ImportFrom(names=aliases):
+                used.update(alias.name for alias in aliases)
+            case ast.Call(
+                func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                used.add(name)
+    # `_compile_state_cls` and `_compiled_cache` are names of this module's own as well
+    own -= {"_compile_state_cls", "_compiled_cache"}
+    return {name for name in used - own if name.startswith("_") and not name.startswith("__")}
+
+
+def test_every_private_name_stands_here() -> None:
+    assert private_names(SOURCE) == set(OWNERS) | OPTIONAL
+
+
+def test_names_are_found_in_a_source() -> None:
+    source = "from a import _b\nx._c\nself._d = 1\ngetattr(x, '_e')\nx.__dict__\n_f = 1\nx._f"
+    assert private_names(source) == {"_b", "_c", "_d", "_e"}
+
+
+@pytest.mark.parametrize("name", sorted(OWNERS))
+def test_it_is_there(name: str, live: Live) -> None:
+    owner = OWNERS[name](live)
+    assert hasattr(owner, name), f"{owner!r} has no {name!r} any more: see what sa_internals.py uses it for"
+
+
+# --- What is expected of them ----------------------------------------------------------------------
+
+
+def test_the_compiled_cache_answers_with_what_prepare_unpacks(live: Live) -> None:
+    compiled, extracted, *rest, hit = live.statement._compile_w_cache(
+        dialect=live.engine.dialect,
+        compiled_cache={},
+        column_keys=[],
+        for_executemany=False,
+        schema_translate_map=None,
+        linting=live.engine.dialect.compiler_linting,
+    )
+    assert compiled.string.startswith("SELECT")
+    assert [parameter.effective_value for parameter in extracted] == ["a"]
+    assert len(rest) <= 1
+    assert hit.name == "CACHE_MISS"
+    assert [entry[0] for entry in compiled._result_columns] == ["id", "name"]
+    assert compiled.cache_key is not None
+    assert list(compiled.construct_params(extracted_parameters=extracted, escape_names=False).values()) == [
+        "a"
+    ]
+
+
+def test_an_execution_context_is_made_of_what_plan_gives(live: Live) -> None:
+    parameters = list(python.signature(live.engine.dialect.execution_ctx_cls._init_compiled).parameters)
+    assert parameters[:7] == [
+        "dialect", "connection", "dbapi_connection", "execution_options", "compiled", "parameters", "invoked_statement"
+    ]  # fmt: skip
+    assert parameters[7:] in (
+        ["extracted_parameters", "cache_hit"],
+        ["extracted_parameters", "cache_hit", "param_dict"],
+    )
+
+
+def test_orm_executions_are_prepared_and_loaded_in_two_steps(live: Live) -> None:
+    compile_state = live.states[0]._compile_state_cls
+    assert list(python.signature(compile_state.orm_pre_session_exec).parameters) == [
+        "session", "statement", "params", "execution_options", "bind_arguments", "is_pre_event"
+    ]  # fmt: skip
+    prepared = compile_state.orm_pre_session_exec(live.session, live.statement, {}, {}, {}, False)
+    assert len(prepared) in (2, 3)
+    assert list(python.signature(compile_state.orm_setup_cursor_result).parameters) == [
+        "session", "statement", "params", "execution_options", "bind_arguments", "result"
+    ]  # fmt: skip
+    assert isinstance(live.loaded_result, ChunkedIteratorResult)
+    assert hasattr(live.loaded_result, "chunks")
+    assert hasattr(live.loaded_result, "iterator")
+
+
+def test_rows_are_fetched_from_the_cursor_by_its_strategy(live: Live) -> None:
+    result: Any = live.connection.execute(text("SELECT 1 AS one"))
+    assert isinstance(result, CursorResult)
+    assert result.cursor_strategy.alternate_cursor_description is None
+    assert result.cursor_strategy.fetchall(result, result.cursor) == [(1,)]
+    assert result.context.parameters == [()]
+    assert result.context.statement == "SELECT 1 AS one"
+
+
+def test_a_transaction_knows_its_connections(live: Live) -> None:
+    connection = live.connection
+    assert live.transaction._connections[live.engine][0] is connection
+    with live.session.begin_nested():
+        assert live.session._transaction._parent is not None
+
+
+def test_a_post_load_shows_what_runs_around_it(live: Live) -> None:
+    first, second, third, _ = live.states
+    assert "sa_top_level_orm_context" not in first.execution_options
+    assert "sa_top_level_orm_context" in second.execution_options
+    assert second.is_relationship_load
+    assert first.bind_arguments["clause"] is first.statement
+    assert third.execution_options["_sa_orm_load_options"]._populate_existing
+
+
+def test_a_refresh_carries_its_object_in_the_load_options(live: Live) -> None:
+    with Session(live.engine) as db:
+        db.connection()
+        parent = Parent(id=2)
+        db.add(parent)
+        db.flush()
+        states: list[ORMExecuteState] = []
+        event.listen(db, "do_orm_execute", states.append)
+        db.refresh(parent)
+    assert states[0].execution_options["_sa_orm_load_options"]._refresh_state is inspect(parent)
+
+
+def tables_written(compiled: Any) -> set[Any]:
+    return {table for table, _, _ in sa_internals.written(compiled)}
+
+
+def test_the_unit_of_work_compiles_into_a_cache_of_its_own(live: Live) -> None:
+    flushed, bulk = live.contexts["INSERT"], live.contexts["UPDATE"]
+    assert sa_internals.is_unit_of_work(flushed)
+    assert not sa_internals.is_unit_of_work(bulk)
+    assert tables_written(flushed.compiled) <= {Parent.__table__, Child.__table__}
+    assert tables_written(bulk.compiled) == {Parent.__table__}
+
+
+def test_a_flush_tells_the_states_it_has_written(live: Live) -> None:
+    states = list(sa_internals.flushed(SimpleNamespace(states=live.flush)))
+    assert {(state.mapper.class_, deleted) for state, deleted in states} == {(Parent, False), (Child, False)}
+
+
+def test_a_session_bound_to_connections_keeps_them(live: Live) -> None:
+    with live.engine.connect() as connection:
+        with Session(binds={Parent: connection}) as db:
+            assert sa_internals.connections(db) == [connection]
+        with Session(connection) as db:
+            assert sa_internals.connections(db) == [connection]
+
+
+def test_a_joined_subclass_notes_the_table_of_a_bulk_insert() -> None:
+    class Special(Parent):
+        __tablename__ = "special"
+        id: Mapped[int] = mapped_column(ForeignKey("parent.id"), primary_key=True)
+        more: Mapped[str] = mapped_column(String(10))
+
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    tables = []
+
+    @event.listens_for(engine, "after_cursor_execute")
+    def note(connection: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> None:
+        tables.append(tables_written(context.compiled))
+
+    with Session(engine) as db:
+        db.execute(insert(Special), [{"id": 1, "name": "a", "more": "b"}])
+    assert set().union(*tables) == {Parent.__table__, Special.__table__}
