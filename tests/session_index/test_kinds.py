@@ -411,6 +411,49 @@ class TestPersisted:
         session.flush()
         assert by_owner(session, bob, persisted=True) == {item}
 
+    def test_by_a_parent_that_was_loaded_by_a_foreign_key_not_flushed_yet(
+        self, indexes: SessionIndex, session: Session, statements: Statements
+    ) -> None:
+        by_owner = indexes.index(Item.owner)
+        indexes.indexed(Item, "owner_of", depends_on=[Item.owner])(lambda item: item.owner)
+        ann, bob = add(session, Person(), Person())
+        (item,) = add(session, Item(owner=ann))
+        session.commit()
+        assert item.owner_id == ann.id and bob.id
+        with session.no_autoflush:
+            item.owner_id = bob.id
+            assert by_owner(session, ann, persisted=True) == {item}
+            assert item.owner is bob  # as SQLAlchemy loads it
+        with statements.none():
+            assert by_owner(session, bob) == {item}
+            assert by_owner(session, ann, persisted=True) == {item}
+            assert by_owner(session, bob, persisted=True) == set()
+            assert indexes.owner_of.lookup(session, bob, persisted=True).known == set()
+            assert indexes.owner_of.lookup(session, bob, persisted=True).unknown == {item}
+            assert indexes.verify(session) == []
+        item.owner_id = ann.id
+        assert by_owner(session, ann, persisted=True) == {item}
+        item.owner_id = bob.id
+        session.flush()
+        assert by_owner(session, bob, persisted=True) == indexes.owner_of(session, bob, persisted=True)
+        assert by_owner(session, bob, persisted=True) == {item}
+        assert indexes.verify(session) == []
+
+    def test_a_value_set_and_deleted_before_it_was_loaded_is_unknown(
+        self, indexes: SessionIndex, session: Session
+    ) -> None:
+        by_name = indexes.index(Person.name)
+        indexes.indexed(Person, "by_initial")(lambda person: person.initial)
+        (person,) = add(session, Person(name="ann"))
+        session.commit()
+        person.name = "bob"
+        with session.no_autoflush:
+            assert person.age is None  # loads everything but the name
+        del person.name
+        for index in (by_name, indexes.by_initial):
+            assert index.lookup(session, None, persisted=True).known == set()
+            assert index.lookup(session, None, persisted=True).unknown == {person}
+
     def test_not_where_other_objects_are_read(self, indexes: SessionIndex, session: Session) -> None:
         indexes.indexed(Item, "by_owner_name", depends_on=[Item.owner, Person.name])(
             lambda item: item.owner.name
