@@ -135,7 +135,8 @@ class Index(Generic[T]):
     ) -> list[T]:
         """The objects with a key between two values, in the order of their keys.
 
-        Objects whose key is None are in no range.
+        Objects whose key is None are in no range. An object with many keys is there once, where the first of
+        those that are in the range puts it.
 
         :param low: the lowest key; None for no limit.
         :param high: the highest key; None for no limit.
@@ -152,7 +153,8 @@ class Index(Generic[T]):
                 keys = list(contents.order.irange(*limits, inclusive=inclusive, reverse=reverse))
         except TypeError as error:
             raise InvalidKey(f"index {self.name}: range({low!r}, {high!r}): {error}") from error
-        return list(record.objects([contents.buckets.get(key, {}) for key in keys]))
+        found: Iterator[T] = record.objects([contents.buckets.get(key, {}) for key in keys])
+        return list(ObjectSet(found) if self._spec.many else found)
 
     def first(self, session: Any, *, unknown: UnknownPolicy = "skip", persisted: bool = False) -> T | None:
         """An object with the lowest key, or None if there is no object with a key.

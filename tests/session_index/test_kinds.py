@@ -248,6 +248,18 @@ class TestOrdered:
         assert order.range(session, ("a", 2)) == [a2, b1]
         assert order.last(session) is b1
 
+    def test_many_keys(self, indexes: SessionIndex, session: Session) -> None:
+        """An object comes once, where the first of its keys in the range puts it."""
+        order = indexes.index(Item.tags, multi=True, ordered=True)
+        both, late, none = add(session, Item(tags=["c", "a"]), Item(tags=["b", "d"]), Item(tags=[]))
+        assert order.range(session) == [both, late]
+        assert order.range(session, "b") == [late, both]
+        assert order.range(session, reverse=True) == [late, both]
+        assert order.range(session, high="c", reverse=True) == [both, late]
+        assert order.first(session) is both
+        assert order.last(session) is late
+        assert none not in order.range(session)
+
     def test_composite(self, indexes: SessionIndex, session: Session) -> None:
         order = indexes.index(Item.position, ordered=True)
         two, one = add(session, Item(position=Point(2, 0)), Item(position=Point(1, 5)))
