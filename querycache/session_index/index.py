@@ -279,7 +279,7 @@ class Index(Generic[T]):
             entry = contents.unknown.get(ident)
             obj = None if entry is None else entry()
             if obj is not None and self._footprint(obj) != footprint:
-                contents.stale[ident] = instance_state(obj).obj
+                contents.stale[ident] = weakref.ref(obj)
 
     def _reindex(
         self,
@@ -347,8 +347,7 @@ class Index(Generic[T]):
         if objects and unknown == "load":
             gone = ObjectSet(load_keys(session, self._mapper, self._spec, self._dependencies, objects))
             for obj in objects:
-                state: State = instance_state(obj)
-                contents.stale[id(state)] = state.obj
+                contents.stale[id(instance_state(obj))] = weakref.ref(obj)
             self._settle(session, record, contents, persisted)
             objects = [obj for obj in record.objects([contents.unknown]) if obj not in gone]
         if objects:

@@ -184,6 +184,26 @@ def test_objects_collected_in_the_middle_of_a_lookup(indexes: SessionIndex, sess
         check_structure(indexes.by_key, session)
 
 
+def test_marks_of_objects_in_cycles_do_not_pile_up(indexes: SessionIndex, session: Session) -> None:
+    """Such objects are collected later than others, which must not keep what belongs to them."""
+    by_name, by_age = indexes.index(Person.name), indexes.index(Person.age)
+    assert by_name(session, "x") == by_age(session, 1) == set()
+    record = by_name._tracker.records[session.hash_key]
+    for looks_up in (False, True):
+        for _ in range(10):
+            # the person has the item as well
+            session.add_all([Item(owner=Person(name="x")) for _ in range(100)])
+            session.flush()
+            session.expunge_all()
+            if looks_up:
+                assert by_name(session, "x") == set()
+            gc.collect()
+        assert len(record.marks) < 500
+        assert len(record.views[by_age, False].stale) < 500
+    assert by_age(session, 1) == set()
+    assert not record.marks and not record.views[by_age, False].stale
+
+
 @pytest.mark.parametrize("left", ["flushing", "modified"])
 @pytest.mark.parametrize("persisted", [False, True])
 def test_an_object_in_the_place_of_one_that_is_gone(
