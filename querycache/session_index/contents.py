@@ -5,7 +5,8 @@ put: the key it has now may be another, so it could not be found again by that. 
 reference only. When one is collected its entry goes at once, and a bucket goes with its last entry.
 
 An object is known by the id of its InstanceState, which lives exactly as long as the object; a mark left
-behind by an object that is gone is overwritten when the id is given out again.
+behind by an object that is gone is overwritten when the id is given out again. That needs marks of their own:
+the weak reference that the state has to its object can outlive the object and keep the state.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from sqlalchemy.orm.attributes import instance_state
 
 from querycache.session_index.reading import UNKNOWN, LoadGuard, Unknown
 
-__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "has_none"]
+__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "alive", "has_none"]
 
 Keys: TypeAlias = "tuple[Hashable, ...] | Unknown"
 
-#: Objects by the id of their state, as the state's own weak references.
+#: Objects by the id of their state.
 Marks: TypeAlias = "dict[int, weakref.ref[Any]]"
 
 
 #: How many loads a record remembers between two lookups.
 LOADED: Final = 32_768
+
+
+def alive(marks: Marks) -> Marks:
+    """The marks of objects that are still there: others may bear the id of a newer object by now, whose mark
+    they must not replace."""
+    return {ident: mark for ident, mark in marks.items() if mark() is not None}
 
 
 def has_none(key: Hashable) -> bool:
@@ -199,7 +206,7 @@ class Record:
             for mark in self.loaded:
                 obj = mark()
                 if obj is not None:
-                    self.marks[id(instance_state(obj))] = mark
+                    self.marks[id(instance_state(obj))] = weakref.ref(obj)
         self.loaded.clear()
         if self.marks:
             for contents in self.views.values():

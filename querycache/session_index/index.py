@@ -11,7 +11,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session
 from sqlalchemy.orm.attributes import instance_dict, instance_state
 
 from querycache.errors import ConfigurationError
-from querycache.session_index.contents import Contents, Keys, Record, has_none
+from querycache.session_index.contents import Contents, Keys, Record, alive, has_none
 from querycache.session_index.dependencies import Dependencies, all_attributes
 from querycache.session_index.errors import (
     IndexFunctionError,
@@ -135,7 +135,8 @@ class Index(Generic[T]):
     ) -> list[T]:
         """The objects with a key between two values, in the order of their keys.
 
-        Objects whose key is None are in no range.
+        Objects whose key is None are in no range. An object with many keys is there once, where the first of
+        those that are in the range puts it.
 
         :param low: the lowest key; None for no limit.
         :param high: the highest key; None for no limit.
@@ -152,7 +153,8 @@ class Index(Generic[T]):
                 keys = list(contents.order.irange(*limits, inclusive=inclusive, reverse=reverse))
         except TypeError as error:
             raise InvalidKey(f"index {self.name}: range({low!r}, {high!r}): {error}") from error
-        return list(record.objects([contents.buckets.get(key, {}) for key in keys]))
+        found: Iterator[T] = record.objects([contents.buckets.get(key, {}) for key in keys])
+        return list(ObjectSet(found) if self._spec.many else found)
 
     def first(self, session: Any, *, unknown: UnknownPolicy = "skip", persisted: bool = False) -> T | None:
         """An object with the lowest key, or None if there is no object with a key.
@@ -233,7 +235,7 @@ class Index(Generic[T]):
         if record is None or contents is None:
             record, contents = self._open(session, persisted)
         if persisted and record.flushing:
-            contents.stale.update(record.flushing)
+            contents.stale.update(alive(record.flushing))
         if record.marks or record.loaded or contents.stale or contents.footprints:
             self._settle(session, record, contents, persisted)
         if unknown != "skip":
@@ -277,7 +279,7 @@ class Index(Generic[T]):
             entry = contents.unknown.get(ident)
             obj = None if entry is None else entry()
             if obj is not None and self._footprint(obj) != footprint:
-                contents.stale[ident] = instance_state(obj).obj
+                contents.stale[ident] = weakref.ref(obj)
 
     def _reindex(
         self,
@@ -345,8 +347,7 @@ class Index(Generic[T]):
         if objects and unknown == "load":
             gone = ObjectSet(load_keys(session, self._mapper, self._spec, self._dependencies, objects))
             for obj in objects:
-                state: State = instance_state(obj)
-                contents.stale[id(state)] = state.obj
+                contents.stale[id(instance_state(obj))] = weakref.ref(obj)
             self._settle(session, record, contents, persisted)
             objects = [obj for obj in record.objects([contents.unknown]) if obj not in gone]
         if objects:

@@ -106,7 +106,11 @@ class Part(ABC):
 
     def forms(self, session: Session, value: Any) -> tuple[Any, ...]:
         """The forms under which a looked up value may be kept."""
-        return (stored(value, session),)
+        if type(value) in PLAIN:
+            return (value,)
+        # the object of a key may have left the session, which has another of its identity since
+        here, itself = stored(value, session), stored(value)
+        return (here,) if here is itself or here == itself else (here, itself)
 
     def twins(self, session: Session, value: Any) -> tuple[Any, ...]:
         """The forms under which the value of a kept key may be kept."""
@@ -209,7 +213,10 @@ class RelationshipPart(Part):
                 f"index {self._label} is looked up by a {mapper.class_.__name__} object or None, "
                 f"not by {value!r}"
             )
-        return self.twins(session, _local(instance_state(value), session))
+        state: InstanceState[Any] = instance_state(value)
+        here = _local(state, session)
+        forms = self.twins(session, here)
+        return forms if here is state else (*forms, state)
 
     def twins(self, session: Session, value: Any) -> tuple[Any, ...]:
         if value is None or not self._foreign:

@@ -17,7 +17,14 @@ from typing import Any, Final, TypeAlias
 
 from sqlalchemy import ClauseElement
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import InstanceState, ORMExecuteState, PassiveFlag, Session, make_transient_to_detached
+from sqlalchemy.orm import (
+    InstanceState,
+    ORMExecuteState,
+    PassiveFlag,
+    RelationshipDirection,
+    Session,
+    make_transient_to_detached,
+)
 from sqlalchemy.orm.attributes import get_history, instance_dict, instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlalchemy.orm.exc import DetachedInstanceError
@@ -124,7 +131,7 @@ class Reader:
             flushed = self._flushed(key)
             if flushed:
                 return flushed[0]
-            if key in self.values:
+            if key in self.values or key in self.state.committed_state:
                 return UNKNOWN
         elif key in self.values:
             return self.values[key]
@@ -141,12 +148,26 @@ class Reader:
 
     def scalar(self, key: str) -> Any:
         """The object of a scalar relationship as far as it is loaded."""
+        if self.rewinds and self._refers_anew(key):
+            return UNKNOWN
         if self.rewinds and self.changed(key):
             flushed = self._flushed(key)
             return flushed[0] if flushed else UNKNOWN
         if key in self.values:
             return self.values[key]
         return UNKNOWN if self.persistent else None
+
+    def _refers_anew(self, key: str) -> bool:
+        """Whether a foreign key was changed since the last flush: what a many-to-one relationship has loaded
+        may be what the new one refers to."""
+        mapper = self.state.mapper
+        relationship = mapper.relationships[key]
+        if relationship.direction is not RelationshipDirection.MANYTOONE:
+            return False
+        local = [
+            prop.key for prop in mapper.column_attrs if relationship.local_columns.intersection(prop.columns)
+        ]
+        return any(each in self.state.committed_state for each in local)
 
     def collection(self, key: str) -> Any:
         """The objects of a collection, or UNKNOWN if it is not loaded."""

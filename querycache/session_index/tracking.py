@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, QueryableAttribute, RelationshipProperty, Session, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 
-from querycache.session_index.contents import Marks, Record
+from querycache.session_index.contents import Marks, Record, alive
 from querycache.session_index.reading import LoadGuard
 
 __all__ = ["ClassTracker", "Listeners", "SessionWatch", "listen_to_attribute", "listen_to_class", "scan"]
@@ -160,8 +160,9 @@ class ClassTracker:
 
     def _flushed(self, state: State) -> None:
         record = self.records.get(state.session_id)  # type: ignore[arg-type]
-        if record is not None:
-            record.marks[id(state)] = record.flushing[id(state)] = state.obj
+        obj = state.obj()
+        if record is not None and obj is not None:
+            record.marks[id(state)] = record.flushing[id(state)] = weakref.ref(obj)
 
     def records_of(self, state: State) -> Iterable[Record]:
         """Where an object may be in use: in its session, or anywhere if it is in none."""
@@ -173,12 +174,14 @@ class ClassTracker:
     # These run for every assignment and every row, so they are closures over a dictionary.
 
     def _make_marker(self) -> Callable[[State], None]:
-        marks_of = self._marks
+        marks_of, reference = self._marks, weakref.ref
 
         def mark(state: State) -> None:
             marks = marks_of.get(state.session_id)  # type: ignore[arg-type]
             if marks is not None:
-                marks[id(state)] = state.obj
+                obj = state.obj()
+                if obj is not None:
+                    marks[id(state)] = reference(obj)
 
         return mark
 
@@ -232,17 +235,18 @@ class SessionWatch:
         if records is None:
             records = [record for tracker, record in self._records.items() if issubclass(cls, tracker.cls)]
             self._by_class[cls] = records
-        for record in records:
-            record.marks[id(state)] = state.obj
+        obj = state.obj()
+        for record in records if obj is not None else ():
+            record.marks[id(state)] = weakref.ref(obj)
 
     def _flushed(self, session: Session, flush_context: UOWTransaction) -> None:
         # only now are the objects persistent and unmodified, of which no event tells each of them
         for record in self._records.values():
             with record:
                 for contents in record.views.values():
-                    contents.stale.update(contents.modified)
+                    contents.stale.update(alive(contents.modified))
                     contents.modified.clear()
-            record.marks.update(record.flushing)
+            record.marks.update(alive(record.flushing))
             record.flushing.clear()
 
 
@@ -251,6 +255,5 @@ def scan(session: Session, cls: type[Any]) -> Marks:
     marks: Marks = {}
     for obj in session:
         if isinstance(obj, cls):
-            state = instance_state(obj)
-            marks[id(state)] = state.obj
+            marks[id(instance_state(obj))] = weakref.ref(obj)
     return marks

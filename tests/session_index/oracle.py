@@ -45,6 +45,8 @@ def related(obj: Any, key: str, persisted: bool = False) -> Any:
 
 def parent(obj: Any, key: str, foreign: str, persisted: bool = False) -> Any:
     """The parent by relationship: the object, or its primary key where only that is loaded."""
+    if persisted and foreign in inspect(obj).committed_state:
+        return column(obj, foreign, persisted)  # the relationship may be loaded by the new foreign key
     target = related(obj, key, persisted)
     state = inspect(obj)
     if target is not UNKNOWN and target is not None:

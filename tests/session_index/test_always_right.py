@@ -235,6 +235,23 @@ class TestReparenting:
         assert by_label(session, pickle.loads(pickle.dumps(item.labels[0]))) == {item}
         assert by_owner(session, Person()) == set()
 
+    def test_by_an_object_that_has_left_the_session(self, indexes: SessionIndex, session: Session) -> None:
+        """Children keep the parent that they have loaded, though the session has another of its identity."""
+        by_owner, by_label = indexes.index(Item.owner), indexes.index(Item.labels)
+        by_both = indexes.index(Item.owner, Item.title)
+        indexes.indexed(Item, "owner_of", depends_on=[Item.owner])(lambda item: item.owner)
+        ann, label = Person(), Label()
+        item = Item(title="t", owner=ann, labels=[label])
+        session.add(item)
+        session.flush()
+        session.expunge(ann)
+        session.expunge(label)
+        others = session.get(Person, ann.id), session.get(Label, label.id)
+        assert others[0] is not item.owner is ann and others[1] is not item.labels[0] is label
+        assert by_owner(session, ann) == by_label(session, label) == {item}
+        assert by_both(session, (ann, "t")) == indexes.owner_of(session, ann) == {item}
+        assert indexes.verify(session) == []
+
     def test_of_itself(self, indexes: SessionIndex, session: Session) -> None:
         by_parent = indexes.index(Item.parent)
         root, child = Item(), Item()

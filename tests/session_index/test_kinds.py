@@ -248,6 +248,18 @@ class TestOrdered:
         assert order.range(session, ("a", 2)) == [a2, b1]
         assert order.last(session) is b1
 
+    def test_many_keys(self, indexes: SessionIndex, session: Session) -> None:
+        """An object comes once, where the first of its keys in the range puts it."""
+        order = indexes.index(Item.tags, multi=True, ordered=True)
+        both, late, none = add(session, Item(tags=["c", "a"]), Item(tags=["b", "d"]), Item(tags=[]))
+        assert order.range(session) == [both, late]
+        assert order.range(session, "b") == [late, both]
+        assert order.range(session, reverse=True) == [late, both]
+        assert order.range(session, high="c", reverse=True) == [both, late]
+        assert order.first(session) is both
+        assert order.last(session) is late
+        assert none not in order.range(session)
+
     def test_composite(self, indexes: SessionIndex, session: Session) -> None:
         order = indexes.index(Item.position, ordered=True)
         two, one = add(session, Item(position=Point(2, 0)), Item(position=Point(1, 5)))
@@ -410,6 +422,49 @@ class TestPersisted:
         assert by_owner(session, bob, persisted=True) == by_owner(session, ann) == set()
         session.flush()
         assert by_owner(session, bob, persisted=True) == {item}
+
+    def test_by_a_parent_that_was_loaded_by_a_foreign_key_not_flushed_yet(
+        self, indexes: SessionIndex, session: Session, statements: Statements
+    ) -> None:
+        by_owner = indexes.index(Item.owner)
+        indexes.indexed(Item, "owner_of", depends_on=[Item.owner])(lambda item: item.owner)
+        ann, bob = add(session, Person(), Person())
+        (item,) = add(session, Item(owner=ann))
+        session.commit()
+        assert item.owner_id == ann.id and bob.id
+        with session.no_autoflush:
+            item.owner_id = bob.id
+            assert by_owner(session, ann, persisted=True) == {item}
+            assert item.owner is bob  # as SQLAlchemy loads it
+        with statements.none():
+            assert by_owner(session, bob) == {item}
+            assert by_owner(session, ann, persisted=True) == {item}
+            assert by_owner(session, bob, persisted=True) == set()
+            assert indexes.owner_of.lookup(session, bob, persisted=True).known == set()
+            assert indexes.owner_of.lookup(session, bob, persisted=True).unknown == {item}
+            assert indexes.verify(session) == []
+        item.owner_id = ann.id
+        assert by_owner(session, ann, persisted=True) == {item}
+        item.owner_id = bob.id
+        session.flush()
+        assert by_owner(session, bob, persisted=True) == indexes.owner_of(session, bob, persisted=True)
+        assert by_owner(session, bob, persisted=True) == {item}
+        assert indexes.verify(session) == []
+
+    def test_a_value_set_and_deleted_before_it_was_loaded_is_unknown(
+        self, indexes: SessionIndex, session: Session
+    ) -> None:
+        by_name = indexes.index(Person.name)
+        indexes.indexed(Person, "by_initial")(lambda person: person.initial)
+        (person,) = add(session, Person(name="ann"))
+        session.commit()
+        person.name = "bob"
+        with session.no_autoflush:
+            assert person.age is None  # loads everything but the name
+        del person.name
+        for index in (by_name, indexes.by_initial):
+            assert index.lookup(session, None, persisted=True).known == set()
+            assert index.lookup(session, None, persisted=True).unknown == {person}
 
     def test_not_where_other_objects_are_read(self, indexes: SessionIndex, session: Session) -> None:
         indexes.indexed(Item, "by_owner_name", depends_on=[Item.owner, Person.name])(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, insert, select
+from sqlalchemy import Engine, insert, inspect, select, update
 from sqlalchemy.event import registry
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -182,6 +182,54 @@ def test_objects_collected_in_the_middle_of_a_lookup(indexes: SessionIndex, sess
         assert {person.name for person in found} <= {"n1"}
         assert indexes.verify(session) == []
         check_structure(indexes.by_key, session)
+
+
+def test_marks_of_objects_in_cycles_do_not_pile_up(indexes: SessionIndex, session: Session) -> None:
+    """Such objects are collected later than others, which must not keep what belongs to them."""
+    by_name, by_age = indexes.index(Person.name), indexes.index(Person.age)
+    assert by_name(session, "x") == by_age(session, 1) == set()
+    record = by_name._tracker.records[session.hash_key]
+    for looks_up in (False, True):
+        for _ in range(10):
+            # the person has the item as well
+            session.add_all([Item(owner=Person(name="x")) for _ in range(100)])
+            session.flush()
+            session.expunge_all()
+            if looks_up:
+                assert by_name(session, "x") == set()
+            gc.collect()
+        assert len(record.marks) < 500
+        assert len(record.views[by_age, False].stale) < 500
+    assert by_age(session, 1) == set()
+    assert not record.marks and not record.views[by_age, False].stale
+
+
+@pytest.mark.parametrize("left", ["flushing", "modified"])
+@pytest.mark.parametrize("persisted", [False, True])
+def test_an_object_in_the_place_of_one_that_is_gone(
+    indexes: SessionIndex, session: Session, left: str, persisted: bool
+) -> None:
+    """What a flush has noted of an object that is gone may bear the id of one that came after it: then it
+    must not replace what is noted of that one."""
+    by_name = indexes.index(Person.name)
+    person = Person(name="a")
+    session.add(person)
+    session.flush()
+    assert by_name(session, "a") == by_name(session, "a", persisted=True) == {person}
+    record = by_name._tracker.records[session.hash_key]
+    contents = record.views[by_name, True]
+    noted = record.flushing if left == "flushing" else contents.modified
+
+    session.connection().execute(update(Person).values(name="b"))
+    session.refresh(person)
+    if left == "modified" or persisted:
+        by_name(session, "b")  # hands the mark on to the other view
+    noted[id(inspect(person))] = weakref.ref(Person())
+    if left == "modified" or not persisted:
+        session.add(Person(name="another"))
+        session.flush()
+    assert by_name(session, "a", persisted=persisted) == set()
+    assert by_name(session, "b", persisted=persisted) == {person}
 
 
 def test_threads_with_sessions_of_their_own(new_index: Callable[..., SessionIndex]) -> None:
