@@ -22,7 +22,7 @@ from tests.denormalize.concurrency import ISOLATIONS, run
 def test_processes_at_once(
     request: pytest.FixtureRequest, database: str, isolation: str, made_by: str
 ) -> None:
-    engine: Engine = request.getfixturevalue(f"kept_{database}")
+    engine: Engine = request.getfixturevalue(f"{database}_engine")
     url = engine.url.render_as_string(hide_password=False)
     met = run(url, made_by=made_by, isolation=isolation, operations=240, processes=4)
     assert (met["operations"], met["deadlocks"]) == (240, 0)
@@ -30,30 +30,28 @@ def test_processes_at_once(
 
 
 @pytest.mark.server("mariadb")
-def test_a_recount_sees_what_was_committed_after_the_snapshot(kept_mariadb: Engine) -> None:
+def test_a_recount_sees_what_was_committed_after_the_snapshot(mariadb_engine: Engine) -> None:
     m = models.forum("sql")
     m.Base.registry.configure()
-    m.Base.metadata.drop_all(kept_mariadb)
-    m.Base.metadata.create_all(kept_mariadb)
-    with Session(kept_mariadb) as session:
+    m.Base.metadata.create_all(mariadb_engine)
+    with Session(mariadb_engine) as session:
         comments = [m.Comment(id=n, score=n, message=f"number {n}") for n in (1, 2)]
         session.add(m.Thread(id=1, forum=m.Forum(id=1), comments=comments))
         session.commit()
-    with Session(kept_mariadb) as session:
+    with Session(mariadb_engine) as session:
         first = session.scalars(select(m.Comment).order_by(m.Comment.id)).first()
         assert first is not None
-        with Session(kept_mariadb) as other:
+        with Session(mariadb_engine) as other:
             other.add(m.Comment(id=3, score=3, thread_id=1, message="number 3"))
             other.commit()
         session.delete(session.get_one(m.Comment, 2))
         session.commit()
         m.check(session)
-    m.Base.metadata.drop_all(kept_mariadb)
 
 
 @pytest.mark.server("postgresql")
-def test_triggers_at_repeatable_read(kept_postgresql: Engine) -> None:
-    url = kept_postgresql.url.render_as_string(hide_password=False)
+def test_triggers_at_repeatable_read(postgresql_engine: Engine) -> None:
+    url = postgresql_engine.url.render_as_string(hide_password=False)
     met = run(url, strategy="trigger", isolation="REPEATABLE READ", operations=160, processes=4)
     assert met["operations"] == 160
     assert met["serialization failures"] > 0
