@@ -22,7 +22,7 @@ from sqlalchemy.orm.attributes import instance_state
 
 from querycache.session_index.reading import UNKNOWN, LoadGuard, Unknown
 
-__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "alive", "has_none"]
+__all__ = ["Contents", "Entry", "Keys", "Marks", "Record", "alive", "has_none", "sweep"]
 
 Keys: TypeAlias = "tuple[Hashable, ...] | Unknown"
 
@@ -34,10 +34,21 @@ Marks: TypeAlias = "dict[int, weakref.ref[Any]]"
 LOADED: Final = 32_768
 
 
+#: Marks of objects that are gone which nobody minds.
+SPARE: Final = 64
+
+
 def alive(marks: Marks) -> Marks:
     """The marks of objects that are still there: others may bear the id of a newer object by now, whose mark
     they must not replace."""
     return {ident: mark for ident, mark in marks.items() if mark() is not None}
+
+
+def sweep(marks: Marks, objects: int) -> None:
+    """Drop the marks of objects that are gone, if they must be many: more than the session's objects by far."""
+    if len(marks) > 2 * objects + SPARE:
+        for ident in [ident for ident, mark in list(marks.items()) if mark() is None]:
+            marks.pop(ident, None)
 
 
 def has_none(key: Hashable) -> bool:

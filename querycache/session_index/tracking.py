@@ -33,7 +33,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import InstanceState, QueryableAttribute, RelationshipProperty, Session, UOWTransaction
 from sqlalchemy.orm.attributes import instance_state
 
-from querycache.session_index.contents import Marks, Record, alive
+from querycache.session_index.contents import Marks, Record, alive, sweep
 from querycache.session_index.reading import LoadGuard
 
 __all__ = ["ClassTracker", "Listeners", "SessionWatch", "listen_to_attribute", "listen_to_class", "scan"]
@@ -246,8 +246,10 @@ class SessionWatch:
                 for contents in record.views.values():
                     contents.stale.update(alive(contents.modified))
                     contents.modified.clear()
+                    sweep(contents.stale, len(session.identity_map))
             record.marks.update(alive(record.flushing))
             record.flushing.clear()
+            sweep(record.marks, len(session.identity_map))
 
 
 def scan(session: Session, cls: type[Any]) -> Marks:
