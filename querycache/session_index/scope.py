@@ -97,7 +97,11 @@ class Scope:
             self._resolve(target.sync_session)
         elif asyncio is not None and isinstance(target, asyncio.async_sessionmaker):
             self._async_class = target.class_
-            self._resolve(target.kw.get("sync_session_class") or target.class_.sync_session_class)
+            if not target.kw.get("sync_session_class"):
+                # A class of its own, as a sessionmaker makes for itself: others may make sessions of the same one.
+                shared = target.class_.sync_session_class
+                target.configure(sync_session_class=type(shared.__name__, (shared,), {}))
+            self._resolve(target.kw["sync_session_class"])
         elif asyncio is not None and isinstance(target, type) and issubclass(target, asyncio.AsyncSession):
             self._async_class = target
             self._resolve(self._async_class.sync_session_class)

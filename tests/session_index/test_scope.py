@@ -104,6 +104,13 @@ def test_asyncio(new_index: NewIndex) -> None:
     assert not accepts(by_maker, AsyncSession(sync_session_class=SpecialSession))
 
 
+def test_one_async_sessionmaker(new_index: NewIndex) -> None:
+    mine, other = async_sessionmaker(), async_sessionmaker()
+    indexes = new_index(mine)
+    assert accepts(indexes, mine()) and not accepts(indexes, other()) and not accepts(indexes, AsyncSession())
+    assert accepts(new_index(mine), mine()) and accepts(indexes, mine())
+
+
 def test_an_async_session_is_looked_into_without_awaiting(new_index: NewIndex) -> None:
     async def main() -> None:
         engine = create_async_engine("sqlite+aiosqlite://")
