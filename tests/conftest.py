@@ -34,7 +34,10 @@ from sqlalchemy.pool import NullPool
 
 from tests.servers import Server, ServerMissing, given_url, obtain, servers_required
 
-settings.register_profile("ci", deadline=None, max_examples=60, print_blob=True)
+# Where CI says that it is CI, the same examples each time; elsewhere others.
+settings.register_profile(
+    "ci", deadline=None, max_examples=60, print_blob=True, derandomize=bool(os.environ.get("CI"))
+)
 settings.register_profile("long", deadline=None, max_examples=2_000, print_blob=True)
 # The command line's --hypothesis-profile comes after this and wins.
 settings.load_profile("ci")
