@@ -552,11 +552,7 @@ def default_isolation_level(dialect: Any) -> str | None:
 
 def is_initializing(connection: Connection) -> bool:
     """True for the connection on which a dialect gets to know its database; nothing can be noted with it."""
-    try:
-        _ = connection.info
-    except NotImplementedError:
-        return True
-    return False
+    return _info(connection) is None
 
 
 def isolation_level(connection: Connection) -> str | None:
@@ -657,7 +653,10 @@ def _info(connection: Any) -> dict[Any, Any] | None:
     """
     try:
         return connection.info  # type: ignore[no-any-return]
-    except (AttributeError, NotImplementedError):
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # a bare DBAPI connection; what stands in for one at first connect
         return None
 
 
