@@ -7,25 +7,17 @@ it states, and a pipeline ends when each of its commands has been answered.
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.pool import Pool
 from querycache.backends.url import without_password
 from querycache.errors import CacheUnavailable, ConfigurationError
-
-try:
-    from pymemcache.pool import ObjectPool
-except ImportError as error:
-    raise ConfigurationError(
-        "the memcached store needs pymemcache: pip install querycache[memcached]"
-    ) from error
 
 __all__ = ["Pipeline", "Reply", "Server", "UnsuitableServer", "converse"]
 
@@ -175,28 +167,7 @@ class Server:
         self.breaker = CircuitBreaker(self.name)
         self._address = _parse_address(address)
         self._timeout = timeout
-        self._max_connections = max_connections
-        self._make_pool()
-
-    def _make_pool(self) -> None:
-        self._pid = os.getpid()
-        self._free = threading.BoundedSemaphore(self._max_connections)
-        self._pool: ObjectPool[_Slot] = ObjectPool(_Slot, after_remove=_Slot.close)
-
-    def take(self) -> _Slot:
-        """A place in the pool for one exchange of this thread; to be followed by :meth:`give_back`."""
-        if self._pid != os.getpid():  # the connections belong to the process that this one was forked from
-            inherited = self._pool.free
-            self._make_pool()
-            for foreign in inherited:
-                foreign.close()
-        if not self._free.acquire(timeout=self._timeout):
-            raise TimeoutError(f"none of {self._max_connections} connections became free")
-        return cast(_Slot, self._pool.get())
-
-    def give_back(self, slot: _Slot) -> None:
-        self._pool.release(slot)
-        self._free.release()
+        self.pool: Pool[_Slot] = Pool(_Slot, _Slot.close, max_connections, timeout)
 
     def connect(self, slot: _Slot) -> _Connection:
         """The connection of a slot, made anew if there is none or the server has closed it."""
@@ -225,20 +196,20 @@ class Server:
         """
         self.breaker.admit()
         with _faults(self):
-            slot = self.take()
+            slot = self.pool.take()
             try:
                 found = self.connect(slot).read_statistics(b"stats")
             except BaseException:
                 slot.close()
                 raise
             finally:
-                self.give_back(slot)
+                self.pool.give_back(slot)
         self.breaker.succeeded()
         return found
 
     def close(self) -> None:
         """Close the connections."""
-        self._pool.clear()
+        self.pool.clear()
 
 
 def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = False) -> list[list[Reply]]:
@@ -255,7 +226,7 @@ def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = Fa
         for server, pipeline in batches:
             server.breaker.admit(essential=essential)
             with _faults(server):
-                taken.append(server.take())
+                taken.append(server.pool.take())
                 answers.append(server.connect(taken[-1]).send(bytes(pipeline)))
         for (server, pipeline), slot, replies in zip(batches, taken, answers, strict=True):
             with _faults(server):
@@ -267,7 +238,7 @@ def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = Fa
         for index, slot in enumerate(taken):
             if index >= complete:
                 slot.close()
-            batches[index][0].give_back(slot)
+            batches[index][0].pool.give_back(slot)
     return answers
 
 

@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlunsplit
 
 from dogpile.cache.api import NO_VALUE, SerializedReturnType
 
 from querycache import versions
 from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.pool import Pool
 from querycache.backends.url import (
     flag,
     parse_options,
@@ -44,12 +45,16 @@ try:
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
+
+    from querycache.backends.resp import Command, Wire
 except ImportError as error:
     raise ConfigurationError(
-        "the Redis store needs the redis client: pip install querycache[redis]"
+        "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
     ) from error
 
 __all__ = ["RedisBackend"]
+
+T = TypeVar("T")
 
 _COUNTER_TTL = 30 * 24 * 3600
 """Seconds that a counter outlives the last write of its tag. Far longer than any transaction, so no mark
@@ -98,8 +103,6 @@ _SCHEMES = {
     "unix": "unix",
 }
 
-_Command = tuple[Any, ...]
-
 
 class _Script:
     def __init__(self, name: str) -> None:
@@ -113,56 +116,11 @@ def _script(name: str) -> _Script:
     return _Script(name)
 
 
-class _Posting:
-    """A connection that may be given back before the reply to the last command has been read.
-
-    The pool asks every connection whether there is anything to read before it hands it out, and makes those anew
-    that are broken. That is where the reply is read.
-    """
-
-    _again: _Command | None = None
-
-    def post(self: Any, command: _Command, again: _Command) -> None:
-        """Send a command without reading the reply.
-
-        :param again: what to send instead where the server does not have the script.
-        """
-        try:
-            self.send_packed_command(self.pack_commands([command]))
-        except BaseException:
-            self.disconnect()
-            raise
-        self._again = again
-
-    def can_read(self: Any, timeout: float = 0) -> bool:
-        again, self._again = self._again, None
-        if again is not None:
-            try:
-                self.read_response()
-            except redis.exceptions.NoScriptError:
-                _converse(self, [again])
-            except redis.ResponseError:
-                pass  # the marks of the writer stay, and heal as those of one that died
-        return super().can_read(timeout)  # type: ignore[misc, no-any-return]
-
-    def disconnect(self: Any, *arguments: Any, **options: Any) -> None:
-        self._again = None
-        super().disconnect(*arguments, **options)  # type: ignore[misc]
-
-
-class _TcpConnection(_Posting, redis.Connection):
-    pass
-
-
-class _TlsConnection(_Posting, redis.SSLConnection):
-    pass
-
-
-class _UnixConnection(_Posting, redis.UnixDomainSocketConnection):
-    pass
-
-
-_CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixConnection}
+_CONNECTIONS = {
+    "redis": redis.Connection,
+    "rediss": redis.SSLConnection,
+    "unix": redis.UnixDomainSocketConnection,
+}
 
 
 class RedisBackend(StoreBackend):
@@ -206,22 +164,25 @@ class RedisBackend(StoreBackend):
             raise ConfigurationError("option 'db' is for Unix sockets; write redis://host:6379/0")
         timeout = options.pop("timeout", 0.5)
         self._breaker = CircuitBreaker(self._name)
+        most = options.pop("max_connections", 50)
         try:
-            self._pool: Any = redis.BlockingConnectionPool.from_url(
+            # redis-py's own pool is only asked what it makes of the address
+            told = redis.ConnectionPool.from_url(
                 urlunsplit(address._replace(scheme=scheme)),
-                max_connections=options.pop("max_connections", 50),
-                timeout=timeout,
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
                 socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
-                redis_connect_func=_introduce,
-                connection_class=_CONNECTIONS[scheme],
                 **options,
             )
         except ValueError as error:
             raise ConfigurationError(f"the Redis store cannot use its address: {error}") from error
+
+        def wire() -> Wire:
+            return Wire(_CONNECTIONS[scheme](**told.connection_kwargs), _introduce)
+
+        self._pool: Pool[Wire] = Pool(wire, Wire.close, most, timeout)
 
     # -- entries --------------------------------------------------------------------------------------------
 
@@ -234,13 +195,13 @@ class RedisBackend(StoreBackend):
         return payload, [None if value is None else versions.parse(value) for value in values]
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
-        expiry: _Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
+        expiry: Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
         [reply] = self._exchange(lambda run: [("SET", _encode(key), payload, *expiry)], refusable=True)
         return not isinstance(reply, redis.ResponseError)
 
     def remove(self, keys: Iterable[str]) -> None:
         # Not DEL or UNLINK: where the server has seen none of those, it is known that no counter was removed.
-        commands: list[_Command] = [("PEXPIRE", _encode(key), 0) for key in keys]
+        commands: list[Command] = [("PEXPIRE", _encode(key), 0) for key in keys]
         if commands:
             self._exchange(lambda run: commands)
 
@@ -308,7 +269,7 @@ class RedisBackend(StoreBackend):
         self._exchange(lambda run: [("PING",)])
 
     def close(self) -> None:
-        self._pool.disconnect()
+        self._pool.clear()
 
     # -- the wire ----------------------------------------------------------------------------------------
 
@@ -319,7 +280,7 @@ class RedisBackend(StoreBackend):
         if not counters:
             return []
 
-        def call(run: str) -> list[_Command]:
+        def call(run: str) -> list[Command]:
             return [_call(_script(name), counters, run, arguments)]
 
         [reply] = self._exchange(call, essential, refusable=True)
@@ -331,42 +292,26 @@ class RedisBackend(StoreBackend):
 
     def _post(self, name: str, counters: Sequence[str], *arguments: object) -> None:
         """Have a script run, and leave its reply to whoever uses the connection next."""
-        self._breaker.admit(essential=True)
-        try:
-            connection = self._pool.get_connection()
-            try:
-                command = _call(_script(name), counters, connection.querycache_run, arguments)
-                connection.post(command, _in_full(command, name))
-            finally:
-                self._pool.release(connection)
-        except (redis.RedisError, OSError) as error:
-            raise self._failed(error) from error
 
-    def _failed(self, error: Exception) -> CacheUnavailable:
-        self._breaker.failed(error)
-        return CacheUnavailable(f"{self._name} does not answer: {error}")
+        def post(wire: Wire) -> None:
+            call = _call(_script(name), counters, wire.run, arguments)
+            wire.post(call, _in_full(call, name))
+
+        self._speak(post, essential=True)
 
     def _exchange(
         self,
-        build: Callable[[str], list[_Command]],
+        build: Callable[[str], list[Command]],
         essential: bool = False,
         refusable: bool = False,
     ) -> list[Any]:
-        """Send commands and read one reply for each: the one place that touches the network.
+        """Send commands and read one reply for each.
 
         :param build: gives the commands, from the run id of the server that they will go to.
         :param essential: try it although the server failed a moment ago.
         :param refusable: give the server's refusals among the replies rather than raise.
         """
-        self._breaker.admit(essential=essential)
-        try:
-            connection = self._pool.get_connection()
-            try:
-                replies = _converse(connection, build(connection.querycache_run))
-            finally:
-                self._pool.release(connection)
-        except (redis.RedisError, OSError) as error:
-            raise self._failed(error) from error
+        replies = self._speak(lambda wire: wire.converse(build(wire.run)), essential)
         self._breaker.succeeded()
         if not refusable:
             for reply in replies:
@@ -374,46 +319,42 @@ class RedisBackend(StoreBackend):
                     raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
         return replies
 
+    def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:
+        """Have an open wire for a moment: the one place that touches the network."""
+        self._breaker.admit(essential=essential)
+        try:
+            wire = self._pool.take()
+            try:
+                wire.open()
+                return say(wire)
+            finally:
+                self._pool.give_back(wire)
+        except (redis.RedisError, OSError) as error:
+            self._breaker.failed(error)
+            raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
 
-def _introduce(connection: Any) -> None:
-    """What a new connection does first: log in, ask which run of the server this is, and load the scripts."""
-    connection.on_connect()
+
+def _introduce(wire: Wire) -> None:
+    """What is said first on a new connection: which run of the server is this, and the scripts."""
     names = ("begin", "end", "bump", "settle", "swap")
-    info, *_ = _converse(
-        connection,
-        [("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names)],
+    info, *_ = wire.converse(
+        [("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names)]
     )
     if isinstance(info, redis.ResponseError):
         raise redis.ConnectionError(f"it does not tell its run id, which this user needs to see: {info}")
     run = _parse_info(info).get("run_id", "")
     if not run:
         raise redis.ConnectionError("it does not tell its run id (INFO server)")
-    connection.querycache_run = run[:12]
+    wire.run = run[:12]
 
 
-def _call(script: _Script, counters: Sequence[str], run: str, arguments: Sequence[object]) -> _Command:
+def _call(script: _Script, counters: Sequence[str], run: str, arguments: Sequence[object]) -> Command:
     return ("EVALSHA", script.sha, len(counters), *_names(counters, run), *arguments)
 
 
-def _in_full(call: _Command, name: str) -> _Command:
+def _in_full(call: Command, name: str) -> Command:
     """The same call for a server that does not have the script."""
     return ("EVAL", _script(name).source, *call[2:])
-
-
-def _converse(connection: Any, commands: list[_Command]) -> list[Any]:
-    """Send commands and read the replies. A connection on which that breaks off is not used again."""
-    replies: list[Any] = []
-    try:
-        connection.send_packed_command(connection.pack_commands(commands))
-        for _ in commands:
-            try:
-                replies.append(connection.read_response())
-            except redis.ResponseError as refusal:
-                replies.append(refusal)
-    except BaseException:
-        connection.disconnect()
-        raise
-    return replies
 
 
 def _encode(key: str) -> bytes:

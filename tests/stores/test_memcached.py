@@ -376,10 +376,10 @@ class TestMemcached(StoreContract, ServerContract):
         self, memcached_store_url: str
     ) -> None:
         store = MemcachedBackend({"url": memcached_store_url, "max_connections": 1, "timeout": 0.1})
-        slot = store._ledger.take()
+        slot = store._ledger.pool.take()
         with pytest.raises(CacheUnavailable, match="none of 1 connections became free"):
             store.begin(["tag"])
-        store._ledger.give_back(slot)
+        store._ledger.pool.give_back(slot)
         assert store.begin(["tag"])
         store.close()
 

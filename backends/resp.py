@@ -1,0 +1,121 @@
+"""The wire to Redis: its protocol, over connections that redis-py opens.
+
+redis-py knows how to connect: addresses, TLS, passwords, databases. What follows for each lookup is a few lines, which
+hiredis does the work of: that is half the time of redis-py's own pool and reply handling, and most of what a lookup
+costs beside the round trip itself.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import hiredis
+import redis
+
+__all__ = ["Command", "Wire"]
+
+Command = tuple[Any, ...]
+"""The words of a command: texts, bytes and numbers."""
+
+_CHUNK = 2**16
+_INCOMPLETE = object()
+
+
+def _refusal(message: str) -> redis.ResponseError:
+    """What the server answered to a command that it did not carry out; the first word says why."""
+    kind = redis.exceptions.NoScriptError if message.startswith("NOSCRIPT") else redis.ResponseError
+    return kind(message)
+
+
+class Wire:
+    """One connection, open or not. For one thread at a time.
+
+    A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew.
+
+    :param connection: of redis-py, not connected yet.
+    :param introduce: is called with the wire whenever it has been opened.
+    """
+
+    run = ""
+    """Which run of the server it leads to."""
+
+    def __init__(self, connection: Any, introduce: Callable[[Wire], None]) -> None:
+        self._connection = connection
+        self._introduce = introduce
+        self._socket: Any = None
+        self._reader: Any = None
+        self._poll: Any = None
+        self._again: Command | None = None
+
+    def open(self) -> None:
+        """Make sure that the server is there and nothing is left to read, as far as shows without asking it."""
+        if self._socket is not None:
+            try:
+                if self._again is not None:
+                    self._finish()
+                if not self._poll.poll(0):  # otherwise the server has closed it
+                    return
+            except (redis.RedisError, OSError):
+                pass
+            self.close()
+        try:
+            self._connection.connect()
+            self._socket = self._connection._sock
+            self._reader = hiredis.Reader(
+                protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
+            )
+            self._poll = select.poll()
+            self._poll.register(self._socket, select.POLLIN)
+            self._introduce(self)
+        except BaseException:
+            self.close()
+            raise
+
+    def converse(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands and read a reply for each; a refusal is among the replies, as the exception that it is."""
+        try:
+            self._send(commands)
+            return [self._read() for _ in commands]
+        except BaseException:
+            self.close()
+            raise
+
+    def post(self, command: Command, again: Command) -> None:
+        """Send a command, and leave its reply to be read when the wire is used next.
+
+        :param again: what to send then, where the server did not have the script.
+        """
+        try:
+            self._send([command])
+        except BaseException:
+            self.close()
+            raise
+        self._again = again
+
+    def close(self) -> None:
+        """Close the connection, if it is open."""
+        self._socket = self._reader = self._poll = self._again = None
+        self._connection.disconnect()
+
+    def _finish(self) -> None:
+        """Read the reply to what was posted."""
+        again, self._again = self._again, None
+        # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
+        if again is not None and isinstance(self._read(), redis.exceptions.NoScriptError):
+            self.converse([again])
+
+    def _send(self, commands: Sequence[Command]) -> None:
+        self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
+
+    def _read(self) -> Any:
+        reader = self._reader
+        reply = reader.gets()
+        while reply is _INCOMPLETE:
+            data = self._socket.recv(_CHUNK)
+            if not data:
+                raise redis.ConnectionError("the server closed the connection")
+            reader.feed(data)
+            reply = reader.gets()
+        return reply
