@@ -77,8 +77,11 @@ class MemoryBackend(StoreBackend):
                 if version is not None:
                     self._counters.move_to_end(counter)
                 found.append(version)
-            item = None if key is None else self._entries.get(key)
-            if item is None or key is None:
+            if key is None:
+                return None, found
+            try:
+                item = self._entries[key]
+            except KeyError:
                 return None, found
             payload, deadline, _ = item
             if deadline is not None and deadline <= self._clock():

@@ -17,7 +17,7 @@ former runs, go by themselves, whatever number of names the application makes up
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -46,7 +46,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from querycache.backends.resp import Command, Wire
+    from querycache.backends.resp import CONNECTIONS, Command, Wire
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -116,13 +116,6 @@ def _script(name: str) -> _Script:
     return _Script(name)
 
 
-_CONNECTIONS = {
-    "redis": redis.Connection,
-    "rediss": redis.SSLConnection,
-    "unix": redis.UnixDomainSocketConnection,
-}
-
-
 class RedisBackend(StoreBackend):
     """A store on one Redis server.
 
@@ -180,7 +173,7 @@ class RedisBackend(StoreBackend):
             raise ConfigurationError(f"the Redis store cannot use its address: {error}") from error
 
         def wire() -> Wire:
-            return Wire(_CONNECTIONS[scheme](**told.connection_kwargs), _introduce)
+            return Wire(CONNECTIONS[scheme](**told.connection_kwargs), _introduce)
 
         self._pool: Pool[Wire] = Pool(wire, Wire.close, most, timeout)
 
@@ -192,7 +185,7 @@ class RedisBackend(StoreBackend):
             return None, []
         [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))])
         payload = values.pop(0) if entry else None
-        return payload, [None if value is None else versions.parse(value) for value in values]
+        return payload, list(_versions(tuple(values)))
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
         expiry: Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
@@ -361,8 +354,18 @@ def _encode(key: str) -> bytes:
     return key.encode("utf-8", "surrogatepass")
 
 
-def _names(counters: Sequence[str], run: str) -> list[bytes]:
-    return [_encode(f"{counter}@{run}") for counter in counters]
+def _names(counters: Sequence[str], run: str) -> tuple[bytes, ...]:
+    return _encoded(tuple(counters), run)
+
+
+@lru_cache(maxsize=2048)
+def _encoded(counters: tuple[str, ...], run: str) -> tuple[bytes, ...]:
+    return tuple(_encode(f"{counter}@{run}") for counter in counters)
+
+
+@lru_cache(maxsize=2048)
+def _versions(texts: tuple[bytes | None, ...]) -> tuple[int | None, ...]:
+    return tuple(None if text is None else versions.parse(text) for text in texts)
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

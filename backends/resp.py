@@ -14,7 +14,7 @@ from typing import Any
 import hiredis
 import redis
 
-__all__ = ["Command", "Wire"]
+__all__ = ["CONNECTIONS", "Command", "Wire"]
 
 Command = tuple[Any, ...]
 """The words of a command: texts, bytes and numbers."""
@@ -29,12 +29,38 @@ def _refusal(message: str) -> redis.ResponseError:
     return kind(message)
 
 
+class _WithSocket:
+    """A connection of redis-py whose socket may be used. (Read in redis-py 5.3 to 8.1.)"""
+
+    _sock: Any
+
+    @property
+    def socket(self) -> Any:
+        return self._sock
+
+
+class _TcpConnection(_WithSocket, redis.Connection):
+    pass
+
+
+class _TlsConnection(_WithSocket, redis.SSLConnection):
+    pass
+
+
+class _UnixConnection(_WithSocket, redis.UnixDomainSocketConnection):
+    pass
+
+
+CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixConnection}
+"""By scheme of an address, what a :class:`Wire` is made of."""
+
+
 class Wire:
     """One connection, open or not. For one thread at a time.
 
     A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew.
 
-    :param connection: of redis-py, not connected yet.
+    :param connection: one of :data:`CONNECTIONS`, not connected yet.
     :param introduce: is called with the wire whenever it has been opened.
     """
 
@@ -62,7 +88,7 @@ class Wire:
             self.close()
         try:
             self._connection.connect()
-            self._socket = self._connection._sock
+            self._socket = self._connection.socket
             self._reader = hiredis.Reader(
                 protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
             )
@@ -76,7 +102,7 @@ class Wire:
     def converse(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands and read a reply for each; a refusal is among the replies, as the exception that it is."""
         try:
-            self._send(commands)
+            self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
             return [self._read() for _ in commands]
         except BaseException:
             self.close()
@@ -88,7 +114,7 @@ class Wire:
         :param again: what to send then, where the server did not have the script.
         """
         try:
-            self._send([command])
+            self._socket.sendall(hiredis.pack_command(command))
         except BaseException:
             self.close()
             raise
@@ -105,9 +131,6 @@ class Wire:
         # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
         if again is not None and isinstance(self._read(), redis.exceptions.NoScriptError):
             self.converse([again])
-
-    def _send(self, commands: Sequence[Command]) -> None:
-        self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
 
     def _read(self) -> Any:
         reader = self._reader

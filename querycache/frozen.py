@@ -13,6 +13,7 @@ of ORM objects, for results that no single statement gave.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -36,7 +37,7 @@ __all__ = [
 ]
 
 
-class FrozenStatement(msgspec.Struct, array_like=True, frozen=True):
+class FrozenStatement(msgspec.Struct, array_like=True, frozen=True, dict=True):
     """What the driver returned for one statement.
 
     Attributes:
@@ -49,6 +50,24 @@ class FrozenStatement(msgspec.Struct, array_like=True, frozen=True):
     columns: list[tuple[str, int | str | None]]
     rowcount: int
     rows: RowSet
+
+    @cached_property
+    def description(self) -> list[tuple[Any, ...]]:
+        """As a DBAPI cursor has it."""
+        return [(name, code, None, None, None, None, None) for name, code in self.columns]
+
+    @cached_property
+    def _shared_rows(self) -> list[tuple[object, ...]] | None:
+        return unpack_rows(self.rows) if self.rows.immutable else None
+
+    def unpack(self) -> list[tuple[object, ...]]:
+        """The rows. What could be changed in place is made anew each time.
+
+        Raises:
+            Corrupt: they cannot be read.
+        """
+        shared = self._shared_rows
+        return unpack_rows(self.rows) if shared is None else shared
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True):
@@ -162,5 +181,4 @@ def merge_frozen_result(prepared: Prepared, frozen: FrozenStatement) -> Result[A
         prepared: the statement that asks.
         frozen: what was stored.
     """
-    description = [(name, code, None, None, None, None, None) for name, code in frozen.columns]
-    return prepared.replay(description, unpack_rows(frozen.rows), frozen.rowcount)
+    return prepared.replay(frozen.description, frozen.unpack(), frozen.rowcount)

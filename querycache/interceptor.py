@@ -57,9 +57,6 @@ __all__ = ["Interceptor", "Request"]
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
 
 
-_NOTHING_KNOWN: tuple[Any, str, list[str], tuple[str, ...]] = (None, "", [], ())
-
-
 class _Bypass(Exception):
     """The statement goes to the database, for the reason given."""
 
@@ -70,21 +67,23 @@ class _Refresh(_Bypass):
 
 @dataclass(slots=True)
 class Request:
-    """A statement that asks for the cache, with all that is known before it is looked up."""
+    """A statement that asks for the cache, with all that is known before it is looked up.
+
+    Attributes:
+        key: of the answer in the store.
+        tags, tag_keys: what the answer depends on, as far as the statement shows; and their keys in the store.
+        name: what to call it in events.
+        transactions: those that the session takes part in.
+    """
 
     region: Region
     options: CacheOptions
     prepared: Prepared
-    analysis: Analysis
     key: str
     tags: list[str]
     tag_keys: tuple[str, ...]
-    transactions: Sequence[Transaction] = ()
-
-    @property
-    def name(self) -> str:
-        """What to call it in events."""
-        return self.options.name or self.key[-40:-28]
+    name: str
+    transactions: Sequence[Transaction]
 
     @property
     def session(self) -> Session:
@@ -192,7 +191,7 @@ class Interceptor:
         self._scope = scope
         self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
         self._flights = Flights()
-        self._known_options: dict[object, CacheOptions | None] = {}
+        self._known_options: dict[int, tuple[Mapping[str, Any], CacheOptions | None]] = {}
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
@@ -275,13 +274,27 @@ class Interceptor:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
         # Every statement comes through here, cached or not. So there are loops and no generators, and
         # state.execution_options, which is made for whoever asks, is not asked for.
-        for given in (state.local_execution_options, state.statement.get_execution_options()):
-            for name in given:
-                if isinstance(name, str) and name.startswith("cache_"):
-                    options = sa_internals.effective_options(state)
-                    refined = None if "cache_key" in options else self._asked_otherwise(state)
-                    return self._options_from(options, refined)
+        for name in state.local_execution_options:
+            if type(name) is str and name.startswith("cache_"):
+                return self._wanted_by_options(state, sa_internals.effective_options(state))
+        given = state.statement.get_execution_options()
+        # the options of a statement never change, so one that is kept and executed again has been read before
+        known = self._known_options.get(id(given))
+        if known is not None and known[0] is given:
+            return known[1]
+        for name in given:
+            if type(name) is str and name.startswith("cache_"):
+                options = self._wanted_by_options(state, given)
+                if "cache_key" in given:
+                    if len(self._known_options) > 1000:
+                        self._known_options.clear()
+                    self._known_options[id(given)] = given, options
+                return options
         return self._asked_otherwise(state)
+
+    def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
+        refined = None if "cache_key" in options else self._asked_otherwise(state)
+        return CacheOptions.from_execution_options(options, refined)
 
     def _asked_otherwise(self, state: ORMExecuteState) -> CacheOptions | None:
         """What is asked for a statement by other ways than its execution options."""
@@ -297,27 +310,6 @@ class Interceptor:
                 if cls in self._policies:
                     return self._policies[cls]
         return None
-
-    def _options_from(self, options: Mapping[str, Any], refined: CacheOptions | None) -> CacheOptions | None:
-        """The checked form of execution options, the same object for the same values."""
-        given = (
-            refined,
-            *(
-                (name, type(value), tuple(value) if type(value) is list else value)
-                for name, value in options.items()
-                if isinstance(name, str) and name.startswith("cache_")
-            ),
-        )
-        try:
-            known = self._known_options.get(given)
-        except TypeError:  # a set among the values
-            return CacheOptions.from_execution_options(options, refined)
-        if known is None:
-            known = CacheOptions.from_execution_options(options, refined)
-            if len(self._known_options) > 1000:
-                self._known_options.clear()
-            self._known_options[given] = known
-        return known
 
     def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
         """All that is needed to look the statement up.
@@ -337,25 +329,35 @@ class Interceptor:
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
         memo = (self, region, options, scope)
-        analysis, key, tags, tag_keys = plan.memo.get(memo, _NOTHING_KNOWN)
-        if analysis is None:
-            analysis = analyse(plan.compiled)
-            self._refuse_content(analysis, plan, options)
-            key = self._key(region, options, plan, analysis, scope)
-            tags = self._tags(region, options, plan, analysis)
+        derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
+        if derived is None:
+            derived = self._derive(region, options, plan, scope)
             if len(plan.memo) > 16:
                 plan.memo.clear()
-            tag_keys = region.tag_keys(tags)
-            plan.memo[memo] = analysis, key, tags, tag_keys
-        self._writes.notice_old_views(session)
-        transactions = self._writes.transactions(session)
-        request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
+            plan.memo[memo] = derived
+        transactions = self._writes.transactions(session, before_lookup=True)
+        request = Request(region, options, prepared, *derived, transactions)
         if self._writes.owes(region.ledger):
             raise _Bypass("unavailable")
         for transaction in transactions:
-            if transaction.hides(tags):
+            if transaction.hides(request.tags):
                 raise _Bypass("own write")
         return request
+
+    def _derive(
+        self, region: Region, options: CacheOptions, plan: Plan, scope: str
+    ) -> tuple[str, list[str], tuple[str, ...], str]:
+        """The key of an answer, its tags and their keys, and what it is called.
+
+        Raises:
+            _Bypass: no cache can answer this statement.
+            UnkeyableValue: a parameter has no canonical form.
+        """
+        analysis = analyse(plan.compiled)
+        self._refuse_content(analysis, plan, options)
+        key = self._key(region, options, plan, analysis, scope)
+        tags = self._tags(region, options, plan, analysis)
+        return key, tags, region.tag_keys(tags), options.name or key[-40:-28]
 
     @staticmethod
     def _refuse(state: ORMExecuteState, within: bool = False) -> None:

@@ -37,8 +37,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
+
+import msgspec
 
 from querycache import versions
 from querycache.store import Mark, StoreBackend
@@ -55,8 +56,7 @@ _PROOF_INTERVAL = 1.0
 _MOST_WATCHED = 16_384
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """What one lookup found. Take it before the database is asked, and fill with it afterwards."""
 
     tags: tuple[str, ...]
@@ -276,14 +276,10 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
     return _header(reading.tags, reading.versions) + payload
 
 
-def _header(tags: Sequence[str], found: Sequence[int | None]) -> bytes:
-    names = _names(tuple(tags))
+@lru_cache(maxsize=4096)
+def _header(tags: tuple[str, ...], found: tuple[int | None, ...]) -> bytes:
+    names = "\0".join(tags).encode("utf-8", "surrogatepass")
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
-
-
-@lru_cache(maxsize=1024)
-def _names(tags: tuple[str, ...]) -> bytes:
-    return "\0".join(tags).encode("utf-8", "surrogatepass")
 
 
 def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
@@ -292,7 +288,7 @@ def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> byte
     (Only clean versions are ever stored.)
     """
     if None not in found:
-        header = _header(tags, found)
+        header = _header(tuple(tags), tuple(found))
         if blob.startswith(header):
             return blob[len(header) :]
     stored = _tags_of(blob)
@@ -302,7 +298,7 @@ def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> byte
     now = [known.get(tag) for tag in stored]
     if None in now:
         return None
-    header = _header(stored, now)
+    header = _header(tuple(stored), tuple(now))
     return blob[len(header) :] if blob.startswith(header) else None
 
 

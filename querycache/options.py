@@ -29,7 +29,7 @@ EXECUTION_OPTIONS = frozenset(
 """The execution options that querycache reads."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class CacheOptions:
     """What one statement asks of the cache, checked.
 
@@ -52,6 +52,8 @@ class CacheOptions:
     tables: tuple[str, ...] = ()
     mode: Mode = "use"
     exact: bool = False
+    # asked for at each lookup
+    _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.key is not True and not (isinstance(self.key, str) and self.key):
@@ -68,6 +70,11 @@ class CacheOptions:
             raise ConfigurationError(
                 "cache_exact=True needs a string as cache_key: there is nothing else to go by"
             )
+        values = (self.key, self.region, self.ttl, self.tags, self.tables, self.mode, self.exact)
+        object.__setattr__(self, "_hash", hash(values))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @property
     def name(self) -> str:

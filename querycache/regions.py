@@ -11,12 +11,13 @@ a miss that is not filled, a fill that fails is counted.
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import msgspec
 from dogpile.cache import CacheRegion, make_region, register_backend
 from dogpile.cache.exception import PluginNotFound
 
@@ -59,18 +60,19 @@ _JITTER = 0.1
 together."""
 
 
-_SMALL = 4096
-_RECENT = 512
-"""Entries of at most so many bytes, and at most so many of them, are kept decoded, where nothing in them can be
-changed. Between the same bytes and what they were decoded to there is nothing to go stale."""
+_SMALL = 64 * 2**10
+_RECENT = 2 * 2**20
+_BESIDE = 2 * 2**10
+"""Entries of at most so many bytes, and at most so many bytes of them, each with so many beside its own, are kept
+decoded, where nothing in them can be changed. Between the same bytes and what they were decoded to there is nothing to
+go stale."""
 
 
 _REMEMBERED = 10_000
 """The further tags of so many entries are remembered."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lookup:
+class Lookup(msgspec.Struct, frozen=True):
     """What a region knows of a key.
 
     Attributes:
@@ -109,6 +111,8 @@ class Region:
         self._tags = f"{namespace}:t:"
         self._further: dict[str, tuple[str, ...]] = {}
         self._recent: dict[str, tuple[bytes, Entry]] = {}
+        self._recent_bytes = 0
+        self._lock = threading.Lock()
 
     @property
     def promise(self) -> str:
@@ -161,10 +165,21 @@ class Region:
             return recent[1]
         entry = self._codec.decode(payload, context=key.encode())
         if len(payload) <= _SMALL and entry.immutable:
-            if len(self._recent) >= _RECENT:
-                self._recent.clear()
-            self._recent[key] = payload, entry
+            self._keep_decoded(key, payload, entry)
         return entry
+
+    def _keep_decoded(self, key: str, payload: bytes, entry: Entry) -> None:
+        with self._lock:
+            self._drop_decoded(key)
+            self._recent[key] = payload, entry
+            self._recent_bytes += len(payload) + _BESIDE
+            while self._recent_bytes > _RECENT:
+                self._drop_decoded(next(iter(self._recent)))
+
+    def _drop_decoded(self, key: str) -> None:
+        recent = self._recent.pop(key, None)
+        if recent is not None:
+            self._recent_bytes -= len(recent[0]) + _BESIDE
 
     def observe(self, tag_keys: tuple[str, ...]) -> Reading | None:
         """The versions of tags now; None where the server does not answer."""

@@ -190,27 +190,33 @@ class Writes:
 
     # --- what readers ask ----------------------------------------------------------------------------
 
-    def transactions(self, session: Session) -> list[Transaction]:
-        """The transactions that a Session takes part in, with what they have written."""
+    def transactions(self, session: Session, before_lookup: bool = False) -> list[Transaction]:
+        """The transactions that a Session takes part in, with what they have written.
+
+        Args:
+            session: whose.
+            before_lookup: look for old views of the database, too, which only shows before anything is read.
+        """
         found = []
         for connection in sa_internals.connections(session):
+            if before_lookup and connection.dialect.name == "sqlite":
+                self._notice_old_view(connection)
             transaction = self._of(connection.info)
             if transaction is not None:
                 found.append(transaction)
         return found
 
-    def notice_old_views(self, session: Session) -> None:
-        """Find transactions of SQLite that were begun by hand, and so show the database as it was then.
+    def _notice_old_view(self, connection: Connection) -> None:
+        """See whether a transaction of SQLite was begun by hand, and so shows the database as it was then.
 
         Its driver begins none before a SELECT; applications that do make it so that each of their transactions has a
         snapshot, and this is the first time that it shows.
         """
-        for connection in sa_internals.connections(session):
-            if connection.dialect.name == "sqlite" and sa_internals.in_transaction(connection):
-                transaction = self._ensure(connection)
-                if transaction.snapshot is None and not transaction.wrote:
-                    transaction.snapshot = dict.fromkeys(self._regions.ledgers)
-                    self._old_views.add(connection.dialect)
+        if sa_internals.in_transaction(connection):
+            transaction = self._ensure(connection)
+            if transaction.snapshot is None and not transaction.wrote:
+                transaction.snapshot = dict.fromkeys(self._regions.ledgers)
+                self._old_views.add(connection.dialect)
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""

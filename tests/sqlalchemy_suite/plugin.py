@@ -67,11 +67,8 @@ class _Load(interceptor._Load):
 class _Writes(Writes):
     """Notes what is written, and keeps it from readers."""
 
-    def transactions(self, session: Session) -> list[Transaction]:
+    def transactions(self, session: Session, before_lookup: bool = False) -> list[Transaction]:
         return []
-
-    def notice_old_views(self, session: Session) -> None:
-        pass
 
 
 class _Replay(Interceptor):
