@@ -277,7 +277,7 @@ class Interceptor:
         for name in state.local_execution_options:
             if type(name) is str and name.startswith("cache_"):
                 return self._wanted_by_options(state, sa_internals.effective_options(state))
-        given = state.statement.get_execution_options()
+        given, others = sa_internals.given_options(state.statement)
         # the options of a statement never change, so one that is kept and executed again has been read before
         known = self._known_options.get(id(given))
         if known is not None and known[0] is given:
@@ -290,15 +290,17 @@ class Interceptor:
                         self._known_options.clear()
                     self._known_options[id(given)] = given, options
                 return options
-        return self._asked_otherwise(state)
+        return self._asked_otherwise(state, others) if others or self._policies else None
 
     def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
-        refined = None if "cache_key" in options else self._asked_otherwise(state)
+        refined = None
+        if "cache_key" not in options:
+            refined = self._asked_otherwise(state, sa_internals.given_options(state.statement)[1])
         return CacheOptions.from_execution_options(options, refined)
 
-    def _asked_otherwise(self, state: ORMExecuteState) -> CacheOptions | None:
-        """What is asked for a statement by other ways than its execution options."""
-        for option in sa_internals.statement_options(state.statement):
+    def _asked_otherwise(self, state: ORMExecuteState, options: Sequence[Any]) -> CacheOptions | None:
+        """What is asked for a statement by its other options, or by a policy."""
+        for option in options:
             if isinstance(option, FromCache):
                 return option.cache_options
             if isinstance(option, RelationshipCache) and state.is_relationship_load:

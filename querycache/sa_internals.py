@@ -52,6 +52,7 @@ __all__ = [
     "default_isolation_level",
     "effective_options",
     "flushed",
+    "given_options",
     "in_transaction",
     "is_autocommit",
     "is_flushing",
@@ -69,7 +70,6 @@ __all__ = [
     "root_engine",
     "run_later_handlers",
     "run_statement",
-    "statement_options",
     "tables_of",
     "tap",
     "untap",
@@ -101,9 +101,9 @@ def effective_options(state: ORMExecuteState) -> Mapping[str, Any]:
     return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[no-any-return]
 
 
-def statement_options(statement: Any) -> tuple[Any, ...]:
-    """The options given to ``statement.options(…)``, in order; empty where a statement takes none."""
-    return getattr(statement, "_with_options", ())
+def given_options(statement: Any) -> tuple[Mapping[str, Any], tuple[Any, ...]]:
+    """The execution options of a statement, and those given to ``statement.options(…)``, in order."""
+    return statement._execution_options, getattr(statement, "_with_options", ())
 
 
 def load_options(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -583,7 +583,7 @@ def begins_transaction(connection: Connection, sql: str) -> bool:
 class Tap(Protocol):
     """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
 
-    def executing(self, sql: str, context: Any) -> bool: ...
+    def executing(self, sql: str, context: Any, reads_only: bool) -> bool: ...
 
     def executed(self, context: Any) -> None: ...
 
@@ -596,11 +596,6 @@ class Tap(Protocol):
 
 _TAPS = "_querycache_taps"
 _READS = "_querycache_reads"
-
-
-def reads_only(compiled: Any) -> bool:
-    """True for a compiled statement of which :func:`note_reads_only` was told."""
-    return compiled is not None and _READS in compiled.__dict__
 
 
 def note_reads_only(compiled: Any) -> None:
@@ -633,8 +628,13 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
-        ending = [each for each in taps if each.executing(sql, context)]
-        if not ending:
+        compiled = context.compiled
+        reads_only = compiled is not None and _READS in compiled.__dict__
+        ending: list[Tap] | None = None
+        for each in taps:
+            if each.executing(sql, context, reads_only):
+                ending = [*(ending or ()), each]
+        if ending is None:
             return None
         try:
             run(cursor, sql, *rest)
@@ -646,6 +646,10 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
     return execute
 
 
+# What a connection has no dictionary for: a bare DBAPI connection; what stands in for one at first connect.
+_NO_INFO = (AttributeError, NotImplementedError)
+
+
 def _info(connection: Any) -> dict[Any, Any] | None:
     """The dictionary of a connection; None for those that a dialect makes for itself.
 
@@ -653,16 +657,18 @@ def _info(connection: Any) -> dict[Any, Any] | None:
     """
     try:
         return connection.info  # type: ignore[no-any-return]
-    except (
-        AttributeError,
-        NotImplementedError,
-    ):  # a bare DBAPI connection; what stands in for one at first connect
+    except _NO_INFO:
         return None
 
 
 def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        if info := _info(connection):
+        # _info() written out, here and in rollback: each transaction comes through, also one that only reads
+        try:
+            info = connection.info
+        except _NO_INFO:
+            info = None
+        if info:
             for each in taps:
                 each.begin(info)
         return run(connection, *args, **kwargs)
@@ -709,7 +715,11 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) ->
         try:
             return run(connection, *args, **kwargs)
         finally:
-            if info := _info(connection):
+            try:
+                info = connection.info
+            except _NO_INFO:
+                info = None
+            if info:
                 for each in taps:
                     each.end(info)
 

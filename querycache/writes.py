@@ -243,8 +243,11 @@ class Writes:
 
     # --- statements ----------------------------------------------------------------------------------
 
-    def executing(self, sql: str, context: Any) -> bool:
-        """A statement is about to run. Returns True where it commits itself, and :meth:`executed` is to follow."""
+    def executing(self, sql: str, context: Any, reads_only: bool) -> bool:
+        """A statement is about to run, which may be known to write nothing.
+
+        Returns True where it commits itself, and :meth:`executed` is to follow.
+        """
         compiled = context.compiled
         connection: Connection = context.root_connection
         if context.dialect not in self._settled:
@@ -253,7 +256,7 @@ class Writes:
             self._settle(context.dialect)
         if context.dialect in self._old_views or "isolation_level" in context.execution_options:
             self._before_snapshot(connection)
-        if sa_internals.reads_only(compiled):
+        if reads_only:
             return False
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text:
