@@ -22,6 +22,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
+import sqlalchemy
 from sqlalchemy import Column, Table, event, inspect, util
 from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
@@ -348,6 +349,10 @@ class Prepared:
         return self.invocation.load(context._setup_result_proxy())
 
 
+# 2.0 flushes before statements of the ORM only
+_CORE_FLUSHES = not sqlalchemy.__version__.startswith("2.0.")
+
+
 @dataclass(slots=True)
 class Invocation:
     """One execution of a SELECT by a Session, taken over from SQLAlchemy at the ``do_orm_execute`` event.
@@ -384,7 +389,7 @@ class Invocation:
             )
             if rest:
                 parameters = rest[0]
-        else:
+        elif _CORE_FLUSHES:
             session._autoflush()
         bind = session.get_bind(**bind_arguments)
         return cls(session, statement, parameters, options, bind_arguments, bind, compile_state_cls)
