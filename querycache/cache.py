@@ -177,6 +177,7 @@ class QueryCache:
             return self
         for name, listener in self._listeners(target).items():
             event.listen(target, name, listener)
+        sa_internals.load_in_order()
         bind = target.kw.get("bind") if isinstance(target, sessionmaker) else getattr(target, "bind", None)
         if isinstance(bind, (Engine, Connection)):
             self._writes.watch(bind.engine)

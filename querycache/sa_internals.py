@@ -26,7 +26,7 @@ import sqlalchemy
 from sqlalchemy import Column, Table, event, inspect, util
 from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, MapperProperty, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
@@ -62,6 +62,7 @@ __all__ = [
     "isolation_level",
     "known_tables",
     "later_handlers",
+    "load_in_order",
     "load_options",
     "may_block",
     "old_and_new",
@@ -501,6 +502,28 @@ def prepare(invocation: Invocation) -> Prepared:
         compiled.__dict__[_PLAN] = plan
         context = None
     return Prepared(invocation, plan, _context=context)
+
+
+def load_in_order() -> None:
+    """Make the ORM take the attributes of a class in the order of their names, as any other process does.
+
+    Without that it takes them from a set in the order of their addresses. Where loaders of several attributes lead to
+    the same objects, that order decides which of them asks for what, so what a hit needs would not be what the miss
+    in another process has stored. Asked for when a cache is attached: who only imports this package is left alone.
+    """
+    if Mapper._prop_set is _in_order:
+        return
+    Mapper._prop_set = _in_order  # type: ignore[method-assign]
+    for registry in _all_registries():
+        for mapper in registry.mappers:
+            mapper.__dict__.pop("_prop_set", None)  # remembered from before
+
+
+def _prop_set(mapper: Mapper[Any]) -> util.OrderedSet[MapperProperty[Any]]:
+    return util.OrderedSet([attribute for _, attribute in sorted(mapper._props.items())])
+
+
+_in_order = util.HasMemoized.memoized_attribute(_prop_set)
 
 
 def autobegin(session: Session) -> None:
