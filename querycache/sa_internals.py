@@ -12,6 +12,7 @@ own: result metadata, result processors, the ORM's loader.
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,6 +222,18 @@ class _ReplayConnection:
         pass
 
 
+# but for those that MySQL executes
+_COMMENT = re.compile(r"/\*(?!!).*?\*/|--[^\n]*", re.DOTALL)
+
+
+def _same_sql(executed: str, prepared: str) -> bool:
+    """True where nothing but comments was added before and after, as tracing does."""
+    if executed == prepared:
+        return True
+    before, found, after = executed.partition(prepared)
+    return bool(found) and not _COMMENT.sub("", before + "\n" + after).strip()
+
+
 def _same_parameters(executed: Any, prepared: Any) -> bool:
     """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
     if executed == prepared:
@@ -325,9 +338,8 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.plan.sql or not _same_parameters(
-            context.parameters[0], self.plan.parameters
-        ):
+        sql, parameters = context.__dict__.pop(_SENT, (context.statement, context.parameters[0]))
+        if not (_same_sql(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
         cursor: Any = result.cursor
@@ -622,6 +634,7 @@ class Tap(Protocol):
     def end(self, info: dict[Any, Any]) -> None: ...
 
 
+_SENT = "_querycache_sent"
 _TAPS = "_querycache_taps"
 _READS = "_querycache_reads"
 
@@ -661,6 +674,9 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
+        if sql is not context.statement or (name == "do_execute" and rest[0] is not context.parameters[0]):
+            # by a listener of before_cursor_execute, of which the context is not told
+            context.__dict__[_SENT] = sql, rest[0]
         ending = [each for each in taps if each.executing(sql, context)]
         if not ending:
             return None

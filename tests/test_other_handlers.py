@@ -379,6 +379,73 @@ def test_B4_a_schema_given_by_a_handler(order: str) -> None:
     engine.dispose()
 
 
+# --- Listeners of the engine that rewrite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", ["selectin", "joined", "subquery", "immediate"])
+def test_what_a_listener_of_the_engine_rewrites_is_given_and_not_stored(engine: Engine, loader: str) -> None:
+    """Nor does what was loaded for one statement answer another that was to be rewritten otherwise."""
+    house = House(engine, lambda state: None, "after")
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def rewrite(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return sql.replace("docs.name", f"'{tenant.get()}'"), parameters
+
+    use = docs_with_notes(
+        select(Doc).options(LOADERS[loader](Doc.notes)).where(Doc.id == 1).execution_options(cache_key="docs")
+    )
+    for who in "abab":
+        tenant.set(who)
+        answer, outcomes, _ = house.ask(use)
+        assert answer[0][0] == who and len(answer[0][1]) == 2
+        assert outcomes == ["miss", "bypass rewritten"]
+
+
+def test_parameters_that_a_listener_of_the_engine_changes(engine: Engine) -> None:
+    house = House(engine, lambda state: None, "after")
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def change(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return sql, (tenant.get(),)
+
+    statement = select(Doc.id).where(Doc.tenant == "nobody").execution_options(cache_key="docs")
+    for who, first in ("a", 1), ("b", 2), ("a", 1):
+        tenant.set(who)
+        answer, outcomes, _ = house.ask(lambda session: session.scalars(statement).all())
+        assert (answer[0], outcomes) == (first, ["miss", "bypass rewritten"])
+
+
+def test_a_statement_that_a_listener_of_the_engine_replaces(engine: Engine) -> None:
+    house = House(engine, lambda state: None, "after")
+    wanted = 1
+
+    @event.listens_for(engine, "before_execute", retval=True)
+    def replace(connection: Any, element: Any, multiparams: Any, params: Any, options: Any) -> Any:
+        return element.where(Doc.id == wanted), multiparams, params
+
+    statement = select(Doc.id).execution_options(cache_key="docs")
+    for wanted in (1, 2, 1):
+        answer, outcomes, _ = house.ask(lambda session: session.scalars(statement).all())
+        assert (answer, outcomes) == ([wanted], ["miss", "bypass rewritten"])
+
+
+@pytest.mark.parametrize("form", ["{} /*traceparent='00-1-{}'*/", "/* {1} */ {0}", "-- {1}\n{0}", "{} -- {}"])
+def test_comments_that_tracing_adds_do_no_harm(engine: Engine, form: str) -> None:
+    house = House(engine, lambda state: None, "after")
+    number = 0
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def comment(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        nonlocal number
+        number += 1
+        return form.format(sql, number), parameters
+
+    use = docs_with_notes(select(Doc).options(selectinload(Doc.notes)).execution_options(cache_key="docs"))
+    first, outcomes, _ = house.ask(use)
+    assert outcomes == ["miss", "fill"]
+    assert house.ask(use) == (first, ["hit"], 0)
+
+
 # --- Options that keep the cache out --------------------------------------------------------------
 
 
