@@ -42,7 +42,7 @@ class CacheOptions:
         tables: tables the statement reads, for text in which they cannot be seen.
         mode: "use" the cache; "refresh": ask the database and store the answer; "bypass": leave the cache
             out of it; "only": raise CacheMiss rather than ask the database.
-        exact: look up by the string in ``key`` alone, whatever the statement.
+        exact: look up by the string in ``key`` alone, whatever the statement; within one database.
     """
 
     key: str | Literal[True] = True

@@ -31,7 +31,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import StaticPool
 
-from querycache import FromCache, Policy, QueryCache, RelationshipCache
+from querycache import CacheMiss, FromCache, Policy, QueryCache, RelationshipCache
 
 Handler = Callable[[ORMExecuteState], Any]
 LOADERS = {
@@ -517,17 +517,36 @@ def test_a_handler_that_answers_itself_is_neither_cached_nor_overruled(engine: E
 
     house = House(engine, answer, order)
     statement = select(Doc.id).order_by(Doc.id).limit(1).execution_options(cache_key="first")
+    # one that stands before the cache is all that is run
+    left = [] if order == "before" else ["bypass answered by a handler"]
 
     def use(session: Session) -> Any:
         return session.execute(statement).scalars().all()
 
     for answering, expected in (  # noqa: B007
-        (True, ([42], [], 0)),
+        (True, ([42], left, 0)),
         (False, ([1], ["miss", "fill"], 1)),
-        (True, ([42], [], 0)),
+        (True, ([42], left, 0)),
         (False, ([1], ["hit"], 0)),
     ):
         assert house.ask(use) == expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_answer_of_a_handler_is_explained(engine: Engine, order: str) -> None:
+    house = House(engine, lambda state: IteratorResult(SimpleResultMetaData(["id"]), iter([(42,)])), order)
+    statement = select(Doc.id).execution_options(cache_key="first")
+    with house.session() as session:
+        explanation = house.cache.explain(session, statement)
+        assert (explanation.cacheable, explanation.reason) == (False, "answered by a handler")
+
+
+@pytest.mark.parametrize("order", ["after", "on the session"])
+def test_an_answer_of_a_handler_is_not_the_caches(engine: Engine, order: str) -> None:
+    house = House(engine, lambda state: IteratorResult(SimpleResultMetaData(["id"]), iter([(42,)])), order)
+    statement = select(Doc.id).execution_options(cache_key="first", cache_mode="only")
+    with pytest.raises(CacheMiss, match="answered by a handler"):
+        house.ask(lambda session: session.scalars(statement).all())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -625,6 +644,23 @@ def test_a_result_merged_from_several_databases(shards: dict[str, Engine], order
     assert house.ask(use) == (expected, ["hit", "hit"], 0)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_key_that_decides_alone_does_so_in_one_database(shards: dict[str, Engine], order: str) -> None:
+    chosen = ""
+
+    def choose(state: ORMExecuteState) -> Any:
+        return state.invoke_statement(bind_arguments={"bind": shards[chosen]})
+
+    house = House(shards["eu"], choose, order)
+    options = {"cache_key": "doc", "cache_exact": True}
+    statement = select(Doc.name).where(Doc.name.like("%doc 1")).execution_options(**options)
+    other = select(Doc.name).execution_options(**options)
+    for each, outcomes in (statement, ["miss", "fill"]), (other, ["hit"]):
+        for chosen in shards:
+            answer, seen, _ = house.ask(lambda session: session.scalars(each).all())  # noqa: B023
+            assert (answer, seen) == ([f"{chosen} doc 1"], outcomes)
+
+
 class Shards:
     """A ShardedSession over two databases, with a cache and without."""
 
@@ -707,6 +743,19 @@ def test_sharded_each_shard_is_an_answer_of_its_own(shards: dict[str, Engine]) -
     assert house.ask(use)[0] == ["miss", "fill"]
     house.asked = ["us", "eu"]
     assert house.ask(use)[0] == ["miss", "fill", "hit"]
+    house.asked = ["us"]
+    assert house.ask(use) == (["hit"], 0)
+
+
+def test_sharded_a_key_that_decides_alone_does_so_for_each_shard(shards: dict[str, Engine]) -> None:
+    house = Shards(shards)
+    statement = select(Doc).order_by(Doc.id).execution_options(cache_key="docs", cache_exact=True)
+
+    def use(session: Any) -> Any:
+        return [(doc.name, token(doc)) for doc in session.scalars(statement)]
+
+    assert house.ask(use)[0] == ["miss", "fill", "miss", "fill"]
+    assert house.ask(use) == (["hit", "hit"], 0)
     house.asked = ["us"]
     assert house.ask(use) == (["hit"], 0)
 
