@@ -33,7 +33,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
 
-from querycache.sa_internals import root_engine
+from querycache.sa_internals import StatementOption, root_engine
 
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
 
@@ -173,6 +173,7 @@ def _walk(value: Any, update: Any, numbers: dict[int, int]) -> None:
         # Classes that selectin_polymorphic has sorted by address.
         _walk_unordered(value, update, numbers)
     elif kind is tuple or kind is list:
+        value = _without_our_options(value)
         update(b"(%d," % len(value))
         previous = None
         numbered = len(value) > 1 and isinstance(value[1], type)
@@ -215,6 +216,15 @@ def _walk(value: Any, update: Any, numbers: dict[int, int]) -> None:
         update(f"function {value.__module__}.{value.__qualname__}".encode())
     else:
         update(f"<{kind.__module__}.{kind.__qualname__}>".encode())
+
+
+def _without_our_options(value: Sequence[Any]) -> Sequence[Any]:
+    """A part of a key without what asks for the cache: that makes no other statement."""
+    for index, item in enumerate(value):
+        if type(item) is str and item == "_with_options":
+            options = tuple(each for each in value[index + 1] if each[0] is not StatementOption)
+            return (*value[:index], *((item, options) if options else ()), *value[index + 2 :])
+    return value
 
 
 def _walk_unordered(values: Iterable[Any], update: Any, numbers: dict[int, int]) -> None:

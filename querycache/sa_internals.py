@@ -29,6 +29,7 @@ from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, D
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, MapperProperty, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.orm.interfaces import UserDefinedOption
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
@@ -45,6 +46,7 @@ __all__ = [
     "Invocation",
     "Plan",
     "Prepared",
+    "StatementOption",
     "Unpreparable",
     "Written",
     "autobegin",
@@ -80,6 +82,22 @@ __all__ = [
 ]
 
 Row = Sequence[object]
+
+
+# --- options of statements ---------------------------------------------------------------------------
+
+
+class StatementOption(UserDefinedOption):
+    """An option that tells statements apart when they are compiled.
+
+    SQLAlchemy takes no notice of user-defined options there. It then loads with the compiled statement's, of which it
+    pairs each with the executed statement's in the same place: one is lost, or takes another's place.
+    """
+
+    _is_has_cache_key = True
+
+    def _gen_cache_key(self, anon_map: Any, bindparams: Any) -> tuple[type, type]:
+        return StatementOption, type(self)
 
 
 # --- the event: what a do_orm_execute handler is given -------------------------------------------

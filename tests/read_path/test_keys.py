@@ -34,7 +34,7 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from querycache import QueryCache
+from querycache import FromCache, QueryCache, RelationshipCache
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, structure_digest
 from querycache.sa_internals import cache_key_of
 from tests.read_path.kinds import KINDS, kinds_for
@@ -277,6 +277,15 @@ def test_a_structure_does_not_depend_on_earlier_executions(sqlite_forum: Engine,
     with Session(sqlite_forum) as db:
         db.execute(statement).all()
     assert made_from_it() == before
+
+
+@pytest.mark.parametrize("others", [[], [selectinload(User.posts)]], ids=["alone", "beside another"])
+def test_a_structure_does_not_tell_who_asks_for_the_cache(others: list[Any]) -> None:
+    """So that answers are shared, and a statement given to invalidate() stands for them all."""
+    asking = FromCache(ttl=60), RelationshipCache(User.comments)
+    plain = select(User).options(*others)
+    assert structure(select(User).options(asking[0], *others, asking[1])) == structure(plain)
+    assert structure(select(Post).options(*asking)) != structure(select(User).options(*asking))
 
 
 def test_a_structure_does_not_depend_on_addresses() -> None:
