@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 from dogpile.cache import CacheRegion
 from sqlalchemy import event
@@ -104,6 +105,8 @@ class QueryCache:
             raise ConfigurationError(f"slots={slots!r}: give a positive whole number")
         if signing_key is not None and (not isinstance(signing_key, bytes) or len(signing_key) < 16):
             raise ConfigurationError("signing_key: give at least 16 random bytes, as bytes, or None")
+        # event.contains() goes by id(), and may take a sessionmaker for one that is gone
+        self._attached: WeakSet[Any] = WeakSet()
         self._telemetry = Telemetry()
         self._declared = Declarations(slots=slots)
         self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
@@ -175,8 +178,11 @@ class QueryCache:
         if isinstance(target, Engine):
             self._writes.watch(target)
             return self
-        for name, listener in self._listeners(target).items():
-            event.listen(target, name, listener)
+        listeners = self._listeners(target)
+        if target not in self._attached:
+            self._attached.add(target)
+            for name, listener in listeners.items():
+                event.listen(target, name, listener)
         sa_internals.load_in_order()
         bind = target.kw.get("bind") if isinstance(target, sessionmaker) else getattr(target, "bind", None)
         if isinstance(bind, (Engine, Connection)):
@@ -195,8 +201,9 @@ class QueryCache:
             self._writes.unwatch()
             return self
         listeners = self._listeners(target)
-        if not event.contains(target, "do_orm_execute", self._interceptor):
+        if target not in self._attached:
             raise ConfigurationError(f"detach({target!r}): the cache is not attached to it")
+        self._attached.remove(target)
         for name, listener in listeners.items():
             event.remove(target, name, listener)
         return self
@@ -295,7 +302,7 @@ class QueryCache:
 
     # --- what it does --------------------------------------------------------------------------------
 
-    def explain(self, session: Session, statement: Any) -> Explanation:
+    def explain(self, session: Session | scoped_session[Any], statement: Any) -> Explanation:
         """What the cache would do with a statement in a session, and why; the database is not asked.
 
         Args:
@@ -304,7 +311,9 @@ class QueryCache:
         Raises:
             ConfigurationError: the cache is not attached to the session.
         """
-        if self._interceptor not in list(session.dispatch.do_orm_execute):
+        if isinstance(session, scoped_session):
+            session = session()
+        if not isinstance(session, Session) or self._interceptor not in list(session.dispatch.do_orm_execute):
             raise ConfigurationError(f"explain({session!r}, …): the cache is not attached to this session")
         return self._interceptor.explain(session, statement)
 

@@ -203,14 +203,15 @@ class Interceptor:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
         load = _loading.get()
         if load is not None and load.request.session is state.session:
-            if sa_internals.later_handlers(state):
-                return sa_internals.run_later_handlers(state, self._last)
+            if later := sa_internals.later_handlers(state):
+                return None if self in later else sa_internals.run_later_handlers(state, self._last)
             return self._complete(load, state)
         options = self._wanted(state)
         if options is None and not _explaining.get():
             return None
-        if sa_internals.later_handlers(state):
-            return self._after_others(state, options)
+        if later := sa_internals.later_handlers(state):
+            # where the cache is attached to a Session and to its class, the last call is the one that counts
+            return None if self in later else self._after_others(state, options)
         return self._answer(state, options)
 
     def _after_others(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any]:

@@ -215,6 +215,7 @@ def test_detach_what_is_not_attached(engine: Engine) -> None:
     with Session(engine) as db:
         check(lambda: QueryCache().detach(db), ["detach", "not attached"])
         check(lambda: QueryCache().explain(db, select(Thing)), ["explain", "not attached"])
+    check(lambda: QueryCache().explain("a session", select(Thing)), ["explain", "a session"])  # type: ignore[arg-type]
 
 
 # --- Options of a statement ------------------------------------------------------------------------

@@ -601,6 +601,40 @@ def test_a_handler_that_raises_leaves_nothing_behind(engine: Engine, order: str)
     assert house.ask(use)[1:] == (["hit"], 0)
 
 
+# --- The cache beside itself ----------------------------------------------------------------------
+
+
+def test_a_cache_that_is_attached_twice_answers_once(engine: Engine) -> None:
+    class OwnSession(Session):
+        pass
+
+    cache, factory = QueryCache(), sessionmaker(engine, class_=OwnSession)
+    cache.attach(OwnSession).attach(factory).attach(factory)
+    statement = select(Doc).options(selectinload(Doc.notes)).execution_options(cache_key="docs")
+    for expected in ["miss", "fill"], ["hit"]:
+        with factory() as session, cache.attach(session).recording() as events:
+            session.scalars(statement).all()
+            assert [each.outcome for each in events] == expected
+            assert cache.explain(session, statement).reason == "hit"
+    cache.detach(factory).detach(OwnSession)
+    with factory() as session, cache.recording() as events:
+        session.scalars(statement).all()
+    assert events == []
+
+
+def test_two_caches_on_one_session(engine: Engine) -> None:
+    """The one that was attached first answers, after the other as after any handler, and the other says so."""
+    first, second, factory = QueryCache(), QueryCache(), sessionmaker(engine)
+    first.attach(factory)
+    second.attach(factory)
+    statement = select(Doc.id).execution_options(cache_key="docs")
+    for expected in ["miss", "fill"], ["hit"]:
+        with factory() as session, first.recording() as answered, second.recording() as left:
+            session.scalars(statement).all()
+        assert [each.outcome for each in answered] == expected
+        assert [(each.outcome, each.reason) for each in left] == [("bypass", "answered by a handler")]
+
+
 # --- Several databases ----------------------------------------------------------------------------
 
 
