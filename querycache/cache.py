@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,9 +86,8 @@ class QueryCache:
         if not isinstance(namespace, str) or not namespace or not namespace.isprintable() or " " in namespace:
             raise ConfigurationError(f"namespace={namespace!r}: give a short text without spaces")
         check_ttl("ttl", ttl)
-        if lease is None:
-            raise ConfigurationError("lease=None: give a positive number of seconds")
-        check_ttl("lease", lease)
+        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not 0 < lease < math.inf:
+            raise ConfigurationError(f"lease={lease!r}: give a positive number of seconds")
         if scope is not None and not callable(scope):
             raise ConfigurationError(f"scope={scope!r}: give a function of the session, or None")
         if policies is not None and not isinstance(policies, Mapping):
@@ -135,6 +135,8 @@ class QueryCache:
         table: object
         if isinstance(config, Mapping):
             source, table = "configuration", config
+        elif not isinstance(config, (str, PathLike)):
+            raise ConfigurationError(f"from_config({config!r}): give the path of a TOML file, or a mapping")
         else:
             source = str(config)
             try:
@@ -146,12 +148,12 @@ class QueryCache:
                 raise ConfigurationError(f"{source!r} has no table [querycache]")
         table = dict(table)
         for name in list(table):
-            if name.startswith("cache."):
+            if isinstance(name, str) and name.startswith("cache."):
                 _add_dogpile_key(table, name, table.pop(name))
-        unknown = sorted(set(table).difference(_CONFIGURABLE))
+        unknown = set(table).difference(_CONFIGURABLE)
         if unknown:
             raise ConfigurationError(
-                f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}"
+                f"{source}: unknown key {min(unknown, key=repr)!r}; known are {', '.join(_CONFIGURABLE)}"
             )
         twice = sorted(set(table).intersection(arguments))
         if twice:

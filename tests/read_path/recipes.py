@@ -460,13 +460,6 @@ class Performance:
     afterwards: list[Any]
     traffic: Traffic
 
-    def in_any_order(self) -> Performance:
-        """The same with statements in order of text: SQLAlchemy keeps the attributes of a class in a set, and so
-        runs the loaders of several in an order that differs from process to process."""
-        afterwards = [(*what, sorted(statements)) for *what, statements in self.afterwards]
-        traffic = replace(self.traffic, statements=sorted(self.traffic.statements))
-        return replace(self, afterwards=afterwards, traffic=traffic)
-
 
 def perform(
     engine: Engine,
