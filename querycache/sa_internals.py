@@ -692,9 +692,10 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
-        if sql is not context.statement or (name == "do_execute" and rest[0] is not context.parameters[0]):
+        parameters = rest[0] if name == "do_execute" else context.parameters[0]
+        if sql is not context.statement or parameters is not context.parameters[0]:
             # by a listener of before_cursor_execute, of which the context is not told
-            context.__dict__[_SENT] = sql, rest[0]
+            context.__dict__[_SENT] = sql, parameters
         ending = [each for each in taps if each.executing(sql, context)]
         if not ending:
             return None
