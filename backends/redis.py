@@ -142,8 +142,10 @@ class RedisBackend(StoreBackend):
                 f"the Redis store cannot use the address {given_address!r}; write redis://host:6379/0"
             )
         scheme = _SCHEMES[address.scheme]
+        if scheme != "unix" and not address.netloc:
+            address = address._replace(netloc="localhost")
         place = address.path if scheme == "unix" else address.netloc.rpartition("@")[2] + address.path
-        self._name = f"Redis at {place or 'localhost'}"
+        self._name = f"Redis at {place}"
         database = address.path.strip("/")
         if scheme != "unix" and database and not database.isdecimal():
             # the client would take the first database without a word

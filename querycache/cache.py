@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 from dogpile.cache import CacheRegion
 from sqlalchemy import event
@@ -84,9 +86,8 @@ class QueryCache:
         if not isinstance(namespace, str) or not namespace or not namespace.isprintable() or " " in namespace:
             raise ConfigurationError(f"namespace={namespace!r}: give a short text without spaces")
         check_ttl("ttl", ttl)
-        if lease is None:
-            raise ConfigurationError("lease=None: give a positive number of seconds")
-        check_ttl("lease", lease)
+        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not 0 < lease < math.inf:
+            raise ConfigurationError(f"lease={lease!r}: give a positive number of seconds")
         if scope is not None and not callable(scope):
             raise ConfigurationError(f"scope={scope!r}: give a function of the session, or None")
         if policies is not None and not isinstance(policies, Mapping):
@@ -104,6 +105,8 @@ class QueryCache:
             raise ConfigurationError(f"slots={slots!r}: give a positive whole number")
         if signing_key is not None and (not isinstance(signing_key, bytes) or len(signing_key) < 16):
             raise ConfigurationError("signing_key: give at least 16 random bytes, as bytes, or None")
+        # event.contains() goes by id(), and may take a sessionmaker for one that is gone
+        self._attached: WeakSet[Any] = WeakSet()
         self._telemetry = Telemetry()
         self._declared = Declarations(slots=slots)
         self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
@@ -132,6 +135,8 @@ class QueryCache:
         table: object
         if isinstance(config, Mapping):
             source, table = "configuration", config
+        elif not isinstance(config, (str, PathLike)):
+            raise ConfigurationError(f"from_config({config!r}): give the path of a TOML file, or a mapping")
         else:
             source = str(config)
             try:
@@ -143,12 +148,12 @@ class QueryCache:
                 raise ConfigurationError(f"{source!r} has no table [querycache]")
         table = dict(table)
         for name in list(table):
-            if name.startswith("cache."):
+            if isinstance(name, str) and name.startswith("cache."):
                 _add_dogpile_key(table, name, table.pop(name))
-        unknown = sorted(set(table).difference(_CONFIGURABLE))
+        unknown = set(table).difference(_CONFIGURABLE)
         if unknown:
             raise ConfigurationError(
-                f"{source}: unknown key {unknown[0]!r}; known are {', '.join(_CONFIGURABLE)}"
+                f"{source}: unknown key {min(unknown, key=repr)!r}; known are {', '.join(_CONFIGURABLE)}"
             )
         twice = sorted(set(table).intersection(arguments))
         if twice:
@@ -175,8 +180,12 @@ class QueryCache:
         if isinstance(target, Engine):
             self._writes.watch(target)
             return self
-        for name, listener in self._listeners(target).items():
-            event.listen(target, name, listener)
+        listeners = self._listeners(target)
+        if target not in self._attached:
+            self._attached.add(target)
+            for name, listener in listeners.items():
+                event.listen(target, name, listener)
+        sa_internals.load_in_order()
         bind = target.kw.get("bind") if isinstance(target, sessionmaker) else getattr(target, "bind", None)
         if isinstance(bind, (Engine, Connection)):
             self._writes.watch(bind.engine)
@@ -194,8 +203,9 @@ class QueryCache:
             self._writes.unwatch()
             return self
         listeners = self._listeners(target)
-        if not event.contains(target, "do_orm_execute", self._interceptor):
+        if target not in self._attached:
             raise ConfigurationError(f"detach({target!r}): the cache is not attached to it")
+        self._attached.remove(target)
         for name, listener in listeners.items():
             event.remove(target, name, listener)
         return self
@@ -294,7 +304,7 @@ class QueryCache:
 
     # --- what it does --------------------------------------------------------------------------------
 
-    def explain(self, session: Session, statement: Any) -> Explanation:
+    def explain(self, session: Session | scoped_session[Any], statement: Any) -> Explanation:
         """What the cache would do with a statement in a session, and why; the database is not asked.
 
         Args:
@@ -303,7 +313,9 @@ class QueryCache:
         Raises:
             ConfigurationError: the cache is not attached to the session.
         """
-        if self._interceptor not in list(session.dispatch.do_orm_execute):
+        if isinstance(session, scoped_session):
+            session = session()
+        if not isinstance(session, Session) or self._interceptor not in list(session.dispatch.do_orm_execute):
             raise ConfigurationError(f"explain({session!r}, …): the cache is not attached to this session")
         return self._interceptor.explain(session, statement)
 

@@ -6,8 +6,13 @@ frozen statement that was asked for, and those that SQLAlchemy ran to complete i
 and its like), each found again by a fingerprint of its own SQL and parameters.
 
 :func:`merge_frozen_result` turns a frozen statement back into the result that the statement would have given,
-by feeding the rows to SQLAlchemy's own loader. It also takes SQLAlchemy's :class:`~sqlalchemy.engine.FrozenResult`
-of ORM objects, for results that no single statement gave.
+by feeding the rows to SQLAlchemy's own loader.
+
+Only rows are stored, never objects (SQLAlchemy's :class:`~sqlalchemy.engine.FrozenResult`, pickled), not for results
+that no single statement gave either. A result that is merged from several executions, as that of a ShardedSession,
+consists of answers that are each stored by themselves: other selects share them, and each has its own tags. And one
+that a handler has made of something else could not be looked up before that handler has run, nor could anybody tell
+when it is stale.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ One handler of ``do_orm_execute`` answers every select for which somebody asked 
 1. **Decide.** Options of the statement, or a policy of its entity, ask for the cache. Some statements are
    never answered from it (row locks, refreshes, server-side cursors …): they are *bypassed*, with a reason.
 2. **Let the others speak.** Handlers registered later may still change the statement (tenant filters!), or
-   run it several times (shards). They are run first, and the cache answers each statement that comes out.
+   run it several times (shards). They are run first, and the cache answers each statement that comes out; where
+   none does, the answer is a handler's own, and none of the cache's business.
 3. **Look up**, in one round trip: the entry, and the versions of the tags on which it depends.
 4. **Replay** the entry if its versions still stand; otherwise ask the database, and **freeze** what it
    returns under the versions that were read *before* it was asked.
@@ -55,6 +56,11 @@ __all__ = ["Interceptor", "Request"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
+
+
+# What a handler makes itself cannot be looked up before that handler has run: it may as well have changed the statement,
+# or read what no tag of the statement covers. Once it has run, there is nothing left to save.
+_BY_A_HANDLER = "answered by a handler"
 
 
 class _Bypass(Exception):
@@ -197,15 +203,29 @@ class Interceptor:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
         load = _loading.get()
         if load is not None and load.request.session is state.session:
-            if sa_internals.later_handlers(state):
-                return sa_internals.run_later_handlers(state, self._last)
+            if later := sa_internals.later_handlers(state):
+                return None if self in later else sa_internals.run_later_handlers(state, self._last)
             return self._complete(load, state)
         options = self._wanted(state)
         if options is None and not _explaining.get():
             return None
-        if sa_internals.later_handlers(state):
-            return sa_internals.run_later_handlers(state, self._last)
+        if later := sa_internals.later_handlers(state):
+            # where the cache is attached to a Session and to its class, the last call is the one that counts
+            return None if self in later else self._after_others(state, options)
         return self._answer(state, options)
+
+    def _after_others(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any]:
+        """Answer each statement that comes out of the handlers registered later: one, or several, or none."""
+        came_out: list[ORMExecuteState] = []
+
+        def last(state: ORMExecuteState) -> Result[Any]:
+            came_out.append(state)
+            return self._last(state)
+
+        result = sa_internals.run_later_handlers(state, last)
+        if options is not None and not came_out:
+            self._leave(self._region_for(options.region), options, _BY_A_HANDLER)
+        return result
 
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
@@ -244,7 +264,7 @@ class Interceptor:
             return explained.explanation
         finally:
             _explaining.reset(token)
-        raise AssertionError("the handler always explains")
+        return Explanation(False, _BY_A_HANDLER)
 
     def _explanation(self, state: ORMExecuteState, options: CacheOptions | None) -> Explanation:
         if options is None:
@@ -408,9 +428,10 @@ class Interceptor:
             raise _Bypass("text")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        if options.exact:
-            return region.entry_key(digest((region.name, options.name, scope)))
         identity = bind_identity(plan.engine)
+        if options.exact:
+            schemas = canonical(dict(plan.schema_translate_map))
+            return region.entry_key(digest((region.name, options.name, scope, identity, schemas)))
         parts = (
             analysis.structure,
             identity,

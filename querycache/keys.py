@@ -33,7 +33,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
 
-from querycache.sa_internals import root_engine
+from querycache.sa_internals import StatementOption, root_engine
 
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
 
@@ -157,38 +157,46 @@ def structure_digest(cache_key: Sequence[Any] | None) -> bytes:
             element of the statement has none.
     """
     hasher = blake2b(digest_size=16)
-    _walk(cache_key, hasher.update)
+    _walk(cache_key, hasher.update, {})
     return hasher.digest()
 
 
-def _walk(value: Any, update: Any) -> None:
+def _walk(value: Any, update: Any, numbers: dict[int, int]) -> None:
     # Objects are told apart by what names them in every process; never by repr() or hash(), which hold
     # addresses and random seeds.
     kind = type(value)
     if kind is tuple and value and isinstance(value[0], type) and issubclass(value[0], TypeEngine):
         # A type and its arguments, which SQLAlchemy takes from a set.
-        _walk(value[0], update)
-        _walk_unordered(value[1:], update)
+        _walk(value[0], update, numbers)
+        _walk_unordered(value[1:], update, numbers)
     elif kind is tuple and value and all(isinstance(item, Mapper) for item in value):
         # Classes that selectin_polymorphic has sorted by address.
-        _walk_unordered(value, update)
+        _walk_unordered(value, update, numbers)
     elif kind is tuple or kind is list:
+        value = _without_our_options(value)
         update(b"(%d," % len(value))
         previous = None
-        for item in value:
+        numbered = len(value) > 1 and isinstance(value[1], type)
+        for index, item in enumerate(value):
             # The ORM fills in these defaults when a statement is compiled, so what is made from it later has
             # them. Where they are no defaults, it shows in the SQL.
             if previous == "additional_source_entities":
-                _walk_unordered(item, update)  # those classes of selectin_polymorphic again
+                _walk_unordered(item, update, numbers)  # those classes of selectin_polymorphic again
+            elif (numbered and index in (0, 3) and type(item) is int) or (
+                type(item) is str and item.isdecimal()
+            ):
+                # The number of an element, of a parameter or in place of a name: SQLAlchemy counts on through the
+                # defaults that are left out below.
+                update(b"#%d," % numbers.setdefault(int(item), len(numbers)))
             elif previous != "_compile_options":
-                _walk(item, update)
+                _walk(item, update, numbers)
             previous = item
     elif kind in _CANONICAL:
         update(f"{value!r},".encode("utf-8", "surrogatepass"))
     elif isinstance(value, Mapping):
-        _walk_unordered(value.items(), update)
+        _walk_unordered(value.items(), update, numbers)
     elif isinstance(value, (set, frozenset)):
-        _walk_unordered(value, update)
+        _walk_unordered(value, update, numbers)
     elif isinstance(value, type):
         update(f"<{value.__module__}.{value.__qualname__}>".encode())
     elif isinstance(value, Table):
@@ -210,11 +218,20 @@ def _walk(value: Any, update: Any) -> None:
         update(f"<{kind.__module__}.{kind.__qualname__}>".encode())
 
 
-def _walk_unordered(values: Iterable[Any], update: Any) -> None:
+def _without_our_options(value: Sequence[Any]) -> Sequence[Any]:
+    """A part of a key without what asks for the cache: that makes no other statement."""
+    for index, item in enumerate(value):
+        if type(item) is str and item == "_with_options":
+            options = tuple(each for each in value[index + 1] if each[0] is not StatementOption)
+            return (*value[:index], *((item, options) if options else ()), *value[index + 2 :])
+    return value
+
+
+def _walk_unordered(values: Iterable[Any], update: Any, numbers: dict[int, int]) -> None:
     digests = []
     for value in values:
         hasher = blake2b(digest_size=16)
-        _walk(value, hasher.update)
+        _walk(value, hasher.update, numbers)
         digests.append(hasher.digest())
     update(b"{%d," % len(digests))
     for each in sorted(digests):

@@ -46,6 +46,8 @@ class CachingQuery(Query[T]):
         decide what is stored, not what is found. Where something else is stored than what this query returns
         (another entity, other columns), the database is asked, with a warning.
 
+        Of a Session with several databases (binds, shards), each has its own answer under the string.
+
         Where tenants, locales or roles must not share answers, give the cache a ``scope``: it is part of what is
         looked up, here as elsewhere.
 

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute, RelationshipProperty
-from sqlalchemy.orm.interfaces import UserDefinedOption
+from sqlalchemy.orm import InstrumentedAttribute, QueryableAttribute, RelationshipProperty, class_mapper
 
 from querycache.errors import ConfigurationError
+from querycache.sa_internals import StatementOption
 
 __all__ = ["EXECUTION_OPTIONS", "CacheOptions", "FromCache", "Mode", "Policy", "RelationshipCache"]
 
@@ -42,7 +42,7 @@ class CacheOptions:
         tables: tables the statement reads, for text in which they cannot be seen.
         mode: "use" the cache; "refresh": ask the database and store the answer; "bypass": leave the cache
             out of it; "only": raise CacheMiss rather than ask the database.
-        exact: look up by the string in ``key`` alone, whatever the statement.
+        exact: look up by the string in ``key`` alone, whatever the statement; within one database.
     """
 
     key: str | Literal[True] = True
@@ -156,7 +156,7 @@ def _named(attribute: object) -> str:
     return str(attribute) if isinstance(attribute, QueryableAttribute) else repr(attribute)
 
 
-class FromCache(UserDefinedOption):
+class FromCache(StatementOption):
     """Statement option: answer this statement from the cache.
 
     ``select(User).options(FromCache(ttl=60))`` is the same as
@@ -184,7 +184,7 @@ class FromCache(UserDefinedOption):
         self.cache_options = CacheOptions(key=key, region=region, ttl=ttl, tags=names("tags", tags))
 
 
-class RelationshipCache(UserDefinedOption):
+class RelationshipCache(StatementOption):
     """Statement option: answer later lazy loads of a relationship from the cache.
 
     ``select(Comment).options(RelationshipCache(Comment.author))`` leaves the select itself alone; when
@@ -215,12 +215,14 @@ class RelationshipCache(UserDefinedOption):
             raise ConfigurationError(
                 f"RelationshipCache({_named(attribute)}): give a relationship attribute, such as Comment.author"
             )
-        self.attribute = attribute
+        # not the attribute, for objects are pickled with the options under which they were loaded
+        self.owner: type = attribute.parent.class_
+        self.key = attribute.key
         self.cache_options = CacheOptions(key=key, region=region, ttl=ttl, tags=names("tags", tags))
 
     def applies_to(self, entity: Any, key: str) -> bool:
         """True for the lazy load of this relationship by an object of this entity."""
-        return key == self.attribute.key and bool(entity.mapper.isa(self.attribute.parent.mapper))
+        return key == self.key and bool(entity.mapper.isa(class_mapper(self.owner)))
 
 
 @dataclass(frozen=True, slots=True)

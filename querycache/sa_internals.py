@@ -12,6 +12,7 @@ own: result metadata, result processors, the ORM's loader.
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,11 +23,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
+import sqlalchemy
 from sqlalchemy import Column, Table, event, inspect, util
 from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
-from sqlalchemy.orm import LoaderCallableStatus, Mapper, ORMExecuteState, Session
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, MapperProperty, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.orm.interfaces import UserDefinedOption
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
@@ -43,6 +46,7 @@ __all__ = [
     "Invocation",
     "Plan",
     "Prepared",
+    "StatementOption",
     "Unpreparable",
     "Written",
     "autobegin",
@@ -62,6 +66,7 @@ __all__ = [
     "isolation_level",
     "known_tables",
     "later_handlers",
+    "load_in_order",
     "load_options",
     "may_block",
     "old_and_new",
@@ -77,6 +82,22 @@ __all__ = [
 ]
 
 Row = Sequence[object]
+
+
+# --- options of statements ---------------------------------------------------------------------------
+
+
+class StatementOption(UserDefinedOption):
+    """An option that tells statements apart when they are compiled.
+
+    SQLAlchemy takes no notice of user-defined options there. It then loads with the compiled statement's, of which it
+    pairs each with the executed statement's in the same place: one is lost, or takes another's place.
+    """
+
+    _is_has_cache_key = True
+
+    def _gen_cache_key(self, anon_map: Any, bindparams: Any) -> tuple[type, type]:
+        return StatementOption, type(self)
 
 
 # --- the event: what a do_orm_execute handler is given -------------------------------------------
@@ -219,6 +240,18 @@ class _ReplayConnection:
         pass
 
 
+# but for those that MySQL executes
+_COMMENT = re.compile(r"/\*(?!!).*?\*/|--[^\n]*", re.DOTALL)
+
+
+def _same_sql(executed: str, prepared: str) -> bool:
+    """True where nothing but comments was added before and after, as tracing does."""
+    if executed == prepared:
+        return True
+    before, found, after = executed.partition(prepared)
+    return bool(found) and not _COMMENT.sub("", before + "\n" + after).strip()
+
+
 def _same_parameters(executed: Any, prepared: Any) -> bool:
     """True for equal parameters, where wrappers of a driver (psycopg's Jsonb, Binary) equal by content."""
     if executed == prepared:
@@ -323,9 +356,8 @@ class Prepared:
             execution_options=cast("Any", invocation.options),
         )
         context = cast("Any", result.context)
-        if context.statement != self.plan.sql or not _same_parameters(
-            context.parameters[0], self.plan.parameters
-        ):
+        sql, parameters = context.__dict__.pop(_SENT, (context.statement, context.parameters[0]))
+        if not (_same_sql(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
         cursor: Any = result.cursor
@@ -346,6 +378,10 @@ class Prepared:
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
         return self.invocation.load(context._setup_result_proxy())
+
+
+# 2.0 flushes before statements of the ORM only
+_CORE_FLUSHES = not sqlalchemy.__version__.startswith("2.0.")
 
 
 @dataclass(slots=True)
@@ -384,7 +420,7 @@ class Invocation:
             )
             if rest:
                 parameters = rest[0]
-        else:
+        elif _CORE_FLUSHES:
             session._autoflush()
         bind = session.get_bind(**bind_arguments)
         return cls(session, statement, parameters, options, bind_arguments, bind, compile_state_cls)
@@ -498,6 +534,28 @@ def prepare(invocation: Invocation) -> Prepared:
     return Prepared(invocation, plan, _context=context)
 
 
+def load_in_order() -> None:
+    """Make the ORM take the attributes of a class in the order of their names, as any other process does.
+
+    Without that it takes them from a set in the order of their addresses. Where loaders of several attributes lead to
+    the same objects, that order decides which of them asks for what, so what a hit needs would not be what the miss
+    in another process has stored. Asked for when a cache is attached: who only imports this package is left alone.
+    """
+    if Mapper._prop_set is _in_order:
+        return
+    Mapper._prop_set = _in_order  # type: ignore[method-assign]
+    for registry in _all_registries():
+        for mapper in registry.mappers:
+            mapper.__dict__.pop("_prop_set", None)  # remembered from before
+
+
+def _prop_set(mapper: Mapper[Any]) -> util.OrderedSet[MapperProperty[Any]]:
+    return util.OrderedSet([attribute for _, attribute in sorted(mapper._props.items())])
+
+
+_in_order = util.HasMemoized.memoized_attribute(_prop_set)
+
+
 def autobegin(session: Session) -> None:
     """Begin the Session's transaction as any statement would, without a connection."""
     session._autobegin_t()
@@ -594,6 +652,7 @@ class Tap(Protocol):
     def end(self, info: dict[Any, Any]) -> None: ...
 
 
+_SENT = "_querycache_sent"
 _TAPS = "_querycache_taps"
 _READS = "_querycache_reads"
 
@@ -628,6 +687,10 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
+        parameters = rest[0] if name == "do_execute" else context.parameters[0]
+        if sql is not context.statement or parameters is not context.parameters[0]:
+            # by a listener of before_cursor_execute, of which the context is not told
+            context.__dict__[_SENT] = sql, parameters
         compiled = context.compiled
         reads_only = compiled is not None and _READS in compiled.__dict__
         ending: list[Tap] | None = None

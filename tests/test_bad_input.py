@@ -120,6 +120,7 @@ MAKING: dict[str, Bad] = {
     "a time to live in a URL": (at_once(regions="memory://?ttl=60"), ["'ttl'"]),
     "a negative lease": (at_once(lease=-1), ["lease=-1", "positive"]),
     "no lease": (at_once(lease=None), ["lease=None", "seconds"]),
+    "a lease of no time": (at_once(lease=0), ["lease=0: give a positive number of seconds"]),
     "no namespace": (at_once(namespace=""), ["namespace=''", "text"]),
     "a namespace with spaces": (at_once(namespace="my app"), ["'my app'", "spaces"]),
     "a namespace that is no text": (at_once(namespace=5), ["namespace=5", "text"]),
@@ -196,6 +197,8 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_mapping() -> None:
     check(lambda: QueryCache.from_config({"colour": "red"}), ["'colour'", "namespace"])
+    check(lambda: QueryCache.from_config({7: "red"}), ["7", "namespace"])  # type: ignore[dict-item]
+    check(lambda: QueryCache.from_config(None), ["None", "TOML", "mapping"])  # type: ignore[arg-type]
     check(lambda: QueryCache.from_config({"cache.pages.colour": 1}), ["'cache.pages.colour'"])
     check(lambda: QueryCache.from_config({"ttl": 5}, ttl=6), ["ttl", "twice"])
 
@@ -215,6 +218,7 @@ def test_detach_what_is_not_attached(engine: Engine) -> None:
     with Session(engine) as db:
         check(lambda: QueryCache().detach(db), ["detach", "not attached"])
         check(lambda: QueryCache().explain(db, select(Thing)), ["explain", "not attached"])
+    check(lambda: QueryCache().explain("a session", select(Thing)), ["explain", "a session"])  # type: ignore[arg-type]
 
 
 # --- Options of a statement ------------------------------------------------------------------------

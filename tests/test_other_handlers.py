@@ -31,7 +31,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import StaticPool
 
-from querycache import FromCache, Policy, QueryCache, RelationshipCache
+from querycache import CacheMiss, FromCache, Policy, QueryCache, RelationshipCache
 
 Handler = Callable[[ORMExecuteState], Any]
 LOADERS = {
@@ -379,6 +379,75 @@ def test_B4_a_schema_given_by_a_handler(order: str) -> None:
     engine.dispose()
 
 
+# --- Listeners of the engine that rewrite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", ["selectin", "joined", "subquery", "immediate"])
+def test_what_a_listener_of_the_engine_rewrites_is_given_and_not_stored(engine: Engine, loader: str) -> None:
+    """Nor does what was loaded for one statement answer another that was to be rewritten otherwise."""
+    house = House(engine, lambda state: None, "after")
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def rewrite(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return sql.replace("docs.name", f"'{tenant.get()}'"), parameters
+
+    use = docs_with_notes(
+        select(Doc).options(LOADERS[loader](Doc.notes)).where(Doc.id == 1).execution_options(cache_key="docs")
+    )
+    for who in "abab":
+        tenant.set(who)
+        answer, outcomes, _ = house.ask(use)
+        assert answer[0][0] == who and len(answer[0][1]) == 2
+        assert outcomes == ["miss", "bypass rewritten"]
+
+
+def test_parameters_that_a_listener_of_the_engine_changes(engine: Engine) -> None:
+    house = House(engine, lambda state: None, "after")
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def change(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return sql, (tenant.get(),)
+
+    statement = select(Doc.id).where(Doc.tenant == "nobody").execution_options(cache_key="docs")
+    for who, first in ("a", 1), ("b", 2), ("a", 1):
+        tenant.set(who)
+        answer, outcomes, _ = house.ask(lambda session: session.scalars(statement).all())
+        assert (answer[0], outcomes) == (first, ["miss", "bypass rewritten"])
+
+
+def test_a_statement_that_a_listener_of_the_engine_replaces(engine: Engine) -> None:
+    house = House(engine, lambda state: None, "after")
+    wanted = 1
+
+    @event.listens_for(engine, "before_execute", retval=True)
+    def replace(connection: Any, element: Any, multiparams: Any, params: Any, options: Any) -> Any:
+        return element.where(Doc.id == wanted), multiparams, params
+
+    statement = select(Doc.id).execution_options(cache_key="docs")
+    for wanted in (1, 2, 1):
+        answer, outcomes, _ = house.ask(lambda session: session.scalars(statement).all())
+        assert (answer, outcomes) == ([wanted], ["miss", "bypass rewritten"])
+
+
+@pytest.mark.parametrize("form", ["{} /*traceparent='00-1-{}'*/", "/* {1} */ {0}", "-- {1}\n{0}", "{} -- {}"])
+def test_comments_that_tracing_adds_do_no_harm(engine: Engine, form: str) -> None:
+    house = House(engine, lambda state: None, "after")
+    number = 0
+
+    @event.listens_for(engine, "before_cursor_execute", retval=True)
+    def comment(connection: Any, cursor: Any, sql: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        nonlocal number
+        number += 1
+        return form.format(sql, number), parameters
+
+    statement = select(Doc).options(selectinload(Doc.notes)).execution_options(cache_key="docs")
+    without_parameters = select(Doc.id).execution_options(cache_key="ids", no_parameters=True)
+    for use in docs_with_notes(statement), lambda session: session.scalars(without_parameters).all():
+        first, outcomes, _ = house.ask(use)
+        assert outcomes == ["miss", "fill"]
+        assert house.ask(use) == (first, ["hit"], 0)
+
+
 # --- Options that keep the cache out --------------------------------------------------------------
 
 
@@ -450,17 +519,36 @@ def test_a_handler_that_answers_itself_is_neither_cached_nor_overruled(engine: E
 
     house = House(engine, answer, order)
     statement = select(Doc.id).order_by(Doc.id).limit(1).execution_options(cache_key="first")
+    # one that stands before the cache is all that is run
+    left = [] if order == "before" else ["bypass answered by a handler"]
 
     def use(session: Session) -> Any:
         return session.execute(statement).scalars().all()
 
     for answering, expected in (  # noqa: B007
-        (True, ([42], [], 0)),
+        (True, ([42], left, 0)),
         (False, ([1], ["miss", "fill"], 1)),
-        (True, ([42], [], 0)),
+        (True, ([42], left, 0)),
         (False, ([1], ["hit"], 0)),
     ):
         assert house.ask(use) == expected
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_an_answer_of_a_handler_is_explained(engine: Engine, order: str) -> None:
+    house = House(engine, lambda state: IteratorResult(SimpleResultMetaData(["id"]), iter([(42,)])), order)
+    statement = select(Doc.id).execution_options(cache_key="first")
+    with house.session() as session:
+        explanation = house.cache.explain(session, statement)
+        assert (explanation.cacheable, explanation.reason) == (False, "answered by a handler")
+
+
+@pytest.mark.parametrize("order", ["after", "on the session"])
+def test_an_answer_of_a_handler_is_not_the_caches(engine: Engine, order: str) -> None:
+    house = House(engine, lambda state: IteratorResult(SimpleResultMetaData(["id"]), iter([(42,)])), order)
+    statement = select(Doc.id).execution_options(cache_key="first", cache_mode="only")
+    with pytest.raises(CacheMiss, match="answered by a handler"):
+        house.ask(lambda session: session.scalars(statement).all())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -515,6 +603,40 @@ def test_a_handler_that_raises_leaves_nothing_behind(engine: Engine, order: str)
     assert house.ask(use)[1:] == (["hit"], 0)
 
 
+# --- The cache beside itself ----------------------------------------------------------------------
+
+
+def test_a_cache_that_is_attached_twice_answers_once(engine: Engine) -> None:
+    class OwnSession(Session):
+        pass
+
+    cache, factory = QueryCache(), sessionmaker(engine, class_=OwnSession)
+    cache.attach(OwnSession).attach(factory).attach(factory)
+    statement = select(Doc).options(selectinload(Doc.notes)).execution_options(cache_key="docs")
+    for expected in ["miss", "fill"], ["hit"]:
+        with factory() as session, cache.attach(session).recording() as events:
+            session.scalars(statement).all()
+            assert [each.outcome for each in events] == expected
+            assert cache.explain(session, statement).reason == "hit"
+    cache.detach(factory).detach(OwnSession)
+    with factory() as session, cache.recording() as events:
+        session.scalars(statement).all()
+    assert events == []
+
+
+def test_two_caches_on_one_session(engine: Engine) -> None:
+    """The one that was attached first answers, after the other as after any handler, and the other says so."""
+    first, second, factory = QueryCache(), QueryCache(), sessionmaker(engine)
+    first.attach(factory)
+    second.attach(factory)
+    statement = select(Doc.id).execution_options(cache_key="docs")
+    for expected in ["miss", "fill"], ["hit"]:
+        with factory() as session, first.recording() as answered, second.recording() as left:
+            session.scalars(statement).all()
+        assert [each.outcome for each in answered] == expected
+        assert [(each.outcome, each.reason) for each in left] == [("bypass", "answered by a handler")]
+
+
 # --- Several databases ----------------------------------------------------------------------------
 
 
@@ -556,6 +678,23 @@ def test_a_result_merged_from_several_databases(shards: dict[str, Engine], order
     expected = ["eu doc 1", "us doc 1"]
     assert house.ask(use)[:2] == (expected, ["miss", "fill"] * 2)
     assert house.ask(use) == (expected, ["hit", "hit"], 0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_key_that_decides_alone_does_so_in_one_database(shards: dict[str, Engine], order: str) -> None:
+    chosen = ""
+
+    def choose(state: ORMExecuteState) -> Any:
+        return state.invoke_statement(bind_arguments={"bind": shards[chosen]})
+
+    house = House(shards["eu"], choose, order)
+    options = {"cache_key": "doc", "cache_exact": True}
+    statement = select(Doc.name).where(Doc.name.like("%doc 1")).execution_options(**options)
+    other = select(Doc.name).execution_options(**options)
+    for each, outcomes in (statement, ["miss", "fill"]), (other, ["hit"]):
+        for chosen in shards:
+            answer, seen, _ = house.ask(lambda session: session.scalars(each).all())  # noqa: B023
+            assert (answer, seen) == ([f"{chosen} doc 1"], outcomes)
 
 
 class Shards:
@@ -640,6 +779,19 @@ def test_sharded_each_shard_is_an_answer_of_its_own(shards: dict[str, Engine]) -
     assert house.ask(use)[0] == ["miss", "fill"]
     house.asked = ["us", "eu"]
     assert house.ask(use)[0] == ["miss", "fill", "hit"]
+    house.asked = ["us"]
+    assert house.ask(use) == (["hit"], 0)
+
+
+def test_sharded_a_key_that_decides_alone_does_so_for_each_shard(shards: dict[str, Engine]) -> None:
+    house = Shards(shards)
+    statement = select(Doc).order_by(Doc.id).execution_options(cache_key="docs", cache_exact=True)
+
+    def use(session: Any) -> Any:
+        return [(doc.name, token(doc)) for doc in session.scalars(statement)]
+
+    assert house.ask(use)[0] == ["miss", "fill", "miss", "fill"]
+    assert house.ask(use) == (["hit", "hit"], 0)
     house.asked = ["us"]
     assert house.ask(use) == (["hit"], 0)
 

@@ -41,6 +41,9 @@ from sqlalchemy.orm import (
     relationship,
     selectinload,
 )
+from sqlalchemy.orm import (
+    registry as Registry,
+)
 
 from querycache import sa_internals
 
@@ -135,7 +138,9 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_populate_existing": load_options_of,
     "_post_values_clause": lambda live: upsert(Parent).on_conflict_do_nothing(),
     "_prefixes": lambda live: insert(Parent),
+    "_prop_set": lambda live: inspect(Parent),
     "_propagate_attrs": lambda live: live.contexts["SELECT"].invoked_statement,
+    "_props": lambda live: inspect(Parent),
     "_proxied": lambda live: live.engine.execution_options(a=1),
     "_refresh_state": load_options_of,
     "_remaining_events": lambda live: live.states[0],
@@ -170,8 +175,8 @@ def private_names(source: str) -> set[str]:
                 func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
             ):
                 used.add(name)
-    # `_compile_state_cls` and `_compiled_cache` are names of this module's own as well
-    own -= {"_compile_state_cls", "_compiled_cache"}
+    # these are names of this module's own as well
+    own -= {"_compile_state_cls", "_compiled_cache", "_prop_set"}
     return {name for name in used - own if name.startswith("_") and not name.startswith("__")}
 
 
@@ -237,6 +242,48 @@ def test_orm_executions_are_prepared_and_loaded_in_two_steps(live: Live) -> None
     assert isinstance(live.loaded_result, ChunkedIteratorResult)
     assert hasattr(live.loaded_result, "chunks")
     assert hasattr(live.loaded_result, "iterator")
+
+
+def test_further_statements_come_in_order_of_the_attributes_names() -> None:
+    """And not in the order of a set, in which another process would send others where they lead to the same objects."""
+    names = ["g", "b", "h", "d", "a", "f", "c", "e"]
+    registry = Registry()
+
+    @registry.mapped
+    class Hub:
+        __tablename__ = "hub"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    @registry.mapped
+    class Spoke:
+        __tablename__ = "spoke"
+        id: Mapped[int] = mapped_column(ForeignKey(Hub.id), primary_key=True)
+
+    def add(some: list[str]) -> None:
+        attributes = {
+            name: relationship(Spoke, viewonly=True, lazy="selectin", uselist=True) for name in some
+        }
+        inspect(Hub).add_properties(attributes)
+
+    def found() -> list[str]:
+        asked: list[Any] = []
+        event.listen(db, "do_orm_execute", lambda state: asked.append(state.loader_strategy_path))
+        db.execute(select(Hub)).all()
+        return [path[-1].key for path in asked[1:]]
+
+    engine = create_engine("sqlite://")
+    registry.metadata.create_all(engine)
+    with Session(engine) as db:
+        db.add(Hub(id=1))
+        db.flush()
+        add(names[:4])
+        assert set(found()) == set(names[:4])
+        sa_internals.load_in_order()
+        engine.clear_compiled_cache()
+        assert found() == sorted(names[:4])
+        add(names[4:])
+        engine.clear_compiled_cache()
+        assert found() == sorted(names)
 
 
 def test_rows_are_fetched_from_the_cursor_by_its_strategy(live: Live) -> None:

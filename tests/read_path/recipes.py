@@ -6,6 +6,7 @@ statement it runs and how it consumes the result. `perform` does it, against the
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -459,13 +460,6 @@ class Performance:
     afterwards: list[Any]
     traffic: Traffic
 
-    def in_any_order(self) -> Performance:
-        """The same with statements in order of text: SQLAlchemy keeps the attributes of a class in a set, and so
-        runs the loaders of several in an order that differs from process to process."""
-        afterwards = [(*what, sorted(statements)) for *what, statements in self.afterwards]
-        traffic = replace(self.traffic, statements=sorted(self.traffic.statements))
-        return replace(self, afterwards=afterwards, traffic=traffic)
-
 
 def perform(
     engine: Engine,
@@ -477,10 +471,14 @@ def perform(
     """Live through a scenario in a new session; ask the statement in question so many times."""
     observer = Observer()
     with session_class(engine, autoflush=scenario.autoflush) as db:
-        answers = [
-            observer.describe(outcome_of(lambda: db.execute(build(recipe)).unique().all()))  # noqa: B023
-            for recipe in scenario.before
-        ]
+        answers = []
+        for recipe in scenario.before:
+            answer = outcome_of(lambda: db.execute(build(recipe)).unique().all())  # noqa: B023
+            answers.append(observer.describe(answer))
+            if isinstance(answer, Exception):
+                # What it had loaded stays in the session as long as the frames of its traceback.
+                del answer
+                gc.collect()
         _change(db, scenario)
         with traffic(engine) as seen:
             answers += [

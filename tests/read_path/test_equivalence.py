@@ -85,7 +85,7 @@ def test_with_the_cache_as_without(
         assert scenario.changes or not hit.traffic.statements
 
     elsewhere = process.call(perform_elsewhere, url, redis_cache_url, scenario)
-    assert elsewhere.in_any_order() == hit.in_any_order()
+    assert elsewhere == hit
 
     cache.invalidate(everything=True)
     again = perform(engine, CachedSession, scenario, CACHED, times=2)

@@ -20,7 +20,7 @@ from psycopg import Binary
 from psycopg.types.json import Json, Jsonb
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
-from sqlalchemy import Engine, create_engine, inspect, select
+from sqlalchemy import Engine, create_engine, inspect, select, text
 from sqlalchemy.orm import (
     Mapper,
     Session,
@@ -34,7 +34,7 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 
-from querycache import QueryCache
+from querycache import FromCache, QueryCache, RelationshipCache
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, structure_digest
 from querycache.sa_internals import cache_key_of
 from tests.read_path.kinds import KINDS, kinds_for
@@ -257,6 +257,35 @@ def test_a_structure_does_not_tell_parameters() -> None:
     """They are part of the key on their own; here they would make every execution a new structure."""
     assert structure(select(User).where(User.id == 1)) == structure(select(User).where(User.id == 2))
     assert structure(select(User).where(User.id == 1)) != structure(select(User).where(User.id > 1))
+
+
+@pytest.mark.parametrize("nested", ["in", "join", "column", "cte"])
+def test_a_structure_does_not_depend_on_earlier_executions(sqlite_forum: Engine, nested: str) -> None:
+    """The ORM completes a select when it is first compiled, nested ones too, and what is made from it later differs."""
+    authors = select(Post.author_id).where(Post.score > 1)
+    statement = {
+        "in": select(User).where(User.id.in_(authors)),
+        "join": select(User).join(authors.subquery(), text("true")),
+        "column": select(User, authors.limit(1).scalar_subquery().label("author")),
+        "cte": select(User).where(User.id.in_(select(authors.cte("authors")))),
+    }[nested]
+
+    def made_from_it() -> bytes:
+        return structure(statement.where(User.age > 3).options(selectinload(User.posts)).limit(3))
+
+    before = made_from_it()
+    with Session(sqlite_forum) as db:
+        db.execute(statement).all()
+    assert made_from_it() == before
+
+
+@pytest.mark.parametrize("others", [[], [selectinload(User.posts)]], ids=["alone", "beside another"])
+def test_a_structure_does_not_tell_who_asks_for_the_cache(others: list[Any]) -> None:
+    """So that answers are shared, and a statement given to invalidate() stands for them all."""
+    asking = FromCache(ttl=60), RelationshipCache(User.comments)
+    plain = select(User).options(*others)
+    assert structure(select(User).options(asking[0], *others, asking[1])) == structure(plain)
+    assert structure(select(Post).options(*asking)) != structure(select(User).options(*asking))
 
 
 def test_a_structure_does_not_depend_on_addresses() -> None:

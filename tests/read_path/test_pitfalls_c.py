@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, inspect, select, update
+from sqlalchemy import Engine, create_engine, inspect, literal, select, text, update
 from sqlalchemy.exc import InvalidRequestError, NoSuchColumnError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import (
@@ -95,6 +95,24 @@ def test_C2_a_hit_flushes_first(maker: sessionmaker[Session]) -> None:
         db.get_one(User, 2).name = "zoe"
         named = select(User.name).where(User.name == "zoe")
         assert db.scalars(named, execution_options=CACHED).all() == ["zoe"]
+
+
+@pytest.mark.parametrize(
+    "statement", [select(User.__table__.c.id), select(literal(1)), text("SELECT 1")], ids=str
+)
+def test_C2_what_does_not_flush_without_the_cache_does_not_with_it(
+    statement: Any, maker: sessionmaker[Session], own_forum: Engine
+) -> None:
+    """SQLAlchemy 2.1 flushes before a statement that names no mapped class; 2.0 does not."""
+    pending = []
+    with Session(own_forum) as uncached, maker() as cached:
+        for db, options in ((uncached, {}), (cached, CACHED), (cached, CACHED)):
+            tag = Tag(name="pending")
+            db.add(tag)
+            db.execute(statement, execution_options=options)
+            pending.append(tag in db.new)
+            db.rollback()
+    assert pending == [pending[0]] * 3
 
 
 def test_C2_a_hit_flushes_what_it_does_not_depend_on_too(

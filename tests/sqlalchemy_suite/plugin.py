@@ -7,6 +7,8 @@ Loaded with ``-p tests.sqlalchemy_suite.plugin``, it attaches a cache to every S
   is looked up like any other, and the *hit* is what the test is given. So the
   test sees the SQL that it would see anyway, and rows that went through freeze, bytes and replay. The
   post-loads of a statement arrive while its hit is being replayed; theirs take the same way.
+- The hit is replayed as in a process that has not asked the database: nothing of the execution is left but what
+  went through bytes.
 - As no answer is old, nothing that is bypassed for its content or its time is bypassed here: refreshes,
   statements that overwrite what is loaded or that run while the Session flushes, functions like ``now()``,
   and what the transaction itself has written. Writes are noted as ever.
@@ -47,6 +49,11 @@ _counts: Counter[str] = Counter()
 _codec = Codec(FrozenStatement)
 
 
+def _not_executed(prepared: Prepared) -> Prepared:
+    """The statement without the execution context in which the database was asked."""
+    return Prepared(prepared.invocation, prepared.plan)
+
+
 class _Load(interceptor._Load):
     """A load whose post-loads are replayed from bytes, also when they are met for the first time."""
 
@@ -54,6 +61,9 @@ class _Load(interceptor._Load):
 
     def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
         description, rows, rowcount = prepared.execute()
+        if prepared.rewritten:
+            _counts["rewritten"] += 1
+            return None, prepared.replay(description, rows, rowcount)
         try:
             packed = _codec.encode(freeze(description, rows, rowcount))
         except Unstorable as refusal:
@@ -61,7 +71,7 @@ class _Load(interceptor._Load):
             return None, prepared.replay(description, rows, rowcount)
         frozen = _codec.decode(packed)
         _counts[COMPLETED] += 1
-        return frozen, merge_frozen_result(prepared, frozen)
+        return frozen, merge_frozen_result(_not_executed(prepared), frozen)
 
 
 class _Writes(Writes):
@@ -123,6 +133,7 @@ class _Replay(Interceptor):
         refused = region.fill(request.key, Entry(time.time(), main, {}), reading, None, request.tag_keys)
         assert not refused, refused
         _counts[ANSWERED] += 1
+        request.prepared = _not_executed(request.prepared)
         return super()._look_up(request, may_wait)
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any] | None:
@@ -139,6 +150,7 @@ _listeners = {**_writes.session_listeners(), "do_orm_execute": _replay}
 
 def pytest_configure() -> None:
     interceptor._Load = _Load  # type: ignore[misc]
+    sa_internals.load_in_order()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -355,6 +355,13 @@ class TestRedis(StoreContract, ServerContract):
     # --- Configuration ----------------------------------------------------------------------------
 
     @pytest.mark.parametrize(
+        ("url", "path"), [("redis://", 0), ("redis:///3", 3), ("rediss://", 0), ("valkey:///", 0)]
+    )
+    def test_without_a_host_it_is_this_one(self, url: str, path: int) -> None:
+        connection = RedisBackend({"url": url})._pool.connection_kwargs
+        assert (connection["host"], connection.get("db", 0)) == ("localhost", path)
+
+    @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             ({}, "cannot use the address 'None'; write redis://host:6379/0"),
