@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from typing import Any, cast
 
 from sqlalchemy.engine import Result
@@ -44,7 +45,7 @@ from querycache.frozen import (
     layout,
     merge_frozen_result,
 )
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
 from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
@@ -197,7 +198,7 @@ class Interceptor:
         self._scope = scope
         self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
         self._flights = Flights()
-        self._known_options: dict[int, tuple[Mapping[str, Any], CacheOptions | None]] = {}
+        self._known_options: dict[object, CacheOptions | None] = {}
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
@@ -298,18 +299,21 @@ class Interceptor:
             if type(name) is str and name.startswith("cache_"):
                 return self._wanted_by_options(state, sa_internals.effective_options(state))
         given, others = sa_internals.given_options(state.statement)
-        # the options of a statement never change, so one that is kept and executed again has been read before
-        known = self._known_options.get(id(given))
-        if known is not None and known[0] is given:
-            return known[1]
         for name in given:
             if type(name) is str and name.startswith("cache_"):
-                options = self._wanted_by_options(state, given)
-                if "cache_key" in given:
+                if "cache_key" not in given:
+                    return self._wanted_by_options(state, given)
+                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
+                try:
+                    known = self._known_options.get(values)
+                except TypeError:  # a list or a set among the values
+                    return CacheOptions.from_execution_options(given)
+                if known is None:
+                    known = CacheOptions.from_execution_options(given)
                     if len(self._known_options) > 1000:
                         self._known_options.clear()
-                    self._known_options[id(given)] = given, options
-                return options
+                    self._known_options[values] = known
+                return known
         return self._asked_otherwise(state, others) if others or self._policies else None
 
     def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
@@ -428,31 +432,38 @@ class Interceptor:
             raise _Bypass("text")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        identity = bind_identity(plan.engine)
         if options.exact:
             schemas = canonical(dict(plan.schema_translate_map))
+            identity = bind_identity(plan.engine)
             return region.entry_key(digest((region.name, options.name, scope, identity, schemas)))
-        parts = (
-            analysis.structure,
-            identity,
-            plan.sql,
-            canonical_parameters(plan),
-            discriminators(plan),
-            options.name,
-            scope,
-            # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
-            region.name,
-            canonical(frozenset(options.tags)),
-            canonical(frozenset(options.tables)),
-        )
-        return region.entry_key(digest(parts))
+        # Parameters apart, all of it is the same for a statement that is built anew for each execution.
+        memo = (self, region, options, scope, plan.engine, plan.sql)
+        begun: blake2b | None = plan.shared_memo.get(memo)
+        if begun is None:
+            parts = (
+                analysis.structure,
+                bind_identity(plan.engine),
+                plan.sql,
+                options.name,
+                scope,
+                # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
+                region.name,
+                canonical(frozenset(options.tags)),
+                canonical(frozenset(options.tables)),
+            )
+            begun = hashed(parts, blake2b(digest_size=20))
+            if len(plan.shared_memo) > 64:
+                plan.shared_memo.clear()
+            plan.shared_memo[memo] = begun
+        parameters = canonical_parameters(plan), discriminators(plan)
+        return region.entry_key(hashed(parameters, begun.copy()).digest())
 
     def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
         tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
         if isinstance(options.key, str):
             tags.append(key_tag(options.key))
         tags.extend(map(user_tag, options.tags))
-        tags.extend(map(table_tag, self._declared.closure(options.tables)))
+        tags.extend(map(table_tag, self._declared.closure(options.tables)) if options.tables else ())
         tags.extend(analysis.tags(plan, self._declared))
         return tags
 

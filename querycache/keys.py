@@ -35,7 +35,7 @@ from sqlalchemy.types import TypeEngine
 
 from querycache.sa_internals import StatementOption, root_engine
 
-__all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "structure_digest"]
+__all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "hashed", "structure_digest"]
 
 
 class UnkeyableValue(TypeError):
@@ -115,12 +115,15 @@ def digest(parts: Iterable[str | bytes], size: int = 20) -> bytes:
         parts: texts and bytes, in an order that matters.
         size: length of the digest in bytes.
     """
-    hasher = blake2b(digest_size=size)
+    return hashed(parts, blake2b(digest_size=size)).digest()
+
+
+def hashed(parts: Iterable[str | bytes], hasher: blake2b) -> blake2b:
+    """A hasher that has taken in more parts; a copy of it can go on with others from there."""
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        hasher.update(len(data).to_bytes(4, "big"))
-        hasher.update(data)
-    return hasher.digest()
+        hasher.update(len(data).to_bytes(4, "big") + data)
+    return hasher
 
 
 _private_databases: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()

@@ -276,6 +276,7 @@ class Plan:
         values: parameters by name, as the application gave them.
         sql, parameters: what the driver is given; together with the database they determine the rows.
         memo: for callers, to remember what follows from the plan.
+        shared_memo: to remember what follows from the statement's structure, whatever its parameters.
     """
 
     engine: Engine
@@ -313,6 +314,11 @@ class Plan:
             cache_hit=self.cache_hit,
             **({"param_dict": self.param_dict[0]} if self.param_dict else {}),
         )
+
+    @property
+    def shared_memo(self) -> dict[Any, Any]:
+        memo: dict[Any, Any] = self.compiled.__dict__.setdefault(_MEMO, {})
+        return memo
 
     @property
     def schema_translate_map(self) -> Mapping[str | None, str | None]:
@@ -482,6 +488,7 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
 
 
 _PLAN = "_querycache_plan"
+_MEMO = "_querycache_memo"
 
 
 class Unpreparable(Exception):
@@ -516,13 +523,16 @@ def prepare(invocation: Invocation) -> Prepared:
         return Prepared(invocation, plan)
     plan = Plan(engine, statement, compiled, options, extracted or (), cache_hit, param_dict, given)
     try:
-        plan.values = compiled.construct_params(
-            given or None,
-            extracted_parameters=extracted,
-            escape_names=False,
-            **({"_collected_params": param_dict[0]} if param_dict else {}),
-        )
         context = plan.context()
+        plan.values = context.compiled_parameters[0]
+        if compiled.literal_execute_params or compiled.post_compile_params:
+            # those that become part of the SQL have been taken out
+            plan.values = compiled.construct_params(
+                given or None,
+                extracted_parameters=extracted,
+                escape_names=False,
+                **({"_collected_params": param_dict[0]} if param_dict else {}),
+            )
     except Exception as error:
         raise Unpreparable("parameters") from error
     plan.sql = context.statement
