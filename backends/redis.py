@@ -219,7 +219,8 @@ class RedisBackend(StoreBackend):
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
         # need not stand by.
         if marks:
-            self._post("end", list(marks), *(mark.incarnation for mark in marks.values()))
+            incarnations = (mark.incarnation for mark in marks.values())
+            self._post("end", list(marks), _COUNTER_TTL, *incarnations)
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)

@@ -6,13 +6,25 @@
 -- 64-bit integers, does the arithmetic: 100000 is one generation, 10000 the quarantine of a counter that was
 -- missing, 20000 that of one whose marks were given up, 1 one pending writer.
 
+local function is_version(text)
+  return text and #text == 19 and not string.find(text, '%D')
+end
+
 -- The version of a counter, or nil if it is missing or not a version.
 local function read(counter)
   local text = redis.call('GET', counter)
-  if text and #text == 19 and not string.find(text, '%D') then
-    return text
+  return is_version(text) and text or nil
+end
+
+-- The version of each counter, or false; in few calls. (Lua's stack has room for 8000 arguments.)
+local function read_all(counters)
+  local versions = {}
+  for first = 1, #counters, 1000 do
+    for _, text in ipairs(redis.call('MGET', unpack(counters, first, math.min(first + 999, #counters)))) do
+      versions[#versions + 1] = is_version(text) and text
+    end
   end
-  return nil
+  return versions
 end
 
 local function is_clean(version)
