@@ -347,6 +347,7 @@ class Interceptor:
                 plan.memo.clear()
             tag_keys = region.tag_keys(tags)
             plan.memo[memo] = analysis, key, tags, tag_keys
+        self._refuse_temporary(analysis)
         self._writes.notice_old_views(session)
         transactions = self._writes.transactions(session)
         request = Request(region, options, prepared, analysis, key, tags, tag_keys, transactions)
@@ -402,6 +403,12 @@ class Interceptor:
             raise _Bypass(f"function {unstable}")
         if analysis.opaque and not options.tables:
             raise _Bypass("text")
+
+    def _refuse_temporary(self, analysis: Analysis) -> None:
+        """Raise _Bypass for what every connection has a table of its own for."""
+        temporary = self._declared.temporary
+        if temporary and analysis.reads_any(temporary):
+            raise _Bypass("temporary table")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
         if options.exact:
@@ -515,6 +522,7 @@ class Interceptor:
             prepared = sa_internals.prepare(Invocation.take(state))
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
+            self._refuse_temporary(analysis)
             mark = fingerprint(prepared.plan)
         except _Refresh:
             return None  # not part of the answer, but of what the application does with it
