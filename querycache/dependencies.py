@@ -84,10 +84,12 @@ class Declarations:
     Attributes:
         sources: for a view, table or function, the tables that its content is made from.
         slots: number of slots a tracked column is divided into.
+        temporary: names of temporary tables and views that this process has made; each connection has its own.
     """
 
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
     slots: int = DEFAULT_SLOTS
+    temporary: set[str] = field(default_factory=set)
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""
@@ -212,6 +214,10 @@ class Analysis:
             if not is_stable(name) and name not in declared.sources:
                 return name
         return ""
+
+    def reads_any(self, names: set[str]) -> bool:
+        """True if one of the tables has one of these names, in lower case, whatever its schema."""
+        return any(name.lower() in names for _, name in (*self.tables, *self.text_tables))
 
     def tags(self, plan: Plan, declared: Declarations) -> list[str]:
         """The tags of the tables, for one execution with its parameters and schemas."""

@@ -361,6 +361,7 @@ class Interceptor:
             if len(plan.memo) > 16:
                 plan.memo.clear()
             plan.memo[memo] = derived
+        self._refuse_temporary(plan)
         transactions = self._writes.transactions(session, before_lookup=True)
         request = Request(region, options, prepared, *derived, transactions)
         if self._writes.owes(region.ledger):
@@ -430,6 +431,12 @@ class Interceptor:
             raise _Bypass(f"function {unstable}")
         if analysis.opaque and not options.tables:
             raise _Bypass("text")
+
+    def _refuse_temporary(self, plan: Plan) -> None:
+        """Raise _Bypass for what every connection has a table of its own for."""
+        temporary = self._declared.temporary
+        if temporary and analyse(plan.compiled).reads_any(temporary):
+            raise _Bypass("temporary table")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
         if options.exact:
@@ -551,6 +558,7 @@ class Interceptor:
             prepared = sa_internals.prepare(Invocation.take(state))
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
+            self._refuse_temporary(prepared.plan)
             mark = fingerprint(prepared.plan)
         except _Refresh:
             return None  # not part of the answer, but of what the application does with it

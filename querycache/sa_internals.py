@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
+from functools import lru_cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
@@ -34,6 +35,7 @@ from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING
 from sqlalchemy.sql.elements import BindParameter, TextClause
+from sqlalchemy.sql.selectable import TextualSelect
 
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.textual import first_word
@@ -57,6 +59,7 @@ __all__ = [
     "effective_options",
     "flushed",
     "given_options",
+    "holds_text",
     "in_transaction",
     "is_autocommit",
     "is_flushing",
@@ -72,6 +75,7 @@ __all__ = [
     "old_and_new",
     "prepare",
     "reads_uncommitted",
+    "replaces",
     "root_engine",
     "run_later_handlers",
     "run_statement",
@@ -608,8 +612,11 @@ def connections(session: Session) -> list[Connection]:
 
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself."""
-    driver = connection.connection.dbapi_connection
-    return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
+    driver: Any = connection.connection.dbapi_connection
+    if connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True:
+        return True
+    told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
+    return told is not None and bool(told())
 
 
 def default_isolation_level(dialect: Any) -> str | None:
@@ -879,7 +886,28 @@ def _written(statement: Any, selectable: Any) -> Written:
         selectable = getattr(selectable, "element", None)
     # an upsert, INSERT OR REPLACE, or UPDATE OR REPLACE, may do either
     either = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    either = either or (isinstance(selectable, Table) and replaces(selectable))
     return Written(selectable, statement.is_delete or either, statement.is_update or either)
+
+
+@lru_cache(maxsize=4096)
+def replaces(table: Table) -> bool:
+    """True for a table of SQLite in which a new row may take the place of others, by ON CONFLICT REPLACE."""
+    return any(
+        str(value).upper() == "REPLACE"
+        for each in (*table.constraints, *table.columns)
+        for name, value in each.dialect_kwargs.items()
+        if name.startswith("sqlite_on_conflict")
+    )
+
+
+def holds_text(compiled: Any) -> bool:
+    """True for a whole textual statement, by itself or as a CTE, that was told which columns it returns.
+
+    It looks like a SELECT, but may be a DELETE with RETURNING.
+    """
+    statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
+    return any(isinstance(each, TextualSelect) for each in statements)
 
 
 def flushed(context: Any) -> Iterator[tuple[Any, bool]]:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-__all__ = ["TextStatement", "commits", "first_word", "read_text"]
+__all__ = ["TextStatement", "commits", "first_word", "read_text", "temporary_table"]
 
 TableName = tuple[str | None, str]
 
 _COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _HARMLESS = frozenset(
     [
+        "abort",
         "analyze",
         "begin",
         "checkpoint",
@@ -72,7 +73,20 @@ _NOT_COMMITTING = frozenset(
     ]
 )
 _WRITING = re.compile(
-    r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock)\b",
+    r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock|execute)\b",
+    re.IGNORECASE,
+)
+# Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
+_CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
+_FURTHER_COMMIT = re.compile(r";\s*(commit|end)\b", re.IGNORECASE)
+# Words that MySQL allows before the name of a table, and that a parser takes for the name.
+_MODIFIERS = re.compile(
+    r"^((?:update|delete|insert)\s+)(?:(?:low_priority|high_priority|delayed|quick|ignore)\s+)+",
+    re.IGNORECASE,
+)
+_TEMPORARY = re.compile(
+    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?temp(?:orary)?\s+(?:(?:table|view)\s+)?"
+    r"(?:if\s+not\s+exists\s+)?([^\s(;]+)",
     re.IGNORECASE,
 )
 _PARSED = re.compile(
@@ -94,6 +108,8 @@ class TextStatement:
         reads, writes: tables, as (schema or None, name).
         functions: lower-case names of the functions it calls.
         isolation: True where it sets how transactions are isolated.
+        begins: True for BEGIN and its like.
+        rolls_back: True for ROLLBACK of a whole transaction.
         commits: True for COMMIT and its like.
     """
 
@@ -102,6 +118,8 @@ class TextStatement:
     writes: frozenset[TableName] = frozenset()
     functions: frozenset[str] = frozenset()
     isolation: bool = False
+    begins: bool = False
+    rolls_back: bool = False
     commits: bool = False
 
 
@@ -122,18 +140,22 @@ def read_text(sql: str, dialect: str) -> TextStatement:
     if "/*!" in text or "/*M!" in text:  # comments that MySQL executes
         return _ANYTHING
     if first in _COMMITTING or (first, second) == ("xa", "commit"):
-        # what was prepared in another session may be anything
-        return TextStatement(second not in ("prepared", "commit"), commits=True)
+        # what was prepared in another session may be anything, and so may what follows
+        return TextStatement(second not in ("prepared", "commit") and ";" not in text, commits=True)
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
-    if first in _HARMLESS and ";" not in text and not (first == "explain" and _WRITING.search(text)):
+    if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
         return TextStatement(
             True,
             isolation=first in ("set", "start", "begin") and "isolation" in bare.lower(),
+            begins=first in ("start", "begin"),
+            rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
         )
     if not _PARSED.match(bare):
         return _ANYTHING
+    if dialect in ("mysql", "mariadb") and _MODIFIERS.match(bare):
+        text = _MODIFIERS.sub(r"\1", bare)
     text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     return _parsed(text, _DIALECTS.get(dialect, ""))
 
@@ -146,7 +168,15 @@ def first_word(sql: str) -> str:
 def commits(sql: str, dialect: str) -> bool:
     """True if a statement commits what was written before it; MySQL does so at most that are not DML."""
     word = first_word(sql)
-    return word in _COMMITTING or (dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING)
+    if word in _COMMITTING or _FURTHER_COMMIT.search(sql):
+        return True
+    return dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING
+
+
+def temporary_table(sql: str) -> str:
+    """The name, in lower case, of the temporary table or view that a statement makes; empty where it makes none."""
+    found = _TEMPORARY.search(_COMMENTS.sub(" ", sql))
+    return found.group(1).rpartition(".")[2].strip('"`[]').lower() if found else ""
 
 
 def _words(text: str) -> tuple[str, str]:
@@ -174,7 +204,6 @@ def _parsed(text: str, dialect: str) -> TextStatement:
         targets = _targets(statement, exp)
         if targets is None:
             return _ANYTHING
-        common = {cte.alias.lower() for cte in statement.find_all(exp.CTE)}
         for table in statement.find_all(exp.Table):
             if isinstance(table.this, exp.Func):
                 functions.add(_function_name(table.this, exp))
@@ -182,7 +211,8 @@ def _parsed(text: str, dialect: str) -> TextStatement:
             name = (table.db or None, table.name)
             if any(table is target for target in targets):
                 writes.add(name)
-            elif table.db or table.name.lower() not in common:
+            else:
+                # or a CTE, which may well have the name of the table that it is made from
                 reads.add(name)
         functions.update(_function_name(each, exp) for each in statement.find_all(exp.Func))
     return TextStatement(True, frozenset(reads), frozenset(writes), frozenset(functions))

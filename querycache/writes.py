@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Table, and_, or_, select
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
-from sqlalchemy.orm import Session, UOWTransaction
+from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
 from querycache import sa_internals
 from querycache.dependencies import (
@@ -47,7 +47,7 @@ from querycache.events import Telemetry
 from querycache.ledger import Ledger, Marks
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
-from querycache.textual import TextStatement, commits, read_text
+from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 
 __all__ = ["Consistency", "OnOutage", "Transaction", "Writes"]
 
@@ -152,6 +152,7 @@ class Writes:
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
+        self._begun_key = f"{self._info_key}:begun"
         # dialects whose transactions may keep an old view of the database for more than a statement
         self._old_views: set[Dialect] = set()
         self._settled: set[Dialect] = set()
@@ -184,8 +185,8 @@ class Writes:
         """The events of a Session, or of what makes Sessions, that matter here."""
         return {
             "after_begin": self._after_begin,
-            "before_flush": self._before_flush,
             "after_flush": self._after_flush,
+            "after_transaction_end": self._after_part,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -259,14 +260,22 @@ class Writes:
         if reads_only:
             return False
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
-        if compiled is None or context.is_text:
+        if compiled is None or context.is_text or sa_internals.holds_text(compiled):
             text = read_text(sql, connection.dialect.name)
+            if name := temporary_table(sql):
+                self._declared.temporary.add(name)
+            if text.begins:
+                connection.info[self._begun_key] = True
+            elif text.rolls_back:
+                connection.info.pop(self._begun_key, None)
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
         elif context.isddl:
             wrote = True
-            self._note_ddl(connection, compiled)
+            if name := temporary_table(sql):
+                self._declared.temporary.add(name)
+            self._note_ddl(connection, context)
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
         elif self._ends_savepoint(connection, compiled):
@@ -276,7 +285,7 @@ class Writes:
             if connection.dialect.name != "sqlite" or context.compiled.statement.is_select:
                 sa_internals.note_reads_only(compiled)
             return False
-        if wrote and (sa_internals.is_autocommit(connection) or _commits_itself(connection, sql)):
+        if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
             self._phase_one(connection.info, connection.dialect)
             return True
         return False
@@ -284,12 +293,18 @@ class Writes:
     def executed(self, context: Any) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
+        if first_word(context.statement) not in ("begin", "start"):
+            connection.info.pop(self._begun_key, None)
         transaction = self._of(connection.info)
         if transaction is not None:
             self._end(transaction)
             if sa_internals.is_autocommit(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
+
+    def _is_autocommit(self, connection: Connection) -> bool:
+        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN."""
+        return self._begun_key not in connection.info and sa_internals.is_autocommit(connection)
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
@@ -306,14 +321,18 @@ class Writes:
                 self._note(connection, [EVERYTHING])
                 continue
             changed: set[Table] = set()
-            if sa_internals.is_unit_of_work(context):
+            declared = [table]
+            if sa_internals.is_unit_of_work(context) and not sa_internals.replaces(table):
                 self._ensure(connection).unresolved[table] = schemas
             else:
                 changed.add(table)
-            if deletes:
-                changed |= cascades(table, delete=True)
-            if updates:
-                changed |= cascades(table, delete=False)
+                # it may be declared once more, in a script or a migration, without the tables that refer to it
+                declared += sa_internals.known_tables(table.name)
+            for each in declared:
+                if deletes:
+                    changed |= cascades(each, delete=True)
+                if updates:
+                    changed |= cascades(each, delete=False)
             self._note_sets(connection, changed, schemas)
         return bool(written)
 
@@ -322,12 +341,12 @@ class Writes:
         for table in tables:
             self._note(connection, set_write_tags(_name(table, schemas), default))
 
-    def _note_ddl(self, connection: Connection, compiled: Any) -> None:
-        element = getattr(compiled.statement, "element", None)
+    def _note_ddl(self, connection: Connection, context: Any) -> None:
+        element = getattr(context.compiled.statement, "element", None)
         table = element if isinstance(element, Table) else getattr(element, "table", None)
         if isinstance(table, Table):
             default = connection.dialect.default_schema_name
-            self._note(connection, set_write_tags((table.schema, table.name), default))
+            self._note(connection, set_write_tags(_name(table, _schema_map(context)), default))
         else:
             self._note(connection, [EVERYTHING])
 
@@ -370,7 +389,10 @@ class Writes:
             if isinstance(session.bind, Connection):
                 self._note(connection, [EVERYTHING])
 
-    def _before_flush(self, session: Session, context: UOWTransaction, instances: Any) -> None:
+    def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
+        """A flush is over, or one of the ``bulk_…`` methods, of which no event tells what it has written."""
+        if transaction.parent is None:
+            return
         for connection in sa_internals.connections(session):
             self._resolve(connection.info, connection.dialect, {})
 
@@ -432,6 +454,7 @@ class Writes:
     def begin(self, info: dict[Any, Any]) -> None:
         """A transaction is about to begin on a connection of which something was noted."""
         info.pop(self._savepoint_key, None)
+        info.pop(self._begun_key, None)
         transaction = self._of(info)
         # One that is not marked goes on: two Connections can share what the driver calls a connection.
         if transaction is not None and transaction.marked is not None:

@@ -62,6 +62,7 @@ class Faults:
         self._random = random
         self._kinds = list(kinds)
         self._todo: list[str] = []
+        self._second = False
         self.injected: Counter[str] = Counter()
         self.times: list[tuple[str, int, int]] = []
 
@@ -89,6 +90,13 @@ class Faults:
         if actions[kind]():
             self.injected[kind] += 1
             self.times.append((kind, begin, now()))
+
+    def pause(self, mean: float) -> float:
+        """Seconds until the next one. They come two at a time: the second meets what the first has left behind."""
+        self._second = not self._second
+        if self._second:
+            return min(1.0, mean) * self._random.random()
+        return mean * (1 + 2 * self._random.random())
 
     # --- the workers ------------------------------------------------------------------------------------
 

@@ -79,6 +79,10 @@ class _Versions:
         for index in range(len(self.latest) - 1, -1, -1):
             bound = self.latest[index] = min(bound, self.latest[index])
 
+    def at(self, time: int) -> State | None:
+        """The version that was there at a time at which none can have appeared."""
+        return self.states[bisect_right(self.earliest, time) - 1]
+
     def window(self, begin: int, end: int) -> tuple[int, int]:
         """The first and the last version that may be seen."""
         first = bisect_left(self.latest, begin) - 1
@@ -118,6 +122,7 @@ class Judge:
             latest = outcome.time if outcome is not None else buried.get(process, _NEVER)
             for row, state in intent.writes.items():
                 self._rows[row].add(state, intent.time, latest, f"{intent.txn} ({', '.join(intent.steps)})")
+        self._expected: dict[tuple[int, str, int], dict[int, State]] = {}
         self._of_stamp: list[dict[State | None, list[int]]] = []
         for versions in self._rows:
             versions.settle()
@@ -125,6 +130,7 @@ class Judge:
             for index, state in enumerate(versions.states):
                 found.setdefault(state, []).append(index)
             self._of_stamp.append(found)
+        self._changes = self._all_changes()
 
     def learn(self, reads: Iterable[Read]) -> None:
         """What a read has seen was there when it ended."""
@@ -138,6 +144,22 @@ class Judge:
                                 versions.latest[index] = min(versions.latest[index], read.end)
         for versions in self._rows:
             versions.settle()
+        self._changes = self._all_changes()
+        self._expected.clear()
+
+    def _all_changes(self) -> tuple[list[int], list[int]]:
+        """When something was changing: begins and ends of the times between which some version may have appeared."""
+        begins: list[int] = []
+        ends: list[int] = []
+        for begin, end in sorted(
+            times for each in self._rows for times in zip(each.earliest[1:], each.latest[1:], strict=True)
+        ):
+            if ends and begin <= ends[-1]:
+                ends[-1] = max(ends[-1], end)
+            else:
+                begins.append(begin)
+                ends.append(end)
+        return begins, ends
 
     def compare(self, contents: Mapping[int, State]) -> None:
         """Compare what the writes have left with what is in the database at the end: a check of the judge itself."""
@@ -151,6 +173,8 @@ class Judge:
 
     def judge(self, read: Read) -> Iterator[Illegal]:
         """Why this read is illegal; nothing where it is not."""
+        if self._is_plain(read):
+            return
         for parts in read.statements:
             appeared, vanished = 0, _NEVER
             for part in parts:
@@ -188,6 +212,26 @@ class Judge:
                             vanished = min(vanished, versions.latest[index + 1])
             if appeared > vanished:
                 yield Illegal("torn", read.shape, f"{parts}: {appeared - vanished} ns apart")
+
+    def _is_plain(self, read: Read) -> bool:
+        """True if nothing changed from its begin to its end, and it saw just what was there: most reads are so."""
+        begins, ends = self._changes
+        number = bisect_right(begins, read.end)
+        if read.own or (number and ends[number - 1] >= read.begin):
+            return False
+        return all(self._shows(part, number, read.end) for parts in read.statements for part in parts)
+
+    def _shows(self, part: Part, number: int, time: int) -> bool:
+        """Whether a part tells what was there after so many changes, at a time when there were no others."""
+        key = number, part.scope, part.argument
+        expected = self._expected.get(key)
+        if expected is None:
+            expected = self._expected[key] = {
+                row: state
+                for row in _rows_of(part)
+                if (state := _within(part, self._rows[row].at(time))) is not None
+            }
+        return part.count == len(expected) if part.count >= 0 else part.rows == expected
 
     def _count(self, read: Read, part: Part) -> Iterator[Illegal]:
         """A count lies between the rows that must, and those that may have been there.

@@ -166,9 +166,9 @@ def run_round(
     threads: int = 4,
     on_outage: OnOutage = "available",
     isolation: str = "READ COMMITTED",
-    writes: float = 0.004,
+    writes: float = 0.002,
     every: float = 2.0,
-    lease: float = 3.0,
+    lease: float = 2.0,
     mutant: str = "",
     seed: str = "",
 ) -> Report:
@@ -178,7 +178,7 @@ def run_round(
         database_url: a database whose tables ``torture_…`` may be replaced.
         store: a running server of our own, Redis or memcached.
         writes: of the workers' operations, the part that are writing transactions.
-        every: seconds from one fault to the next.
+        every: seconds from one fault to the next, on average.
         lease: as given to the cache.
         mutant: the protection to switch off.
         seed: what the random choices begin with.
@@ -225,9 +225,11 @@ def run_round(
             time.sleep(0.05)
             if time.monotonic() > next_fault:
                 faults.inject()
-                next_fault = time.monotonic() + every * (0.5 + random.random())
+                next_fault = time.monotonic() + faults.pause(every)
         workers.stop()
         took = time.monotonic() - start
+        # Empty and without a history, so that the next round on it need not begin with a quarantine.
+        store.restart()
         report = _judge(directory, workers, database)
         report.seconds = took
         report.faults = faults.injected

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SHELVES = 8
-BOOKS = 48
+BOOKS = 24
 COLOURS = 4
 MARKS = 3
 

@@ -185,16 +185,16 @@ def textual(session: Session, book: int) -> Answer:
 
 
 SHAPES: dict[str, tuple[Shape, int, int]] = {
-    "point": (point, BOOKS, 37),
-    "columns": (columns, BOOKS, 16),
+    "point": (point, BOOKS, 38),
+    "columns": (columns, BOOKS, 22),
     "shelf": (shelf_point, SHELVES, 8),
-    "several": (several, BOOKS, 6),
+    "several": (several, BOOKS, 5),
     "on shelf": (on_shelf, SHELVES, 8),
     "colour": (by_colour, COLOURS, 3),
-    "count": (count, SHELVES, 6),
-    "selectin": (selectin, SHELVES, 4),
-    "joined": (joined, SHELVES, 3),
-    "with marks": (with_marks, BOOKS, 4),
+    "count": (count, SHELVES, 5),
+    "selectin": (selectin, SHELVES, 2),
+    "joined": (joined, SHELVES, 2),
+    "with marks": (with_marks, BOOKS, 2),
     "marks": (marks, BOOKS, 4),
     "textual": (textual, BOOKS, 1),
 }
@@ -208,4 +208,4 @@ def choose(random: Random) -> tuple[str, Shape, int]:
     """A shape and its argument, small arguments more often."""
     [name] = random.choices(_NAMES, _WEIGHTS)
     shape, arguments, _ = SHAPES[name]
-    return name, shape, int(random.random() ** 2 * arguments)
+    return name, shape, int(random.random() ** 3 * arguments)

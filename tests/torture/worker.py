@@ -48,6 +48,9 @@ before COMMIT, and dies after."""
 
 SNAPSHOT_LEVEL = "REPEATABLE READ"
 
+READS = 16
+"""Reads that a thread does in a row."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -207,13 +210,14 @@ class _Thread:
         self.random = Random(f"{settings.seed}-{self.name}")
         self.stamps = count(((settings.number + 1) << 36) + (number << 30))
         self.transactions = count()
+        self.chosen = choose(self.random)
         self.snapshots = settings.isolation == SNAPSHOT_LEVEL
 
     def run(self) -> None:
         settings = self.worker.settings
         while not self.worker.order[0]:
             try:
-                if self.random.random() < settings.writes * 8:
+                if self.random.random() < settings.writes * READS:
                     if self.random.random() < 0.8:
                         self.write()
                     else:
@@ -227,16 +231,19 @@ class _Thread:
     # --- reading --------------------------------------------------------------------------------------------
 
     def read(self) -> None:
-        """Eight reads, some of them in one transaction."""
-        many = self.random.choice((1, 2, 8))
-        for _ in range(8 // many):
+        """Sixteen reads, in transactions of two, four or all of them."""
+        many = self.random.choice((2, 4, 16))
+        for _ in range(READS // many):
             with self.worker.sessions() as session:
                 start = now()
                 for _ in range(many):
                     self.read_one(session, start, {})
 
     def read_one(self, session: Session, start: int, own: dict[int, State | None]) -> None:
-        name, shape, argument = choose(self.random)
+        # The same once more, half of the time: an answer must not go back to what was before it.
+        if self.random.random() < 0.5:
+            self.chosen = choose(self.random)
+        name, shape, argument = self.chosen
         begin = now()
         statements = shape(session, argument)
         end = now()

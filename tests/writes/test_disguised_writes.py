@@ -1,0 +1,308 @@
+"""Writes that do not look like writes, or of which it does not show what they write; each was once not noticed.
+
+Named after the line of PITFALLS E that they belong to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    UniqueConstraint,
+    column,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from querycache.textual import commits, read_text, temporary_table
+from tests.writes.library import Book
+from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
+
+OF_AUTHOR = select(Book.id, Book.price).where(Book.author_id == 1).order_by(Book.id)
+EVERY_WAY = (point(1), point(2), PRICES, OF_AUTHOR, select(func.count()).select_from(Book))
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def library(request: pytest.FixtureRequest) -> Library:
+    """On each database."""
+    return Library(request.getfixturevalue(f"{request.param}_engine"))
+
+
+@pytest.fixture
+def on_postgresql(postgresql_engine: Engine) -> Library:
+    return Library(postgresql_engine)
+
+
+@pytest.fixture
+def on_mariadb(mariadb_engine: Engine) -> Library:
+    return Library(mariadb_engine)
+
+
+def check(library: Library) -> None:
+    for statement in EVERY_WAY:
+        assert library.is_right(statement)
+
+
+# --- E2: textual SQL, and statements without objects ---------------------------------------------------
+
+
+def test_E2_text_that_was_told_its_columns(library: Library) -> None:
+    """It has the form of a SELECT, whatever it does."""
+    library.fill(*EVERY_WAY)
+    with library.sessions.begin() as session:
+        session.execute(text("DELETE FROM loan WHERE book_id = 2"))
+        gone = text("DELETE FROM book WHERE id = 2 RETURNING id").columns(id=Integer)
+        assert session.scalars(gone).all() == [2]
+    check(library)
+
+
+def test_E2_objects_from_text_that_was_told_its_columns(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EVERY_WAY)
+    with on_postgresql.sessions.begin() as session:
+        changed = text("UPDATE book SET price = 99 WHERE id = 2 RETURNING id, title, price, author_id")
+        columns = changed.columns(Book.id, Book.title, Book.price, Book.author_id)
+        assert session.scalars(select(Book).from_statement(columns)).one().price == 99
+    check(on_postgresql)
+
+
+def test_E2_text_in_a_CTE(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EVERY_WAY)
+    changed = text("UPDATE book SET price = 5 RETURNING id").columns(column("id", Integer)).cte("changed")
+    on_postgresql.write(select(changed))
+    check(on_postgresql)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "UPDATE LOW_PRIORITY book SET price = price + 1",
+        "DELETE QUICK IGNORE FROM book WHERE id = 4",
+        "ANALYZE UPDATE book SET price = price + 1",
+        "ANALYZE FORMAT=JSON DELETE FROM book WHERE id = 4",
+        "SET STATEMENT max_statement_time = 10 FOR UPDATE book SET price = price + 1",
+    ],
+)
+def test_E2_text_with_what_only_mariadb_knows(on_mariadb: Library, sql: str) -> None:
+    on_mariadb.fill(*EVERY_WAY)
+    with on_mariadb.engine.begin() as connection:
+        connection.exec_driver_sql(sql).close()
+    check(on_mariadb)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "EXPLAIN ANALYZE EXECUTE raise_prices",
+        "COMMIT; UPDATE book SET price = price + 1",
+        "ROLLBACK; UPDATE book SET price = price + 1",
+    ],
+)
+def test_E2_text_that_carries_another_statement(on_postgresql: Library, sql: str) -> None:
+    with on_postgresql.engine.begin() as connection:
+        connection.exec_driver_sql("PREPARE raise_prices AS UPDATE book SET price = price + 1")
+        on_postgresql.fill(*EVERY_WAY)
+        connection.exec_driver_sql(sql).close()
+    check(on_postgresql)
+
+
+def test_E2_a_COMMIT_behind_another_statement(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EVERY_WAY)
+    with on_postgresql.engine.connect() as connection:
+        connection.exec_driver_sql("UPDATE book SET price = price + 1; COMMIT")
+        check(on_postgresql)
+        connection.rollback()
+    check(on_postgresql)
+
+
+def test_E2_a_bulk_method_within_a_flush(library: Library) -> None:
+    """The flush knows its own rows, which are not all that was written of the table."""
+    library.fill(*EVERY_WAY)
+    with library.sessions() as session:
+
+        @event.listens_for(session, "before_flush")
+        def write_more(session: Session, context: Any, instances: Any) -> None:
+            session.bulk_update_mappings(Book.__mapper__, [{"id": 2, "price": 501, "author_id": 3}])
+
+        session.get_one(Book, 1).price = 500
+        session.commit()
+    check(library)
+
+
+def test_E2_ON_CONFLICT_REPLACE_takes_other_rows_away(sqlite_engine: Engine) -> None:
+    class Things(DeclarativeBase):
+        pass
+
+    class Thing(Things):
+        __tablename__ = "thing"
+        __table_args__ = (UniqueConstraint("number", sqlite_on_conflict="REPLACE"),)
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        number: Mapped[int]
+
+    library = Library(sqlite_engine)
+    Things.metadata.create_all(sqlite_engine)
+    with library.sessions.begin() as session:
+        session.add(Thing(id=1, number=1))
+    first = select(Thing.id, Thing.number).where(Thing.id == 1)
+    library.fill(first)
+    with library.sessions.begin() as session:
+        session.add(Thing(id=2, number=1))
+    assert library.ask(first) == []
+
+
+# --- E4: cascades -----------------------------------------------------------------------------------------
+
+
+def test_E4_a_table_declared_once_more_without_its_children(library: Library) -> None:
+    """As a migration does, or a script."""
+    author = Table("author", MetaData(), Column("id", Integer, primary_key=True))
+    library.fill(*EVERY_WAY, LOANS)
+    library.write(delete(author).where(author.c.id == 2))
+    check(library)
+    assert library.is_right(LOANS)
+
+
+# --- E16: what a statement reads --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_E16_a_CTE_named_like_the_table_it_is_made_from(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    dear = text(
+        "WITH book AS (SELECT id, price FROM book WHERE price > 15) SELECT id, price FROM book ORDER BY id"
+    )
+    library.fill(dear)
+    library.write(RAISE_PRICE)
+    assert library.is_right(dear)
+
+
+# --- E18: who commits, and when -----------------------------------------------------------------------------
+
+
+def test_E18_BEGIN_and_COMMIT_as_text_on_an_autocommit_connection(library: Library) -> None:
+    library.fill(*EVERY_WAY)
+    with library.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        for end in ("ROLLBACK", "COMMIT"):
+            connection.exec_driver_sql("BEGIN")
+            connection.execute(RAISE_PRICE)
+            if library.engine.dialect.name != "sqlite":  # where others would have to wait
+                for statement in EVERY_WAY:
+                    library.ask(statement)
+            connection.exec_driver_sql(end)
+            check(library)
+        library.fill(*EVERY_WAY)
+        connection.execute(update(Book).values(price=3))  # and this commits itself again
+        check(library)
+
+
+def test_E18_autocommit_set_as_text(on_mariadb: Library) -> None:
+    on_mariadb.fill(*EVERY_WAY)
+    with on_mariadb.engine.connect() as connection:
+        connection.exec_driver_sql("SET autocommit = 1")
+        connection.execute(RAISE_PRICE)
+        check(on_mariadb)
+        connection.rollback()
+        check(on_mariadb)
+        connection.invalidate()
+
+
+# --- definitions ----------------------------------------------------------------------------------------------
+
+
+def test_definitions_follow_the_schema_translation(on_postgresql: Library) -> None:
+    metadata = MetaData(schema="tenant")
+    things = Table("thing", metadata, sa_column("id"))
+    engine = on_postgresql.engine.execution_options(schema_translate_map={"tenant": "tenant_2"})
+    library = Library(engine)
+    library.write(text("CREATE SCHEMA tenant_2"))
+    metadata.create_all(engine)
+    library.write(insert(things).values(id=1))
+    library.fill(select(things))
+    with engine.begin() as connection:
+        things.drop(connection)
+        things.create(connection)
+    assert library.ask(select(things)) == []
+
+
+# --- E14: what every connection has for itself -------------------------------------------------------------------
+
+
+def create_in_text(table: Table, connection: Connection) -> None:
+    connection.exec_driver_sql(f"CREATE TEMPORARY TABLE {table.name} (id INTEGER)")
+
+
+@pytest.mark.parametrize("create", [Table.create, create_in_text])
+def test_E14_a_temporary_table_is_not_answered_from_that_of_another_connection(
+    library: Library, create: Any
+) -> None:
+    mine = Table("mine", MetaData(), sa_column("id"), prefixes=["TEMPORARY"])
+    statement = select(mine)
+    connections = [library.engine.connect(), library.engine.connect()]
+    for number, connection in enumerate(connections, 1):
+        create(mine, connection)
+        connection.execute(insert(mine).values(id=number))
+        connection.commit()
+    for _ in range(2):
+        for number, connection in enumerate(connections, 1):
+            with library.sessions(bind=connection) as session:
+                assert library.ask(statement, session) == [(number,)]
+                assert library.outcome(statement, session) == "bypass temporary table"
+    for connection in connections:
+        connection.invalidate()
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("sql", "name"),
+    [
+        ("CREATE TEMP TABLE IF NOT EXISTS pg_temp.mine (id int)", "mine"),
+        ('create or replace temporary table "Mine"(id int)', "mine"),
+        ("CREATE /* a */ LOCAL TEMPORARY TABLE mine AS SELECT 1", "mine"),
+        ("SELECT 1 INTO TEMP mine", "mine"),
+        ("CREATE TEMP VIEW mine AS SELECT 1", "mine"),
+        ("CREATE TABLE temp_orary (id int)", ""),
+        ("SELECT temp FROM weather", ""),
+    ],
+)
+def test_E14_names_of_temporary_tables(sql: str, name: str) -> None:
+    assert temporary_table(sql) == name
+
+
+# --- the text alone --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sql"),
+    [
+        ("postgresql", "SET lock_timeout = '10s'"),
+        ("postgresql", "ANALYZE book"),
+        ("postgresql", "EXPLAIN SELECT * FROM book"),
+        ("mysql", "SET innodb_lock_wait_timeout = 10"),
+        ("mysql", "SHOW CREATE TABLE book"),
+    ],
+)
+def test_text_that_only_sounds_like_a_write_is_none(dialect: str, sql: str) -> None:
+    found = read_text(sql, dialect)
+    assert found.understood
+    assert not found.writes
+
+
+def test_a_commit_is_found_behind_other_statements_and_not_in_names() -> None:
+    assert commits("DELETE FROM book; COMMIT", "postgresql")
+    assert commits("DELETE FROM book;\n END", "postgresql")
+    assert not commits("UPDATE book SET commit = 1", "postgresql")
