@@ -445,9 +445,12 @@ class Aggregate:
         if measure is not None:
             value = extra[-1] if measure.python is None else measure.python(row)
         if self.kind.ordered:
-            assert self.declaration.order_by is not None
-            key = tuple(getattr(row, name) for name in self.chain.keys[-1])
-            return (getattr(row, self.declaration.order_by), key, value)
+            name = self.declaration.order_by
+            assert name is not None
+            key = tuple(getattr(row, part) for part in self.chain.keys[-1])
+            # The key decides by itself; the one that the database is still to generate is not NULL, but the greatest.
+            order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
+            return (order, key, value)
         return value
 
 

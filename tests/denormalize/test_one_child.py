@@ -236,3 +236,22 @@ def test_what_needs_the_other_children_is_recounted(engine: Engine, opened: Open
         assert (parent.last, verify(session, m.Base).right) == (size, True)
     session.close()
     m.Base.metadata.drop_all(engine)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush"])
+def test_the_last_by_a_key_that_the_database_makes(engine: Engine, opened: Open, strategy: str) -> None:
+    """Its key is the greatest, though the object does not have it yet."""
+    m = family(
+        f"one_key_{strategy}",
+        lambda: {"last": latest_of("children", "size", order_by="id", type_=Integer, strategy=strategy)},
+    )
+    session = opened(m)
+    session.add(m.Parent(id=1))
+    session.commit()
+    for sizes in ([5], [3], [8, 2]):
+        session.add_all([m.Child(parent_id=1, size=size) for size in sizes])
+        session.commit()
+        parent = session.get_one(m.Parent, 1)
+        assert (parent.last, verify(session, m.Base).right) == (sizes[-1], True)
+    session.close()
+    m.Base.metadata.drop_all(engine)
