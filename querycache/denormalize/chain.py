@@ -296,6 +296,21 @@ class Aggregate:
     def __repr__(self) -> str:
         return f"<{self.kind.name} {self.name}>"
 
+    @property
+    def counts_all(self) -> bool:
+        """Whether every child counts, whatever it holds."""
+        return not self.kind.measured and self.declaration.where is None
+
+    @cached_property
+    def absorbs(self) -> bool:
+        """Whether SQL can tell what one more child does to the column without a look at the other children, and in a
+        type that the column holds as it is."""
+        if self.in_python:
+            return False
+        value = self.value(self.chain.entities())
+        known = self.kind.measured is False or not isinstance(value.type, types.NullType)
+        return known and self.kind.gain(value) is not None
+
     def reads(self) -> list[set[str]]:
         """For each level of the chain, the column attributes that the aggregate's value depends on."""
         read: list[set[str]] = [set() for _ in self.chain.mappers]
@@ -324,7 +339,8 @@ class Aggregate:
     def condition(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
         return sql_of(self.declaration.where, entities)
 
-    def _value(self, entities: tuple[Any, ...], *conditions: ColumnElement[Any]) -> ColumnElement[Any]:
+    def value(self, entities: tuple[Any, ...], *conditions: ColumnElement[Any]) -> ColumnElement[Any]:
+        """What a joined row counts for, in SQL; NULL if it does not count."""
         condition = self.condition(entities)
         if condition is not None:
             conditions = (*conditions, condition)
@@ -335,7 +351,7 @@ class Aggregate:
 
     def parts(self, entities: tuple[Any, ...]) -> Sequence[ColumnElement[Any]]:
         """The parts over an inner join."""
-        return self.kind.parts(self._value(entities))
+        return self.kind.parts(self.value(entities))
 
     def recount_parts(self, entities: tuple[Any, ...], locking: bool) -> Sequence[ColumnElement[Any]]:
         """The parts over an outer join: a parent without children has one row, which must not count."""
@@ -344,7 +360,7 @@ class Aggregate:
             last = self.last(parent).correlate(entities[0])
             return ((last.with_for_update(read=True) if locking else last).scalar_subquery(),)
         child = attribute_columns(entities[-1], self.chain.keys[-1])[0]
-        return self.kind.parts(self._value(entities, child.is_not(None)))
+        return self.kind.parts(self.value(entities, child.is_not(None)))
 
     def finish(self, parts: Parts) -> Any:
         """The column's value of `parts`, as the column's type holds it."""
@@ -377,7 +393,7 @@ class Aggregate:
 
     def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
         """The column's value in SQL over all rows of an inner join."""
-        return self.kind.whole(self._value(entities))
+        return self.kind.whole(self.value(entities))
 
     def last(self, parent: Sequence[ColumnElement[Any]]) -> Select[Any]:
         """For latest_of: the measure of the last child of the parent whose key is `parent`."""
@@ -429,9 +445,12 @@ class Aggregate:
         if measure is not None:
             value = extra[-1] if measure.python is None else measure.python(row)
         if self.kind.ordered:
-            assert self.declaration.order_by is not None
-            key = tuple(getattr(row, name) for name in self.chain.keys[-1])
-            return (getattr(row, self.declaration.order_by), key, value)
+            name = self.declaration.order_by
+            assert name is not None
+            key = tuple(getattr(row, part) for part in self.chain.keys[-1])
+            # The key decides by itself; the one that the database is still to generate is not NULL, but the greatest.
+            order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
+            return (order, key, value)
         return value
 
 

@@ -9,10 +9,12 @@ when it is over     show the new values to the objects in the session
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
+from uuid import UUID
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Integer, Uuid, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
@@ -24,9 +26,9 @@ from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.touched import Sorter, Touched, inserted, missed, spread
-from querycache.denormalize.writing import Changes, changes_between, write
+from querycache.denormalize.writing import Changes, absorb, changes_between, write
 
-__all__ = ["Keeper", "Work", "keeper_of", "kept_by_images", "show"]
+__all__ = ["Keeper", "Work", "forget_classes", "keeper_of", "kept_by_images", "show"]
 
 
 def kept_by_images(plan: Plan, chain: Chain) -> list[Aggregate]:
@@ -56,40 +58,95 @@ class Work:
                 self.before[chain] = image(self.locks, chain, _measured(held), levels)
 
     def write_difference(
-        self, aggregates: dict[Chain, list[Aggregate]], after: dict[Place, set[Key]], renamed: dict[Any, Key]
+        self,
+        aggregates: dict[Chain, list[Aggregate]],
+        after: dict[Place, set[Key]],
+        renamed: dict[Any, Key],
+        new: Mapping[Place, Mapping[Key, Any]] = MappingProxyType({}),
     ) -> dict[Aggregate, set[Key]]:
         """Take the images after, and write; returns the parents written for each aggregate.
 
         Args:
             after: the touched rows by their keys now, with those that are new.
             renamed: (base mapper, key before) of parents → key now.
+            new: the objects of those that are new.
         """
+        touched = {chain: levels for chain in aggregates if (levels := _levels(self.plan, chain, after))}
+        concerned = [chain for chain in aggregates if chain in touched or self.before.get(chain)]
         by_root: dict[Mapper[Any], Changes] = {}
-        for chain, held in aggregates.items():
-            levels = _levels(self.plan, chain, after)
+        absorbing: dict[Mapper[Any], tuple[Chain, Key, Key]] = {}
+        for chain in concerned:
             root = chain.root.base_mapper
-            before = {
-                renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()
-            }
-            if not levels and not before:
+            newcomer = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
+            if newcomer and not any(one.root.base_mapper is root for one in concerned if one is not chain):
+                absorbing[root] = (chain, *newcomer)
                 continue
-            if chain.depth > 1:
-                self.locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
-            now = image(self.locks, chain, _measured(held), levels)
-            found = changes_between(held, before, now, lambda one: STRATEGIES[one.strategy].recounts)
+            found = self._difference(chain, aggregates[chain], touched.get(chain, {}), renamed)
             for parent, outcomes in found.items():
                 by_root.setdefault(root, {}).setdefault(parent, {}).update(outcomes)
-        return _write_all(self.locks, by_root)
+        written: dict[Aggregate, set[Key]] = {}
+        for root in sorted(
+            {*by_root, *absorbing}, key=lambda held: (self.plan.rank(held), held.class_.__name__)
+        ):
+            if root in absorbing:
+                chain, child, above = absorbing[root]
+                if absorb(self.locks, chain, aggregates[chain], child, above):
+                    for aggregate in aggregates[chain]:
+                        written.setdefault(aggregate, set()).add(above)
+                    continue
+                by_root[root] = self._difference(chain, aggregates[chain], touched[chain], renamed)
+            for parent, outcomes in by_root[root].items():
+                for aggregate in outcomes:
+                    written.setdefault(aggregate, set()).add(parent)
+            write(self.locks, by_root[root])
+        return written
+
+    def _newcomer(
+        self,
+        chain: Chain,
+        aggregates: list[Aggregate],
+        levels: dict[int, set[Key]],
+        new: Mapping[Place, Mapping[Key, Any]],
+    ) -> tuple[Key, Key] | None:
+        """If all that happened below a chain is one new child whose parent can be brought forward without a look at the
+        rows: the key of the child and that of its parent, as its object has them."""
+        if levels.keys() != {1} or len(levels[1]) != 1 or self.before.get(chain):
+            return None
+        if not self.plan.memo(("absorbs", chain), lambda: _absorbs(chain, aggregates)):
+            return None
+        (child,) = levels[1]
+        instance = new.get(Place(chain, 1), {}).get(child)
+        values = {} if instance is None else instance.__dict__
+        parent = tuple(values.get(name) for name in chain.links[0].attributes)
+        return (child, parent) if all(type(part) in (int, UUID) for part in parent) else None
+
+    def _difference(
+        self,
+        chain: Chain,
+        aggregates: list[Aggregate],
+        levels: dict[int, set[Key]],
+        renamed: dict[Any, Key],
+    ) -> Changes:
+        root = chain.root.base_mapper
+        before = {renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()}
+        if chain.depth > 1:
+            self.locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
+        now = image(self.locks, chain, _measured(aggregates), levels)
+        return changes_between(aggregates, before, now, lambda one: STRATEGIES[one.strategy].recounts)
 
 
-def _write_all(locks: Locks, by_root: dict[Mapper[Any], Changes]) -> dict[Aggregate, set[Key]]:
-    shown: dict[Aggregate, set[Key]] = {}
-    for root in sorted(by_root, key=lambda held: (locks.plan.rank(held), held.class_.__name__)):
-        for parent, outcomes in by_root[root].items():
-            for aggregate in outcomes:
-                shown.setdefault(aggregate, set()).add(parent)
-        write(locks, by_root[root])
-    return shown
+def _absorbs(chain: Chain, aggregates: list[Aggregate]) -> bool:
+    """Whether one more child is one UPDATE for all of them, of one parent, whose key means the same in the child's object
+    as in the database: texts may be equal there that are not in Python."""
+    keys = aggregates[0].table_key
+    return (
+        chain.depth == 1
+        and chain.links[0].secondary is None
+        and chain.leaf.base_mapper is not chain.root.base_mapper
+        and all(isinstance(column.type, (Integer, Uuid)) for column in keys)
+        and chain.root.tables == [aggregates[0].table]
+        and all(held.absorbs and not STRATEGIES[held.strategy].recounts for held in aggregates)
+    )
 
 
 def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:
@@ -113,8 +170,11 @@ class Keeper:
         self._stale: dict[Aggregate, set[Key]] = {}
         self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
-    def before_flush(self, session: Session) -> None:
+    def forget_classes(self) -> None:
+        """Look classes up anew, since plans have changed."""
         self._sorter = Sorter()
+
+    def before_flush(self, session: Session) -> None:
         self.works = {}
         dialects: dict[Plan, int | None] = {}
 
@@ -125,9 +185,12 @@ class Keeper:
             return dialects[plan]
 
         for plan, touched in self._sorter.collect(session, parents_at).items():
+            prepared = [one for one in _by_strategy(plan) if one[0].prepares]
+            if not touched and not prepared:
+                continue
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
-            for strategy, held in _by_strategy(plan):
+            for strategy, held in prepared:
                 strategy.before_flush(session, work.locks, held, touched)
 
     def after_flush(self, session: Session) -> None:
@@ -137,7 +200,8 @@ class Keeper:
             work = self.works.get(plan)
             if work is None:
                 work = self.works[plan] = Work(session, plan, Touched())
-            missed(plan, work.touched, again.get(plan, Touched()))
+            if plan in again:
+                missed(plan, work.touched, again[plan])
             after: dict[Place, set[Key]] = {place: set(keys) for place, keys in work.touched.rows.items()}
             renamed: dict[Any, Key] = {}
             for instance in work.touched.renamed:
@@ -147,14 +211,14 @@ class Keeper:
                 for place in list(after):
                     if state.mapper.isa(place.chain.mappers[place.level]) and state.identity in after[place]:
                         after[place].add(key)
-            for place, keys in new.get(plan, {}).items():
-                after.setdefault(place, set()).update(keys)
-            written = work.write_difference(_kept(plan), after, renamed)
-            for aggregate, keys in written.items():
-                self._stale.setdefault(aggregate, set()).update(keys)
+            fresh = new.get(plan, {})
+            for place, by_key in fresh.items():
+                after.setdefault(place, set()).update(by_key)
+            stale = work.write_difference(_kept(plan), after, renamed, fresh)
             for strategy, held in _by_strategy(plan):
-                for aggregate, keys in strategy.after_flush(session, held).items():
-                    self._stale.setdefault(aggregate, set()).update(keys)
+                stale.update(strategy.after_flush(session, held))
+            for aggregate, keys in stale.items():
+                self._stale.setdefault(aggregate, set()).update(keys)
 
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
@@ -244,6 +308,12 @@ def _read(session: Session, root: Any, states: dict[Any, list[str]]) -> None:
 
 
 _keepers: weakref.WeakKeyDictionary[Session, Keeper] = weakref.WeakKeyDictionary()
+
+
+def forget_classes() -> None:
+    """Have every Session look classes up anew: a plan was made, or is gone."""
+    for keeper in list(_keepers.values()):
+        keeper.forget_classes()
 
 
 def keeper_of(session: Session) -> Keeper:

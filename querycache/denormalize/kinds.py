@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
-from sqlalchemy import ColumnElement, func, types
+from sqlalchemy import ColumnElement, case, func, literal_column, null, true, types
 
 from querycache.denormalize.errors import DenormalizeError
 
@@ -32,6 +32,7 @@ __all__ = [
     "RECOUNT",
     "SUM",
     "Change",
+    "How",
     "Increment",
     "Kind",
     "Merge",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 Parts = tuple[Any, ...]
+
+How = Literal["add", "set", "least", "greatest"]
+"""What becomes of a column that meets a value: their sum, the value, or the one of them that goes further."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Increment:
 class Merge:
     """Set the column to the smaller, the larger or simply the given one of its value and `value`."""
 
-    how: Literal["least", "greatest", "set"]
+    how: How
     value: Any
 
 
@@ -105,6 +109,14 @@ class Kind(ABC):
     def change(self, before: Parts, after: Parts) -> Change | None:
         """What a change of the touched rows from `before` to `after` does; None if nothing."""
 
+    def gain(self, value: ColumnElement[Any] | None) -> tuple[How, ColumnElement[Any]] | None:
+        """What one more row does to the column, as SQL; None if the other rows must be looked at.
+
+        Args:
+            value: what the row counts for, NULL if it does not count; None where there is no measure and every row counts.
+        """
+        return None
+
     @abstractmethod
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
         """The value of the column as one SQL expression over all rows."""
@@ -149,6 +161,10 @@ class Count(Kind):
         difference = after[0] - before[0]
         return Increment(difference) if difference else None
 
+    def gain(self, value: ColumnElement[Any] | None) -> tuple[How, ColumnElement[Any]] | None:
+        one: ColumnElement[int] = literal_column("1")
+        return "add", one if value is None else case((value.is_not(None), one), else_=literal_column("0"))
+
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
         return func.count(value)
 
@@ -182,6 +198,10 @@ class Sum(Kind):
     def change(self, before: Parts, after: Parts) -> Change | None:
         difference = (after[0] or 0) - (before[0] or 0)
         return Increment(difference) if difference else None
+
+    def gain(self, value: ColumnElement[Any] | None) -> tuple[How, ColumnElement[Any]] | None:
+        assert value is not None
+        return "add", func.coalesce(value, literal_column("0"))
 
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
         return func.coalesce(func.sum(value), 0)
@@ -236,6 +256,10 @@ class Extreme(Kind):
         if after[1] is not None and (not before[0] or self._outwards(before[1], after[1])):
             return Merge(self.how, after[1])
         return RECOUNT
+
+    def gain(self, value: ColumnElement[Any] | None) -> tuple[How, ColumnElement[Any]] | None:
+        assert value is not None
+        return self.how, value
 
     def _outwards(self, before: Any, after: Any) -> bool:
         return self._comparable(before, after) and bool(
@@ -335,6 +359,10 @@ class Exists(Kind):
         if before[0] == after[0]:
             return None
         return Merge("set", True) if after[0] else RECOUNT
+
+    def gain(self, value: ColumnElement[Any] | None) -> tuple[How, ColumnElement[Any]] | None:
+        # True is the greater of two truth values, and NULL none.
+        return "greatest", true() if value is None else case((value.is_not(None), true()), else_=null())
 
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
         return func.count(value) > 0

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapper, Session, configure_mappers
 
 from querycache.denormalize import bulk, configure, guard, readonly
 from querycache.denormalize.declare import INFO_KEY
-from querycache.denormalize.keeping import keeper_of
+from querycache.denormalize.keeping import forget_classes, keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
 
@@ -44,6 +44,7 @@ def _plan_made(plan: Plan) -> None:
             readonly.protect(aggregate)
             STRATEGIES[aggregate.strategy].attach(plan, aggregate)
     _kept.add(plan.metadata)
+    forget_classes()
     if not event.contains(Session, "before_flush", _before_flush):
         for target, name, listener in _LISTENERS:
             event.listen(target, name, listener)
@@ -56,6 +57,7 @@ def _class_gone(cls: type[Any]) -> None:
         if isinstance(plan, Plan) and any(held.chain.root.class_ is cls for held in plan.aggregates):
             del metadata.info[INFO_KEY]
             _kept.discard(metadata)
+            forget_classes()
             for aggregate in plan.aggregates:
                 STRATEGIES[aggregate.strategy].detach(aggregate)
     if not _kept and event.contains(Session, "before_flush", _before_flush):

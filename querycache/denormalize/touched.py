@@ -42,6 +42,9 @@ class Touched:
         self.changed: dict[tuple[Place, Key], Any] = {}
         self.renamed: list[Any] = []
 
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.parents or self.deleted or self.dead)
+
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
 
@@ -51,7 +54,7 @@ class Touched:
 
 
 class Sorter:
-    """Sorts the objects of one flush by plan; remembers what it learned of each class."""
+    """Sorts the objects of flushes by plan; remembers what it learned of each class."""
 
     def __init__(self) -> None:
         self._classes: dict[type[Any], tuple[Plan, Watch] | None] = {}
@@ -199,32 +202,32 @@ def _parents(instance: Any, place: Place, touched: Touched) -> None:
                     touched.parents.setdefault(upper, set()).add(identity)
 
 
-def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, set[Key]]]:
-    """The keys of the rows that the flush has inserted, by place; asked when it has."""
-    found: dict[Plan, dict[Place, set[Key]]] = {}
+def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, dict[Key, Any]]]:
+    """The objects whose rows the flush has inserted, by place and key; asked when it has."""
+    found: dict[Plan, dict[Place, dict[Key, Any]]] = {}
     for cls, instances in sorter.by_class(session.new).items():
         known = sorter.watch(cls)
         if known is None or not known[1].places:
             continue
         plan, watch = known
-        keys = _keys(sqlalchemy_inspect(cls), instances)
+        by_key = _by_key(sqlalchemy_inspect(cls), instances)
         per_place = found.setdefault(plan, {})
         for place, _ in watch.places:
-            per_place.setdefault(place, set()).update(keys)
+            per_place.setdefault(place, {}).update(by_key)
     return found
 
 
-def _keys(mapper: Mapper[Any], instances: Iterable[Any]) -> list[Key]:
-    """The keys of objects that have been inserted; an orphan that was not has none."""
+def _by_key(mapper: Mapper[Any], instances: Iterable[Any]) -> dict[Key, Any]:
+    """Objects that have been inserted by their keys; an orphan that was not has none."""
     names = primary_keys(mapper)
     try:
         if len(names) == 1:
             (name,) = names
-            return [(part,) for each in instances if (part := each.__dict__[name]) is not None]
-        keys = [tuple([each.__dict__[name] for name in names]) for each in instances]
+            return {(part,): each for each in instances if (part := each.__dict__[name]) is not None}
+        keys = {tuple([each.__dict__[name] for name in names]): each for each in instances}
     except KeyError:  # an attribute that is expired, or mapped under several columns
-        keys = [tuple(mapper.primary_key_from_instance(each)) for each in instances]
-    return [key for key in keys if None not in key]
+        keys = {tuple(mapper.primary_key_from_instance(each)): each for each in instances}
+    return {key: each for key, each in keys.items() if None not in key}
 
 
 def spread(locks: Locks, touched: Touched) -> None:

@@ -97,17 +97,16 @@ def _check(aggregate: Aggregate, dialect: Dialect) -> None:
             f"{aggregate.name}: a trigger of MariaDB and MySQL cannot update the table that it belongs to,"
             f" {aggregate.table.name}; take strategy 'sql'"
         )
-    for level, mapper in enumerate(chain.mappers[1:], start=1):
-        for table in mapper.tables:
-            for constraint in table.foreign_key_constraints if isinstance(table, Table) else ():
-                rule = (constraint.ondelete or "").upper()
-                if rule in ("CASCADE", "SET NULL", "SET DEFAULT"):
-                    upper = chain.mappers[level - 1].tables
-                    if constraint.referred_table not in upper:
-                        raise ConfigurationError(
-                            f"{aggregate.name}: MariaDB and MySQL run no triggers for ON DELETE {rule} of"
-                            f" {constraint.referred_table.name}, which changes {table.name}; take strategy 'sql'"
-                        )
+    for level, table in _levels(aggregate):
+        for constraint in table.foreign_key_constraints:
+            rule = (constraint.ondelete or "").upper()
+            if rule in ("CASCADE", "SET NULL", "SET DEFAULT"):
+                upper = chain.mappers[level - 1].tables
+                if constraint.referred_table not in upper:
+                    raise ConfigurationError(
+                        f"{aggregate.name}: MariaDB and MySQL run no triggers for ON DELETE {rule} of"
+                        f" {constraint.referred_table.name}, which changes {table.name}; take strategy 'sql'"
+                    )
 
 
 def _levels(aggregate: Aggregate) -> Iterator[tuple[int, Table]]:

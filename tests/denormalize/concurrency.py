@@ -35,6 +35,10 @@ TOLD_EVERY = 50
 """Operations after which a process says how far it is."""
 PATIENCE = 120.0
 """Seconds without a word from any process after which they are taken to be stuck."""
+TOGETHER = (1, 1, 1, 1, 2, 2, 3, 5, 10, 25)
+"""Operations in one flush and transaction, one of these by chance: many small transactions, and some that lock much."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.2
+"""Seconds that a transaction waits at most after its first failure, twice as long after each further one; and at most."""
 DATABASES = ("postgresql", "mariadb")
 ISOLATIONS = ("READ COMMITTED", "REPEATABLE READ")
 DEADLOCK = {"40P01", 1213}
@@ -45,28 +49,26 @@ def error_code(error: DBAPIError) -> Any:
     return getattr(error.orig, "sqlstate", None) or (error.orig.args[0] if error.orig is not None else None)
 
 
-def change(session: Session, m: Any, draw: random.Random, highest: int) -> None:
-    """One operation on one child."""
-    what = draw.random()
-    child = None
-    if what > 0.3:
-        child = session.scalars(
-            select(m.Comment)
-            .where(m.Comment.id >= draw.randint(1, max(1, highest)))
-            .order_by(m.Comment.id)
-            .limit(1)
-        ).first()
-    if child is None:
-        values = {"thread_id": draw.randint(1, PARENTS), "score": draw.choice([None, *range(-3, 20)])}
-        if hasattr(m, "User"):
-            values |= {"author_id": draw.randint(1, 2), "message": "word " * draw.randint(1, 5) + "end"}
-        session.add(m.Comment(**values))
-    elif what < 0.55:
-        child.thread_id = draw.randint(1, PARENTS)
-    elif what < 0.75:
-        child.score, child.deleted = draw.randint(-3, 20), draw.random() < 0.3
-    else:
-        session.delete(child)
+def change(session: Session, m: Any, draw: random.Random, number: int, highest: int) -> None:
+    """As many operations, each on one child. The children are read in one statement, so that the work is in the flush."""
+    from_here = draw.randint(1, max(1, highest))
+    query = select(m.Comment).where(m.Comment.id >= from_here).order_by(m.Comment.id).limit(number)
+    children = list(session.scalars(query))
+    for _ in range(number):
+        what = draw.random()
+        if what < 0.3 or not children:
+            values = {"thread_id": draw.randint(1, PARENTS), "score": draw.choice([None, *range(-3, 20)])}
+            if hasattr(m, "User"):
+                values |= {"author_id": draw.randint(1, 2), "message": "word " * draw.randint(1, 5) + "end"}
+            session.add(m.Comment(**values))
+            continue
+        child = children.pop()
+        if what < 0.55:
+            child.thread_id = draw.randint(1, PARENTS)
+        elif what < 0.75:
+            child.score, child.deleted = draw.randint(-3, 20), draw.random() < 0.3
+        else:
+            session.delete(child)
 
 
 def work(
@@ -76,18 +78,21 @@ def work(
     logging.getLogger("psycopg").setLevel(logging.ERROR)  # which warns of each serialization failure
     m: Any = getattr(models, made_by)(strategy)
     engine = create_engine(url, isolation_level=isolation)
-    draw = random.Random(seed)
+    draw, pause = random.Random(seed), random.Random(-1 - seed)
     seen: Counter[str] = Counter()
     done, highest = 0, 1000
     while done < operations:
-        together = min(draw.choice([1, 1, 1, 2, 3]), operations - done)
+        together = min(draw.choice(TOGETHER), operations - done)
         state = draw.getstate()
+        tries = 0
         while True:
             draw.setstate(state)
+            # Transactions that fail together and come back together fail together again.
+            time.sleep(pause.uniform(0, min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries)) if tries else 0)
+            tries += 1
             with Session(engine, autoflush=False) as session:
                 try:
-                    for _ in range(together):
-                        change(session, m, draw, highest)
+                    change(session, m, draw, together, highest)
                     new = list(session.new)
                     session.flush()
                     highest = max([highest, *(child.id for child in new)])
@@ -120,6 +125,7 @@ def run(
     isolation: str = "READ COMMITTED",
     operations: int,
     processes: int = 8,
+    seed: int = 0,
     progress: Callable[[Counter[str]], None] = lambda so_far: None,
 ) -> Counter[str]:
     """Run the proof; returns what was met, by name.
@@ -144,9 +150,9 @@ def run(
         share = -(-operations // processes)
         workers = [
             context.Process(
-                target=work, args=(url, made_by, strategy, isolation, share, seed, results), daemon=True
+                target=work, args=(url, made_by, strategy, isolation, share, seed + n, results), daemon=True
             )
-            for seed in range(processes)
+            for n in range(processes)
         ]
         for worker in workers:
             worker.start()
@@ -187,6 +193,7 @@ def main() -> int:
         "--operations", type=int, default=50_000, help="of each database and level (default: 50000)"
     )
     parser.add_argument("--processes", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other operations")
     given = parser.parse_args()
     wrong = 0
     for database in [given.database] if given.database else DATABASES:
@@ -222,6 +229,7 @@ def prove(title: str, url: str, isolation: str, given: argparse.Namespace) -> bo
             isolation=isolation,
             operations=given.operations,
             processes=given.processes,
+            seed=given.seed,
             progress=progress,
         )
     except AssertionError as error:

@@ -18,6 +18,7 @@ from sqlalchemy import (
     Table,
     create_engine,
 )
+from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -42,6 +43,7 @@ from querycache.denormalize import (
     min_of,
     python,
     sum_of,
+    trigger_sql,
 )
 from querycache.errors import ConfigurationError
 
@@ -344,3 +346,30 @@ def test_float_from_python_is_refused() -> None:
         session.add(m.Parent(children=[m.Child(n=1)]))
         with pytest.raises(DenormalizeError, match="the measure gave a float"):
             session.flush()
+
+
+def test_mariadb_would_run_no_trigger_for_a_secondary_row_that_goes_with_its_child() -> None:
+    Base: Any = declarative_base()
+    secondary = Table(
+        "carried",
+        Base.metadata,
+        Column("bag", ForeignKey("bag.id"), primary_key=True),
+        Column("thing", ForeignKey("thing.id", ondelete="CASCADE"), primary_key=True),
+    )
+
+    class Bag(Base):
+        __tablename__ = "bag"
+        id = mapped_column(Integer, primary_key=True)
+        things = relationship("Thing", secondary=secondary)
+        n = count_of("things", strategy="trigger", type_=Integer)
+
+    class Thing(Base):
+        __tablename__ = "thing"
+        id = mapped_column(Integer, primary_key=True)
+
+    Base.registry.configure()
+    with pytest.raises(
+        ConfigurationError, match=r"run no triggers for ON DELETE CASCADE of thing, .* carried"
+    ):
+        trigger_sql(Base, mysql.dialect())
+    assert trigger_sql(Base, postgresql.dialect())

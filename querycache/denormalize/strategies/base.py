@@ -40,12 +40,14 @@ class Strategy:
         name: what `strategy=` calls it.
         by_images: whether it is kept by comparing the images of touched rows before and after the flush.
         recounts: whether touched parents are counted anew rather than brought forward.
+        prepares: whether it has something to do before a flush in which no row changes, but new ones come.
         expires: whether the unit of work expires the attribute, as it does with SQL expressions that it has written.
     """
 
     name: ClassVar[str]
     by_images: ClassVar[bool] = False
     recounts: ClassVar[bool] = False
+    prepares: ClassVar[bool] = False
     expires: ClassVar[bool] = False
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:

@@ -33,6 +33,7 @@ __all__ = ["Flush"]
 
 class Flush(Strategy):
     name = "flush"
+    prepares = True
     expires = True
 
     def before_flush(

@@ -45,6 +45,7 @@ Contribution = tuple[Any, Any]
 
 class Memory(Strategy):
     name = "memory"
+    prepares = True
 
     def __init__(self) -> None:
         self._ledgers: dict[Any, _Ledger] = {}
