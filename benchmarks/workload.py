@@ -4,11 +4,12 @@
 
 Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and
 boards are popular after Zipf, and now and then write: reply, edit, change a profile, open a thread. The same work is
-done in four ways, in turn, several times over:
+done in five ways, in turn, several times over:
 
 - **row slots**: the library as it is;
 - **table tags**: the same with every answer depending on whole tables, as query caches in this field do;
 - **TTL only**: answers expire after a second and writes are not followed, so what is read may be stale;
+- **limit**: the same, but nothing expires; soon every read is a hit, so no cache of this kind can bring more;
 - **no cache**: the library is not there.
 
 Then one process commits replies, with the library and without, in turn: what a writing commit costs.
@@ -56,7 +57,7 @@ from querycache.dependencies import Analysis
 from querycache.writes import Writes
 
 BOARDS, MEMBERS, THREADS, POSTS = 20, 500, 500, 50_000
-MODES = ("row slots", "table tags", "TTL only", "no cache")
+MODES = ("row slots", "table tags", "TTL only", "limit", "no cache")
 READS = (90, 95, 99)
 ZIPF = 1.1
 PAGE = 20
@@ -240,7 +241,7 @@ def prepare(mode: str, store_url: str, sessions: sessionmaker[Session], namespac
         return None
     if mode == "table tags":
         Analysis.tags = _table_tags  # type: ignore[method-assign, assignment]
-    if mode == "TTL only":
+    if mode in ("TTL only", "limit"):
         Writes.watch = lambda self, engine: False  # type: ignore[method-assign]
     # The lease only matters for the first moments of a cache on a server whose history is not known.
     cache = QueryCache(store_url, namespace=namespace, ttl=TTL if mode == "TTL only" else None, lease=2.0)
@@ -403,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for reads in options.reads or READS:
         runs[reads] = {mode: [] for mode in MODES}
         for turn in range(options.repeats):
-            for mode in MODES[turn % 4 :] + MODES[: turn % 4]:
+            for mode in MODES[turn % 5 :] + MODES[: turn % 5]:
                 runs[reads][mode].append(measure(mode, reads, urls, options))
                 _say(f"{reads}/{100 - reads} {mode}: {runs[reads][mode][-1]}")
     commits = measure_commits(urls, options)
@@ -433,6 +434,7 @@ def _result(
                 "required": REQUIRED_THROUGHPUT,
                 "measured": _ratio(modes, "operations", "no cache"),
                 "by processor time": 1 / _ratio(modes, "processor", "no cache"),
+                "of the limit": _ratio(modes, "operations", "limit"),
             }
     required["writing commit, with to without, at most"] = {
         "required": REQUIRED_COMMIT,
@@ -465,7 +467,8 @@ def _table(result: Any) -> str:
         )
     lines.append("")
     for name, row in result["required"].items():
-        lines.append(f"{name}: required {row['required']:.2f}, measured {row['measured']:.2f}")
+        further = "".join(f", {name} {row[name]:.2f}" for name in row if name not in ("required", "measured"))
+        lines.append(f"{name}: required {row['required']:.2f}, measured {row['measured']:.2f}{further}")
     return "\n".join(lines)
 
 
