@@ -1,10 +1,14 @@
 """Names of tags: what an answer can depend on.
 
 A tag is a short text. Its kind stands before the colon, so that a name given by a user never meets the
-name of a table.
+name of a table. Names that an application gives (it may make one for each of its users) and statements (it may write
+values into their text) share a fixed number of tags, so that the ledger does not grow with what is cached: two that
+share one are made invalid together.
 """
 
 from __future__ import annotations
+
+from hashlib import blake2b
 
 __all__ = [
     "EVERYTHING",
@@ -21,10 +25,13 @@ __all__ = [
 EVERYTHING = "*"
 """The tag on which every answer depends."""
 
+NAMES = 65_536
+"""Tags of each kind that names and statements share."""
+
 
 def key_tag(key: str) -> str:
     """The tag of the answers that were stored under a ``cache_key``."""
-    return f"key:{key}"
+    return f"key:{_shared(key.encode('utf-8', 'surrogatepass'))}"
 
 
 def region_tag(region: str) -> str:
@@ -33,13 +40,13 @@ def region_tag(region: str) -> str:
 
 
 def statement_tag(structure: bytes) -> str:
-    """The tag of the answers to one statement, whatever its parameters; named by the digest of its structure."""
-    return f"statement:{structure.hex()}"
+    """The tag of the answers to one statement, whatever its parameters, found by the digest of its structure."""
+    return f"statement:{_shared(structure)}"
 
 
 def user_tag(name: str) -> str:
     """The tag for a name given in ``cache_tags``."""
-    return f"tag:{name}"
+    return f"tag:{_shared(name.encode('utf-8', 'surrogatepass'))}"
 
 
 def table_tag(table: str) -> str:
@@ -60,3 +67,7 @@ def change_tag(table: str) -> str:
 def slot_tag(table: str, column: str, slot: int) -> str:
     """The tag of the rows whose value in a tracked column falls into a slot."""
     return f"slot:{table}.{column}:{slot}"
+
+
+def _shared(name: bytes) -> int:
+    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big") % NAMES

@@ -20,7 +20,7 @@ from redis import Redis
 from sqlalchemy import Engine, insert, select, text, update
 from sqlalchemy.orm import sessionmaker
 
-from querycache import QueryCache
+from querycache import QueryCache, tags
 from tests.servers import Server
 from tests.writes.library import Author, Base, Book, fill_library
 
@@ -95,9 +95,9 @@ class Counted:
                 return
         raise AssertionError("the cache does not fill")
 
-    def ask(self, entity: Any, *criteria: Any) -> None:
+    def ask(self, entity: Any, *criteria: Any, **options: Any) -> None:
         with self.sessions() as session:
-            statement = select(entity).where(*criteria).execution_options(cache_key=True)
+            statement = select(entity).where(*criteria).execution_options(**{"cache_key": True, **options})
             session.scalars(statement).all()
 
     def cost(self, action: Callable[[], object]) -> int:
@@ -169,6 +169,47 @@ def test_a_transaction_that_wrote_nothing_costs_nothing(counted: Counted) -> Non
 
     for transaction in (read, roll_back, core):
         assert counted.cost(transaction) == 0
+
+
+def test_a_snapshot_costs_one_round_trip(postgresql_engine: Engine, redis_store_url: str) -> None:
+    """The cache may be used as long as nobody has committed since, so what was there before must be known."""
+    proxy = CountingProxy(redis_store_url)
+    counted = Counted(postgresql_engine, proxy)
+    snapshots = counted.engine.execution_options(isolation_level="REPEATABLE READ")
+
+    def read() -> None:
+        with counted.sessions(bind=snapshots) as session:
+            session.scalars(select(Book)).all()
+            session.scalars(select(Author)).all()
+            session.commit()
+
+    assert counted.cost(read) == 1
+    proxy.close()
+
+
+def test_names_and_statements_do_not_make_the_ledger_grow(
+    sqlite_engine: Engine, private_server: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tags, "NAMES", 8)
+    server = private_server("redis")
+    counted = Counted(sqlite_engine, CountingProxy(server.url))
+    with Redis.from_url(server.url) as client:
+        for number in range(100):
+            counted.ask(
+                Author,
+                text(f"{number} = {number}"),
+                cache_key=f"user-{number}",
+                cache_tags=[f"page-{number}"],
+            )
+        for kind in ("key", "tag", "statement"):
+            assert 0 < len(client.keys(f"qc:t:{kind}:*")) <= 8
+    with counted.cache.recording() as events:
+        counted.ask(Author, cache_key="user-7")
+        counted.ask(Author, cache_key="user-7")
+        counted.cache.invalidate(key="user-7")
+        counted.ask(Author, cache_key="user-7")
+    assert [event.outcome for event in events][-3:] == ["hit", "stale", "fill"]
+    counted.proxy.close()
 
 
 def test_ten_thousand_rows_collapse_to_the_slots(
