@@ -701,13 +701,13 @@ def untap(engine: Engine, listener: Tap) -> None:
 def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bool | None]:
     """A listener of the dialect's events: it runs the statement itself where that commits, to know when it has."""
     run = getattr(dialect, name)
+    one_set = name == "do_execute"
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
-        parameters = rest[0] if name == "do_execute" else context.parameters[0]
-        if sql is not context.statement or parameters is not context.parameters[0]:
+        if sql is not context.statement or (one_set and rest[0] is not context.parameters[0]):
             # by a listener of before_cursor_execute, of which the context is not told
-            context.__dict__[_SENT] = sql, parameters
+            context.__dict__[_SENT] = sql, rest[0] if one_set else context.parameters[0]
         compiled = context.compiled
         reads_only = compiled is not None and _READS in compiled.__dict__
         ending: list[Tap] | None = None
@@ -726,10 +726,6 @@ def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bo
     return execute
 
 
-# What a connection has no dictionary for: a bare DBAPI connection; what stands in for one at first connect.
-_NO_INFO = (AttributeError, NotImplementedError)
-
-
 def _info(connection: Any) -> dict[Any, Any] | None:
     """The dictionary of a connection; None for those that a dialect makes for itself.
 
@@ -737,17 +733,20 @@ def _info(connection: Any) -> dict[Any, Any] | None:
     """
     try:
         return connection.info  # type: ignore[no-any-return]
-    except _NO_INFO:
+    except (
+        AttributeError,
+        NotImplementedError,
+    ):  # a bare DBAPI connection; what stands in for one at first connect
         return None
 
 
 def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        # _info() written out, here and in rollback: each transaction comes through, also one that only reads
+        # What _info() mostly comes to, here and in rollback: each transaction comes through, also one that only reads.
         try:
-            info = connection.info
-        except _NO_INFO:
-            info = None
+            info = connection._connection_record.info
+        except AttributeError:
+            info = _info(connection)
         if info:
             for each in taps:
                 each.begin(info)
@@ -796,9 +795,9 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) ->
             return run(connection, *args, **kwargs)
         finally:
             try:
-                info = connection.info
-            except _NO_INFO:
-                info = None
+                info = connection._connection_record.info
+            except AttributeError:
+                info = _info(connection)
             if info:
                 for each in taps:
                     each.end(info)

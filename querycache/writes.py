@@ -249,16 +249,17 @@ class Writes:
 
         Returns True where it commits itself, and :meth:`executed` is to follow.
         """
-        compiled = context.compiled
-        connection: Connection = context.root_connection
-        if context.dialect not in self._settled:
-            if sa_internals.is_initializing(connection):
+        dialect = context.dialect
+        if dialect not in self._settled:
+            if sa_internals.is_initializing(context.root_connection):
                 return False
-            self._settle(context.dialect)
-        if context.dialect in self._old_views or "isolation_level" in context.execution_options:
-            self._before_snapshot(connection)
+            self._settle(dialect)
+        if dialect in self._old_views or "isolation_level" in context.execution_options:
+            self._before_snapshot(context.root_connection)
         if reads_only:
             return False
+        compiled = context.compiled
+        connection: Connection = context.root_connection
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
             text = read_text(sql, connection.dialect.name)

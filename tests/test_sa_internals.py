@@ -126,6 +126,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_compile_w_cache": lambda live: live.statement,
     "_compiled_cache": lambda live: live.engine,
     "_connection_for_bind": lambda live: live.session,
+    "_connection_record": lambda live: live.connection.connection,
     "_connections": lambda live: live.transaction,
     "_events_todo": lambda live: live.states[0],
     "_execution_options": lambda live: live.statement,
