@@ -361,12 +361,12 @@ def _names(counters: Sequence[str], run: str) -> tuple[bytes, ...]:
     return _encoded(tuple(counters), run)
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def _encoded(counters: tuple[str, ...], run: str) -> tuple[bytes, ...]:
     return tuple(_encode(f"{counter}@{run}") for counter in counters)
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def _versions(texts: tuple[bytes | None, ...]) -> tuple[int | None, ...]:
     return tuple(None if text is None else versions.parse(text) for text in texts)
 

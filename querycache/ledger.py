@@ -276,7 +276,7 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
     return _header(reading.tags, reading.versions) + payload
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _header(tags: tuple[str, ...], found: tuple[int | None, ...]) -> bytes:
     names = "\0".join(tags).encode("utf-8", "surrogatepass")
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names

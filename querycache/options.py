@@ -52,7 +52,7 @@ class CacheOptions:
     tables: tuple[str, ...] = ()
     mode: Mode = "use"
     exact: bool = False
-    # asked for at each lookup
+    # asked for at each lookup; strings have other hashes in other processes, so it is not pickled
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -70,11 +70,16 @@ class CacheOptions:
             raise ConfigurationError(
                 "cache_exact=True needs a string as cache_key: there is nothing else to go by"
             )
-        values = (self.key, self.region, self.ttl, self.tags, self.tables, self.mode, self.exact)
-        object.__setattr__(self, "_hash", hash(values))
+        object.__setattr__(self, "_hash", hash(self._values()))
+
+    def _values(self) -> tuple[object, ...]:
+        return self.key, self.region, self.ttl, self.tags, self.tables, self.mode, self.exact
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        return CacheOptions, self._values()
 
     @property
     def name(self) -> str:

@@ -63,9 +63,9 @@ together."""
 _SMALL = 64 * 2**10
 _RECENT = 2 * 2**20
 _BESIDE = 2 * 2**10
-"""Entries of at most so many bytes, and at most so many bytes of them, each with so many beside its own, are kept
-decoded, where nothing in them can be changed. Between the same bytes and what they were decoded to there is nothing to
-go stale."""
+"""Entries of at most so many bytes (the first) are kept decoded where nothing in them can be changed, those of the last
+so many bytes (the second), counting so many more (the third) for each. Between the same bytes and what they were
+decoded to there is nothing to go stale."""
 
 
 _REMEMBERED = 10_000

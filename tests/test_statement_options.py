@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +23,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import StaticPool
 
 from querycache import FromCache, QueryCache, RelationshipCache
+from querycache.options import CacheOptions
 from querycache.sa_internals import cache_key_of
 
 
@@ -123,3 +127,15 @@ def test_a_relationship_of_an_alias(outcomes: Outcomes) -> None:
     statement = select(author).options(RelationshipCache(author.books))
     assert outcomes(statement) == ["miss", "fill"]
     assert outcomes(statement) == ["hit"]
+
+
+def test_a_pickled_option_is_as_good_as_a_new_one_in_another_process() -> None:
+    code = (
+        "import pickle, sys; from querycache.options import CacheOptions; "
+        "sys.stdout.buffer.write(pickle.dumps(CacheOptions(key='a name')))"
+    )
+    for seed in "1", "2":
+        pickled = subprocess.check_output(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}
+        )
+        assert {pickle.loads(pickled)} == {CacheOptions(key="a name")}
