@@ -114,12 +114,12 @@ def _find_mutants(options: argparse.Namespace, servers: Mapping[str, Server]) ->
 
 
 def find(name: str, database_url: str, store: Server, seed: str = "") -> Report:
-    """A round in which a mutant should be found: more writes, and its faults close together."""
+    """A round in which a mutant should be found: as many writes, and faults as close together, as show it best."""
     return run_round(
         database_url,
         store,
         seconds=MUTANT_SECONDS,
-        writes=0.02,
+        writes=MUTANTS[name].writes,
         every=MUTANTS[name].every,
         mutant=name,
         seed=seed,

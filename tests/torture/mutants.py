@@ -30,6 +30,8 @@ class Mutant:
         isolation: of the transactions.
         consistency: as given to the cache.
         every: seconds from one fault to the next.
+        writes: of the workers' operations, the part that are writing transactions. Where all that a write misses is some
+            of its tags, others that come soon after it hide that.
     """
 
     what: str
@@ -38,6 +40,7 @@ class Mutant:
     isolation: str = "READ COMMITTED"
     consistency: str = "strict"
     every: float = 1.0
+    writes: float = 0.02
 
 
 def apply(name: str) -> None:
@@ -201,10 +204,14 @@ MUTANTS = {
     "bump-before": Mutant("one new generation before COMMIT, and no marks", _plain_bump),
     "shared-mark": Mutant("a writer that ends takes off the marks of the others, too", _one_mark_for_all),
     "new-slots-only": Mutant(
-        "a row write changes the slots of its new values, and nothing of its old ones", _old_slots_forgotten
+        "a row write changes the slots of its new values, and nothing of its old ones",
+        _old_slots_forgotten,
+        writes=0.003,
     ),
     "no-cascades": Mutant("rows that the database itself deletes are not known to change", _no_cascades),
-    "own-write-hidden": Mutant("a transaction is answered from before its own writes", _own_writes_hidden),
+    "own-write-hidden": Mutant(
+        "a transaction is answered from before its own writes", _own_writes_hidden, writes=0.003
+    ),
     "fill-after-write": Mutant("what a transaction reads after its own write is stored", _fill_after_write),
     "no-snapshots": Mutant(
         "a transaction with an old snapshot of the database stores what it sees",
