@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import hiredis
@@ -27,6 +28,15 @@ def _refusal(message: str) -> redis.ResponseError:
     """What the server answered to a command that it did not carry out; the first word says why."""
     kind = redis.exceptions.NoScriptError if message.startswith("NOSCRIPT") else redis.ResponseError
     return kind(message)
+
+
+def _watch(socket: Any) -> Callable[[], object]:
+    """What tells, without waiting, whether anything can be read from a socket."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(socket, select.POLLIN)
+        return partial(poll.poll, 0)
+    return lambda: select.select([socket], [], [], 0)[0]  # on Windows
 
 
 class _WithSocket:
@@ -72,7 +82,7 @@ class Wire:
         self._introduce = introduce
         self._socket: Any = None
         self._reader: Any = None
-        self._poll: Any = None
+        self._has_data: Callable[[], object] = bool
         self._again: Command | None = None
 
     def open(self) -> None:
@@ -81,7 +91,7 @@ class Wire:
             try:
                 if self._again is not None:
                     self._finish()
-                if not self._poll.poll(0):  # otherwise the server has closed it
+                if not self._has_data():  # otherwise the server has closed it
                     return
             except (redis.RedisError, OSError):
                 pass
@@ -92,8 +102,7 @@ class Wire:
             self._reader = hiredis.Reader(
                 protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
             )
-            self._poll = select.poll()
-            self._poll.register(self._socket, select.POLLIN)
+            self._has_data = _watch(self._socket)
             self._introduce(self)
         except BaseException:
             self.close()
@@ -122,7 +131,8 @@ class Wire:
 
     def close(self) -> None:
         """Close the connection, if it is open."""
-        self._socket = self._reader = self._poll = self._again = None
+        self._socket = self._reader = self._again = None
+        self._has_data = bool  # lets go of the socket
         self._connection.disconnect()
 
     def _finish(self) -> None:

@@ -733,10 +733,8 @@ def _info(connection: Any) -> dict[Any, Any] | None:
     """
     try:
         return connection.info  # type: ignore[no-any-return]
-    except (
-        AttributeError,
-        NotImplementedError,
-    ):  # a bare DBAPI connection; what stands in for one at first connect
+    except (AttributeError, NotImplementedError):
+        # a bare DBAPI connection has none, and neither has what stands in for one at first connect
         return None
 
 

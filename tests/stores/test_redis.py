@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import redis
 from dogpile.cache.region import CacheRegion
 
 from querycache import versions
-from querycache.backends import breaker
+from querycache.backends import breaker, resp
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import StoreBackend
@@ -338,6 +340,19 @@ class TestRedis(StoreContract, ServerContract):
         assert store.fetch("entry", [name]) == (None, [None])
         store.begin([name, "another"])
         assert is_new(read(store, [name])[0], versions.GIVEN_UP + 1)
+
+    @pytest.mark.parametrize("without_poll", [False, True])
+    def test_a_socket_is_looked_at_without_waiting(
+        self, monkeypatch: pytest.MonkeyPatch, without_poll: bool
+    ) -> None:
+        if without_poll:  # as on Windows
+            monkeypatch.delattr(select, "poll")
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            has_data = resp._watch(ours)
+            assert not has_data()
+            theirs.close()
+            assert has_data()
 
     # --- Processes --------------------------------------------------------------------------------
 
