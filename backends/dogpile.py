@@ -26,7 +26,7 @@ from dogpile.cache import CacheRegion
 from querycache import versions
 from querycache.backends.breaker import CircuitBreaker
 from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["DogpileBackend"]
 
@@ -59,7 +59,9 @@ class DogpileBackend(StoreBackend):
 
     # -- entries --------------------------------------------------------------------------------------------
 
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         entry = [] if key is None else [key]
         values = self._get([*counters, *entry])
         payload = None

@@ -35,7 +35,7 @@ from querycache.backends.url import (
     without_password,
 )
 from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
     from pymemcache.client.rendezvous import RendezvousHash
@@ -112,7 +112,9 @@ class MemcachedBackend(StoreBackend):
 
     # -- entries --------------------------------------------------------------------------------------------
 
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         reads = Pipeline()
         for counter in counters:
             reads.add(b"mg %b v" % _encode(counter))
@@ -122,7 +124,7 @@ class MemcachedBackend(StoreBackend):
             if not (batches and server is self._ledger):
                 batches.append((server, Pipeline()))
             batches[-1][1].add(b"mg %b v" % _encode(key))
-        replies = [reply for batch in converse(batches) for reply in batch]
+        replies = [reply for batch in converse(batches, meanwhile=meanwhile) for reply in batch]
         payload = replies.pop().value if key is not None else None
         return payload, [_version(reply) for reply in replies]
 

@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from querycache import versions
 from querycache.backends.url import parse_options, size, split_arguments, without_password
 from querycache.errors import ConfigurationError
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["MemoryBackend"]
 
@@ -69,7 +69,9 @@ class MemoryBackend(StoreBackend):
 
     # -- entries --------------------------------------------------------------------------------------------
 
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         with self._lock:
             found: list[int | None] = []
             for counter in counters:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -212,9 +212,15 @@ class Server:
         self.pool.clear()
 
 
-def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = False) -> list[list[Reply]]:
+def converse(
+    batches: Sequence[tuple[Server, Pipeline]],
+    *,
+    essential: bool = False,
+    meanwhile: Callable[[], object] | None = None,
+) -> list[list[Reply]]:
     """Send a pipeline to each of several servers, then read the replies of each: one round trip in all.
 
+    :param meanwhile: is called between the two.
     :param essential: try it although a server failed a moment ago.
     :returns: for each pipeline the replies to its commands.
     :raises CacheUnavailable: one of the servers does not answer. The others may have carried out their part.
@@ -228,6 +234,8 @@ def converse(batches: Sequence[tuple[Server, Pipeline]], *, essential: bool = Fa
             with _faults(server):
                 taken.append(server.pool.take())
                 answers.append(server.connect(taken[-1]).send(bytes(pipeline)))
+        if meanwhile is not None:
+            meanwhile()
         for (server, pipeline), slot, replies in zip(batches, taken, answers, strict=True):
             with _faults(server):
                 assert slot.connection is not None

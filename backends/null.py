@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from querycache.backends.url import parse_options, split_arguments
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["NullBackend"]
 
@@ -22,7 +22,9 @@ class NullBackend(StoreBackend):
         _, given = split_arguments(arguments)
         parse_options("the null store", {}, given)
 
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         return None, [None] * len(counters)
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:

@@ -39,7 +39,7 @@ from querycache.backends.url import (
     without_password,
 )
 from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
     import redis
@@ -181,11 +181,13 @@ class RedisBackend(StoreBackend):
 
     # -- entries --------------------------------------------------------------------------------------------
 
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         entry = [] if key is None else [_encode(key)]
         if not entry and not counters:
             return None, []
-        [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))])
+        [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))], meanwhile=meanwhile)
         payload = values.pop(0) if entry else None
         return payload, list(_versions(tuple(values)))
 
@@ -300,14 +302,16 @@ class RedisBackend(StoreBackend):
         build: Callable[[str], list[Command]],
         essential: bool = False,
         refusable: bool = False,
+        meanwhile: Meanwhile | None = None,
     ) -> list[Any]:
         """Send commands and read one reply for each.
 
         :param build: gives the commands, from the run id of the server that they will go to.
         :param essential: try it although the server failed a moment ago.
         :param refusable: give the server's refusals among the replies rather than raise.
+        :param meanwhile: is called before the replies are read.
         """
-        replies = self._speak(lambda wire: wire.converse(build(wire.run)), essential)
+        replies = self._speak(lambda wire: wire.converse(build(wire.run), meanwhile), essential)
         self._breaker.succeeded()
         if not refusable:
             for reply in replies:

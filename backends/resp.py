@@ -108,10 +108,17 @@ class Wire:
             self.close()
             raise
 
-    def converse(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands and read a reply for each; a refusal is among the replies, as the exception that it is."""
+    def converse(
+        self, commands: Sequence[Command], meanwhile: Callable[[], object] | None = None
+    ) -> list[Any]:
+        """Send commands and read a reply for each; a refusal is among the replies, as the exception that it is.
+
+        :param meanwhile: is called between the two.
+        """
         try:
             self._socket.sendall(b"".join(map(hiredis.pack_command, commands)))
+            if meanwhile is not None:
+                meanwhile()
             return [self._read() for _ in commands]
         except BaseException:
             self.close()

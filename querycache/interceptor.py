@@ -478,7 +478,7 @@ class Interceptor:
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region, options = request.region, request.options
-        lookup = region.lookup(request.key, request.tag_keys)
+        lookup = region.lookup(request.key, request.tag_keys, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if reading is not None:
             distrust = self._distrust(request, reading)

@@ -42,7 +42,7 @@ from functools import lru_cache
 import msgspec
 
 from querycache import versions
-from querycache.store import Mark, StoreBackend
+from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading"]
 
@@ -135,7 +135,7 @@ class Ledger:
 
     # -- readers --------------------------------------------------------------------------------------------
 
-    def lookup(self, entry: str | None, tags: Sequence[str]) -> Reading:
+    def lookup(self, entry: str | None, tags: Sequence[str], meanwhile: Meanwhile | None = None) -> Reading:
         """Read an entry together with the versions of its tags.
 
         One round trip where the tags are clean; a few more where some are missing or unclean and can be
@@ -145,8 +145,9 @@ class Ledger:
         :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
             others (those of statements that were only met while it was loaded) they are read in a second
             round trip.
+        :param meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
-        blob, found = self.store.fetch(entry, [*tags, self._witness])
+        blob, found = self.store.fetch(entry, [*tags, self._witness], meanwhile)
         witness = found.pop()
         payload = None if blob is None else _open(blob, tags, found)
         if blob is not None and payload is None:

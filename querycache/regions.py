@@ -27,7 +27,7 @@ from querycache.events import Outcome
 from querycache.frozen import Entry
 from querycache.ledger import Ledger, Reading
 from querycache.options import check_ttl
-from querycache.store import StoreBackend
+from querycache.store import Meanwhile, StoreBackend
 
 __all__ = ["DEFAULT_REGION", "Lookup", "Region", "Regions"]
 
@@ -132,17 +132,20 @@ class Region:
         prefix = self._tags
         return tuple(prefix + tag for tag in tags)
 
-    def lookup(self, key: str, tag_keys: tuple[str, ...]) -> Lookup:
+    def lookup(self, key: str, tag_keys: tuple[str, ...], meanwhile: Meanwhile | None = None) -> Lookup:
         """Find an answer, and the versions of its tags, in one round trip.
 
         Statements that complete its objects have tags of their own, which the entry names. They are remembered,
         so that only a process that has not seen the entry needs a second round trip.
+
+        Args:
+            meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
         further = self._further.get(key)
         if further is not None:
             tag_keys += further
         try:
-            reading = self.ledger.lookup(key, tag_keys)
+            reading = self.ledger.lookup(key, tag_keys, meanwhile)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:

@@ -21,6 +21,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from uuid import UUID
 
@@ -59,6 +60,7 @@ __all__ = [
     "effective_options",
     "flushed",
     "given_options",
+    "heed_others",
     "holds_text",
     "in_transaction",
     "is_autocommit",
@@ -126,9 +128,10 @@ def effective_options(state: ORMExecuteState) -> Mapping[str, Any]:
     return state.statement._execution_options.union(state.local_execution_options)  # type: ignore[no-any-return]
 
 
-def given_options(statement: Any) -> tuple[Mapping[str, Any], tuple[Any, ...]]:
-    """The execution options of a statement, and those given to ``statement.options(…)``, in order."""
-    return statement._execution_options, getattr(statement, "_with_options", ())
+given_options: Callable[[Any], tuple[Mapping[str, Any], tuple[Any, ...]]] = cast(
+    "Any", attrgetter("_execution_options", "_with_options")
+)
+"""The execution options of a statement, and those given to ``statement.options(…)``, in order."""
 
 
 def load_options(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -347,6 +350,7 @@ class Prepared:
     plan: Plan
     rewritten: bool = False
     _context: Any = None
+    _begun: _Replay | None = None
 
     def column_names(self) -> list[str]:
         """Names of the columns as rendered in the statement; empty where only the database knows them."""
@@ -380,14 +384,59 @@ class Prepared:
         self._context = context
         return description, rows, rowcount
 
+    def begin_replay(self) -> None:
+        """Do ahead what :meth:`replay` does before it needs the rows.
+
+        It takes a third of the time of a few rows. For that the columns must be known, which they are once the same
+        statement was replayed with any parameters.
+        """
+        description = self.plan.compiled.__dict__.get(_DESCRIPTION)
+        if description is not None and self._begun is None and _ROWS_FIRST.isdisjoint(self.plan.options):
+            self._begun = self._begin(description, (), -1)
+
     def replay(self, description: Sequence[Sequence[Any]], rows: Iterable[Row], rowcount: int) -> Result[Any]:
         """The statement's result over stored rows, loaded as a result from the database is loaded."""
-        context = self._context or self.plan.context()
+        begun, self._begun = self._begun, None
+        if begun is None or begun.cursor.description != description:
+            begun = self._begin(description, rows, rowcount)
+            self.plan.compiled.__dict__[_DESCRIPTION] = description
+        else:
+            begun.cursor.rowcount = rowcount
+            begun.cursor.rows = iter(rows)
+        return _loaded(begun.result)
+
+    def _begin(self, description: Sequence[Sequence[Any]], rows: Iterable[Row], rowcount: int) -> _Replay:
+        context, self._context = self._context or self.plan.context(), None
         cursor = context.cursor
         cursor.description = description
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
-        return self.invocation.load(context._setup_result_proxy())
+        return _Replay(cursor, self.invocation.result(context._setup_result_proxy()))
+
+
+# options under which a result takes its rows, or their number, as soon as it is made
+_ROWS_FIRST = frozenset({"prebuffer_rows", "preserve_rowcount"})
+
+
+@dataclass(slots=True)
+class _Replay:
+    """A result that has all but its rows."""
+
+    cursor: _ReplayCursor
+    result: Result[Any]
+
+
+def _loaded(result: Result[Any]) -> Result[Any]:
+    """The same result with its objects loaded already.
+
+    The ORM loads, and runs post-loads, when the result is consumed. The option ``prebuffer_rows``
+    would make it do so at once, but post-loads inherit the option, and handlers see it.
+    """
+    if isinstance(result, ChunkedIteratorResult):
+        loaded = list(result.chunks(None))
+        result.chunks = lambda size: iter(loaded)
+        result.iterator = chain.from_iterable(loaded)
+    return result
 
 
 # 2.0 flushes before statements of the ORM only
@@ -451,12 +500,8 @@ class Invocation:
             transaction = transaction._parent
         return self.bind.get_execution_options()
 
-    def load(self, cursor_result: CursorResult[Any]) -> Result[Any]:
-        """From a Core result to what ``Session.execute`` returns, with all its rows loaded already.
-
-        The ORM loads, and runs post-loads, when the result is consumed. The option ``prebuffer_rows``
-        would make it do so at once, but post-loads inherit the option, and handlers see it.
-        """
+    def result(self, cursor_result: CursorResult[Any]) -> Result[Any]:
+        """From a Core result to what ``Session.execute`` returns."""
         if self._compile_state_cls is None:
             return cursor_result
         result: Result[Any] = self._compile_state_cls.orm_setup_cursor_result(
@@ -467,10 +512,6 @@ class Invocation:
             self.bind_arguments,
             cursor_result,
         )
-        if isinstance(result, ChunkedIteratorResult):
-            loaded = list(result.chunks(None))
-            result.chunks = lambda size: iter(loaded)
-            result.iterator = chain.from_iterable(loaded)
         return result
 
 
@@ -491,6 +532,7 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
     return cache
 
 
+_DESCRIPTION = "_querycache_description"
 _PLAN = "_querycache_plan"
 _MEMO = "_querycache_memo"
 
@@ -658,72 +700,157 @@ def begins_transaction(connection: Connection, sql: str) -> bool:
 class Tap(Protocol):
     """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
 
-    def executing(self, sql: str, context: Any, reads_only: bool) -> bool: ...
+    def executing(self, sql: str, context: Any) -> bool: ...
 
     def executed(self, context: Any) -> None: ...
 
-    def begin(self, info: dict[Any, Any]) -> None: ...
+    def unseen(self, info: dict[Any, Any]) -> None: ...
 
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
 
     def end(self, info: dict[Any, Any]) -> None: ...
 
 
+@dataclass(slots=True)
+class _Taps:
+    """Those who listen to one dialect.
+
+    Attributes:
+        reading: the mark of compiled statements, which are kept and used again, that nobody wants to hear of.
+        every: True where somebody wants to hear of each statement.
+        events: the listeners of the dialect's events, by name, where it has others, who may run a statement in its place.
+    """
+
+    listeners: list[Tap] = field(default_factory=list)
+    reading: object = field(default_factory=object)
+    every: bool = False
+    events: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
 _SENT = "_querycache_sent"
 _TAPS = "_querycache_taps"
-_READS = "_querycache_reads"
+_READING = "_querycache_reading"
 
 
-def note_reads_only(compiled: Any) -> None:
-    """Remember of a compiled statement, which is kept and used again, that it writes nothing."""
-    compiled.__dict__[_READS] = True
+def note_reading(context: Any) -> None:
+    """Tell nobody any more of the statement that is about to run, since it writes nothing."""
+    taps: _Taps = context.dialect.__dict__[_TAPS]
+    if not taps.every:
+        context.compiled.__dict__[_READING] = taps.reading
+
+
+def tell_of_reading(dialect: Any) -> None:
+    """Tell of every statement from now on."""
+    taps: _Taps = dialect.__dict__[_TAPS]
+    taps.reading, taps.every = object(), True
 
 
 def tap(engine: Engine, listener: Tap) -> None:
-    """Tell a listener of each statement and of the begin and end of each transaction of an engine."""
+    """Tell a listener of each statement and of the end of each transaction of an engine.
+
+    It takes the place of a few methods of the dialect, rather than to listen to its events: as soon as there is one
+    listener, SQLAlchemy asks for them before each statement, which takes more time than all that is done here.
+    """
     dialect = engine.dialect
-    taps: list[Tap] | None = dialect.__dict__.get(_TAPS)
+    taps: _Taps | None = dialect.__dict__.get(_TAPS)
     if taps is None:
-        taps = []
+        taps = _Taps()
         setattr(dialect, _TAPS, taps)
-        for name in ("do_execute", "do_executemany", "do_execute_no_params"):
-            event.listen(engine, name, _execution(dialect, name, taps), insert=True)
+        for name, arguments in _EXECUTING.items():
+            setattr(dialect, name, _execution(dialect, name, arguments, taps))
         for name, wrap in _WRAPPED.items():
             setattr(dialect, name, wrap(dialect, getattr(dialect, name), taps))
-    taps.append(listener)
+        heed_others(dialect)
+    taps.listeners.append(listener)
+    taps.reading = object()  # this one has heard of none
 
 
 def untap(engine: Engine, listener: Tap) -> None:
     """Tell a listener nothing more."""
-    engine.dialect.__dict__.get(_TAPS, []).remove(listener)
+    engine.dialect.__dict__[_TAPS].listeners.remove(listener)
 
 
-def _execution(dialect: Dialect, name: str, taps: list[Tap]) -> Callable[..., bool | None]:
-    """A listener of the dialect's events: it runs the statement itself where that commits, to know when it has."""
+def heed_others(dialect: Any) -> bool:
+    """Notice listeners of the dialect's events, who may run a statement without it; and be the first of them then.
+
+    Returns True where they may have done so unseen.
+    """
+    taps: _Taps | None = dialect.__dict__.get(_TAPS)
+    if taps is None or not dialect._has_events:
+        return False
+    unseen = False
+    for name in _EXECUTING:
+        others = getattr(dialect.dispatch, name).listeners
+        ours = taps.events.get(name)
+        if others and others[0] is not ours:
+            unseen = True
+            if ours is not None:
+                event.remove(dialect, name, ours)
+            taps.events[name] = _execution_event(dialect, name, taps)
+            event.listen(dialect, name, taps.events[name], insert=True)
+    return unseen
+
+
+_EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
+"""The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""
+
+
+def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Callable[..., Any]:
+    """What takes the place of a method that runs a statement."""
     run = getattr(dialect, name)
-    one_set = name == "do_execute"
+
+    def execute(cursor: Any, sql: str, *rest: Any) -> Any:
+        # Each statement comes through here, cached or not.
+        if name in taps.events or len(rest) + 2 < arguments:
+            return run(cursor, sql, *rest)
+        ending = _tell(taps, name, sql, rest[0], rest[-1])
+        if ending is None:
+            return run(cursor, sql, *rest)
+        try:
+            return run(cursor, sql, *rest)
+        finally:
+            for each in ending:
+                each.executed(rest[-1])
+
+    return execute
+
+
+def _execution_event(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., bool | None]:
+    """The same as a listener of events. It runs the statement itself where that commits, to know when it has."""
+    run = getattr(dialect, name)
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
-        context = rest[-1]
-        if sql is not context.statement or (one_set and rest[0] is not context.parameters[0]):
-            # by a listener of before_cursor_execute, of which the context is not told
-            context.__dict__[_SENT] = sql, rest[0] if one_set else context.parameters[0]
-        compiled = context.compiled
-        reads_only = compiled is not None and _READS in compiled.__dict__
-        ending: list[Tap] | None = None
-        for each in taps:
-            if each.executing(sql, context, reads_only):
-                ending = [*(ending or ()), each]
+        ending = _tell(taps, name, sql, rest[0], rest[-1])
         if ending is None:
             return None
         try:
             run(cursor, sql, *rest)
         finally:
             for each in ending:
-                each.executed(context)
+                each.executed(rest[-1])
         return True
 
     return execute
+
+
+def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> list[Tap] | None:
+    """Tell of a statement that is about to run. Gives those that want to hear when it has; None for nobody."""
+    one_set = name == "do_execute"
+    if sql is not context.statement or (one_set and parameters is not context.parameters[0]):
+        # by a listener of before_cursor_execute, of which the context is not told
+        context.__dict__[_SENT] = sql, parameters if one_set else context.parameters[0]
+    compiled = context.compiled
+    if (
+        compiled is not None
+        and compiled.__dict__.get(_READING) is taps.reading
+        and "isolation_level" not in context.execution_options
+    ):
+        return None
+    ending: list[Tap] | None = None
+    for each in taps.listeners:
+        if each.executing(sql, context):
+            ending = [*(ending or ()), each]
+    return ending
 
 
 def _info(connection: Any) -> dict[Any, Any] | None:
@@ -738,74 +865,65 @@ def _info(connection: Any) -> dict[Any, Any] | None:
         return None
 
 
-def _beginning(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
-    def begin(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        # What _info() mostly comes to, here and in rollback: each transaction comes through, also one that only reads.
-        try:
-            info = connection._connection_record.info
-        except AttributeError:
-            info = _info(connection)
-        if info:
-            for each in taps:
-                each.begin(info)
-        return run(connection, *args, **kwargs)
-
-    return begin
-
-
-def _committing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
     def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
         info = _info(connection)
+        if info is not None and heed_others(dialect):
+            for each in taps.listeners:
+                each.unseen(info)
         if not info:
             return run(connection, *args, **kwargs)
-        for each in taps:
+        for each in taps.listeners:
             try:
                 each.commit(info, dialect)
             except CacheUnavailable:
                 # This stops the COMMIT, but the connection would go back to its pool with the transaction open, for
                 # the next user to commit.
                 _give_up(connection)
-                for every in taps:
+                for every in taps.listeners:
                     every.end(info)
                 raise
         try:
             return run(connection, *args, **kwargs)
         finally:
-            for each in taps:
+            for each in taps.listeners:
                 each.end(info)
 
     return commit
 
 
-def _preparing(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+def _preparing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
     def prepare(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        # where this is refused, SQLAlchemy rolls back by itself
-        for each in taps:
+        unseen = heed_others(dialect)
+        for each in taps.listeners:
+            if unseen:
+                each.unseen(connection.info)
+            # where this is refused, SQLAlchemy rolls back by itself
             each.commit(connection.info, dialect)
         return run(connection, *args, **kwargs)
 
     return prepare
 
 
-def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
     def rollback(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        # What _info() mostly comes to: each transaction comes through here that only reads.
+        try:
+            info = connection._connection_record.info
+        except AttributeError:
+            info = _info(connection)
+        if not info:
+            return run(connection, *args, **kwargs)
         try:
             return run(connection, *args, **kwargs)
         finally:
-            try:
-                info = connection._connection_record.info
-            except AttributeError:
-                info = _info(connection)
-            if info:
-                for each in taps:
-                    each.end(info)
+            for each in taps.listeners:
+                each.end(info)
 
     return rollback
 
 
 _WRAPPED = {
-    "do_begin": _beginning,
-    "do_begin_twophase": _beginning,
     "do_prepare_twophase": _preparing,
     "do_commit": _committing,
     "do_commit_twophase": _committing,

@@ -25,7 +25,7 @@ Stores are safe for use by several threads.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,7 +33,10 @@ from dogpile.cache.api import NO_VALUE, BytesBackend, CantDeserializeException, 
 
 from querycache import versions
 
-__all__ = ["Mark", "StoreBackend"]
+__all__ = ["Mark", "Meanwhile", "StoreBackend"]
+
+Meanwhile = Callable[[], object]
+"""What can be done while a server is at work."""
 
 
 class Mark(NamedTuple):
@@ -70,11 +73,14 @@ class StoreBackend(BytesBackend, abc.ABC):
     # -- entries --------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def fetch(self, key: str | None, counters: Sequence[str] = ()) -> tuple[bytes | None, list[int | None]]:
+    def fetch(
+        self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
+    ) -> tuple[bytes | None, list[int | None]]:
         """Read an entry and counters in one round trip.
 
         :param key: the entry, or None to read counters only.
         :param counters: read one after the other in this order, or all at once.
+        :param meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         :returns: the entry (None if it is missing or has expired), and a version for each counter (None if
             missing).
         """

@@ -15,8 +15,8 @@ hits or fills under it while the commit becomes visible. **Phase two**, just aft
 always, also where COMMIT failed or its outcome is unknown. A statement that commits (in autocommit mode, a textual
 COMMIT, DDL on MySQL) has both phases around itself.
 
-The dialect is listened to, and not the engine: its events ``commit`` and the like have no counterpart after the
-COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
+The dialect's methods are wrapped, and the engine is not listened to: its events ``commit`` and the like have no
+counterpart after the COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
 
 Until its transaction ends, a Session is not answered from the cache where it has written, and fills nothing.
 """
@@ -214,10 +214,11 @@ class Writes:
         snapshot, and this is the first time that it shows.
         """
         if sa_internals.in_transaction(connection):
+            self.watch(connection.engine)
             transaction = self._ensure(connection)
             if transaction.snapshot is None and not transaction.wrote:
                 transaction.snapshot = dict.fromkeys(self._regions.ledgers)
-                self._old_views.add(connection.dialect)
+                self._expect_old_views(connection.dialect)
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
@@ -244,8 +245,8 @@ class Writes:
 
     # --- statements ----------------------------------------------------------------------------------
 
-    def executing(self, sql: str, context: Any, reads_only: bool) -> bool:
-        """A statement is about to run, which may be known to write nothing.
+    def executing(self, sql: str, context: Any) -> bool:
+        """A statement is about to run.
 
         Returns True where it commits itself, and :meth:`executed` is to follow.
         """
@@ -256,8 +257,6 @@ class Writes:
             self._settle(dialect)
         if dialect in self._old_views or "isolation_level" in context.execution_options:
             self._before_snapshot(context.root_connection)
-        if reads_only:
-            return False
         compiled = context.compiled
         connection: Connection = context.root_connection
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
@@ -283,8 +282,8 @@ class Writes:
             self._phase_one(connection.info, connection.dialect)
             return True
         else:
-            if connection.dialect.name != "sqlite" or context.compiled.statement.is_select:
-                sa_internals.note_reads_only(compiled)
+            if dialect.name != "sqlite" or compiled.statement.is_select:
+                sa_internals.note_reading(context)
             return False
         if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
             self._phase_one(connection.info, connection.dialect)
@@ -355,7 +354,7 @@ class Writes:
         if text.isolation:
             # nobody knows from now on what transactions of this connection see
             connection.info[self._isolation_key] = True
-            self._old_views.add(connection.dialect)
+            self._expect_old_views(connection.dialect)
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         if not text.understood:
             self._note(connection, [EVERYTHING])
@@ -389,6 +388,8 @@ class Writes:
                 self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
             if isinstance(session.bind, Connection):
                 self._note(connection, [EVERYTHING])
+        elif sa_internals.heed_others(connection.dialect) and isinstance(session.bind, Connection):
+            self._note(connection, [EVERYTHING])
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
         """A flush is over, or one of the ``bulk_…`` methods, of which no event tells what it has written."""
@@ -452,20 +453,16 @@ class Writes:
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
-    def begin(self, info: dict[Any, Any]) -> None:
-        """A transaction is about to begin on a connection of which something was noted."""
-        info.pop(self._savepoint_key, None)
-        info.pop(self._begun_key, None)
-        transaction = self._of(info)
-        # One that is not marked goes on: two Connections can share what the driver calls a connection.
-        if transaction is not None and transaction.marked is not None:
-            self._phase_two(info)
-
     def _settle(self, dialect: Dialect) -> None:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
         self._settled.add(dialect)
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
-            self._old_views.add(dialect)
+            self._expect_old_views(dialect)
+
+    def _expect_old_views(self, dialect: Dialect) -> None:
+        """Find out what a transaction of this dialect sees whenever one begins."""
+        self._old_views.add(dialect)
+        sa_internals.tell_of_reading(dialect)
 
     def _before_snapshot(self, connection: Connection) -> None:
         """What a transaction sees of the database is settled by its first statement: remember what was there before."""
@@ -491,6 +488,10 @@ class Writes:
             connection.info[self._savepoint_key] = True
         return kind == "release_savepoint" and self._savepoint_key in connection.info
 
+    def unseen(self, info: dict[Any, Any]) -> None:
+        """Statements may have run that :meth:`executing` was not told of."""
+        info.setdefault(self._info_key, Transaction()).tags.add(EVERYTHING)
+
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None:
         """COMMIT, or PREPARE of a two-phase transaction, is about to be sent; :meth:`end` follows it.
 
@@ -501,6 +502,8 @@ class Writes:
 
     def end(self, info: dict[Any, Any]) -> None:
         """A transaction has ended: committed, or failed to, or rolled back."""
+        info.pop(self._savepoint_key, None)
+        info.pop(self._begun_key, None)
         self._phase_two(info)
 
     def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:

@@ -204,7 +204,9 @@ def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
     run = Run(seed)
     server = FakeMemcached()
 
-    def converse(batches: Sequence[tuple[Any, Pipeline]], essential: bool = False) -> list[list[Reply]]:
+    def converse(
+        batches: Sequence[tuple[Any, Pipeline]], essential: bool = False, meanwhile: object = None
+    ) -> list[list[Reply]]:
         answers: list[list[Reply]] = []
         for _, pipeline in batches:
             answers.append([])

@@ -56,9 +56,9 @@ def fetches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     fetch = MemoryBackend.fetch
 
-    def counted(self: MemoryBackend, key: str | None, counters: Sequence[str] = ()) -> Any:
+    def counted(self: MemoryBackend, key: str | None, counters: Sequence[str] = (), *rest: Any) -> Any:
         counts.append(len(counters))
-        return fetch(self, key, counters)
+        return fetch(self, key, counters, *rest)
 
     monkeypatch.setattr(MemoryBackend, "fetch", counted)
     return counts

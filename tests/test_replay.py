@@ -24,6 +24,7 @@ from sqlalchemy.orm import (
 )
 
 from querycache import QueryCache
+from querycache.backends.memory import MemoryBackend
 
 
 class Base(DeclarativeBase):
@@ -60,6 +61,32 @@ def session(cache: QueryCache) -> Iterator[Session]:
     with maker() as session:
         yield session
     engine.dispose()
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve_rowcount": True}, {"prebuffer_rows": True}])
+def test_a_replay_begun_ahead_gives_what_it_gives_otherwise(
+    session: Session, cache: QueryCache, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    fetch = MemoryBackend.fetch
+    found = []
+
+    def slowly(self: MemoryBackend, key: str | None, counters: Any = (), meanwhile: Any = None) -> Any:
+        if meanwhile is not None:
+            meanwhile()
+        return fetch(self, key, counters)
+
+    monkeypatch.setattr(MemoryBackend, "fetch", slowly)
+    statement = select(Author, Author.name).execution_options(cache_key=True, **options)
+    with cache.recording() as events:
+        for name in ("one", "one", "two", "two"):
+            if name == "two" and "two" not in str(found):
+                session.commit()
+                session.connection().exec_driver_sql("INSERT INTO author (id, name) VALUES (2, 'two')")
+                session.commit()
+            result = session.execute(statement)
+            found.append([name for _, name in result])
+    assert found == [["one"], ["one"], ["one", "two"], ["one", "two"]]
+    assert [each.outcome for each in events] == ["miss", "fill", "hit", "stale", "fill", "hit"]
 
 
 AUTHORS_WITH_BOOKS = (

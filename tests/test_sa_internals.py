@@ -132,6 +132,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_execution_options": lambda live: live.statement,
     "_flushing": lambda live: live.session,
     "_generate_cache_key": lambda live: live.statement,
+    "_has_events": lambda live: live.engine.dialect,
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
     "_on_connect_isolation_level": lambda live: live.engine.dialect,
@@ -158,7 +159,7 @@ OPTIONAL = {"_extra_froms", "_update_execution_options"}
 
 
 def private_names(source: str) -> set[str]:
-    """Private names that a source takes from elsewhere: attributes, imports, and names given to getattr."""
+    """Private names that a source takes from elsewhere: attributes, imports, and names given to getattr and attrgetter."""
     tree = ast.parse(source)
     own: set[str] = set()
     used: set[str] = set()
@@ -176,6 +177,8 @@ def private_names(source: str) -> set[str]:
                 func=ast.Name(id="getattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
             ):
                 used.add(name)
+            case ast.Call(func=ast.Name(id="attrgetter"), args=names):
+                used.update(name.value for name in names if isinstance(name, ast.Constant))
     # these are names of this module's own as well
     own -= {"_compile_state_cls", "_compiled_cache", "_prop_set"}
     return {name for name in used - own if name.startswith("_") and not name.startswith("__")}
@@ -186,8 +189,8 @@ def test_every_private_name_stands_here() -> None:
 
 
 def test_names_are_found_in_a_source() -> None:
-    source = "from a import _b\nx._c\nself._d = 1\ngetattr(x, '_e')\nx.__dict__\n_f = 1\nx._f"
-    assert private_names(source) == {"_b", "_c", "_d", "_e"}
+    source = "from a import _b\nx._c\nself._d = 1\ngetattr(x, '_e')\nx.__dict__\n_f = 1\nx._f\nattrgetter('_g', '_h')"
+    assert private_names(source) == {"_b", "_c", "_d", "_e", "_g", "_h"}
 
 
 @pytest.mark.parametrize("name", sorted(OWNERS))

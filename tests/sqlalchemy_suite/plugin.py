@@ -134,6 +134,7 @@ class _Replay(Interceptor):
         assert not refused, refused
         _counts[ANSWERED] += 1
         request.prepared = _not_executed(request.prepared)
+        request.prepared.begin_replay()  # as while a server is waited for, which the memory store is not
         return super()._look_up(request, may_wait)
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any] | None:

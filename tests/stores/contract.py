@@ -160,6 +160,23 @@ class StoreContract:
         assert store.store("entry", payload)
         assert store.fetch("entry", ["a", "b"]) == (payload, [None, None])
 
+    def test_what_is_done_meanwhile_is_done_once_if_at_all(self, store: StoreBackend) -> None:
+        store.store("entry", b"payload")
+        done: list[int] = []
+        assert store.fetch("entry", ["none"], lambda: done.append(1)) == (b"payload", [None])
+        assert len(done) <= 1
+
+    def test_a_fault_meanwhile_is_the_callers_and_harms_nobody(self, store: StoreBackend) -> None:
+        def fail() -> None:
+            raise ZeroDivisionError
+
+        store.store("entry", b"payload")
+        for _ in range(3):
+            with contextlib.suppress(ZeroDivisionError):
+                store.fetch("entry", ["none"], fail)
+            assert store.fetch("other", ["none"]) == (None, [None])  # not the answer to what was asked before
+        assert store.fetch("entry") == (b"payload", [])
+
     def test_D11_no_keys_at_all_are_no_error(self, store: StoreBackend) -> None:
         store.remove([])
         assert store.fetch(None, []) == (None, [])

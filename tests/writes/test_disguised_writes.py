@@ -141,6 +141,45 @@ def test_E2_a_bulk_method_within_a_flush(library: Library) -> None:
     check(library)
 
 
+def runs_statements_itself(engine: Engine) -> None:
+    """As tools do that retry, or count."""
+
+    @event.listens_for(engine, "do_execute", insert=True)
+    def run(cursor: Any, sql: str, parameters: Any, context: Any) -> bool:
+        cursor.execute(sql, parameters)
+        return True
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_E2_what_a_listener_runs_in_place_of_the_dialect(sqlite_engine: Engine, early: bool) -> None:
+    if early:
+        runs_statements_itself(sqlite_engine)
+    library = Library(sqlite_engine)
+    if not early:
+        library.fill(*EVERY_WAY)
+        runs_statements_itself(sqlite_engine)
+    raised = update(Book).where(Book.id == 2).values(price=Book.price + 1)
+    library.write(raised)  # the first that it runs, on a connection of its own
+    check(library)
+    library.fill(*EVERY_WAY)
+    with library.sessions.begin() as session:
+        session.get_one(Book, 2).price += 1
+        session.flush()
+        assert library.outcome(point(2), session).startswith("bypass")
+    check(library)
+
+
+def test_E2_what_a_listener_runs_in_place_of_the_dialect_for_a_session(sqlite_engine: Engine) -> None:
+    library = Library(sqlite_engine)
+    library.fill(*EVERY_WAY)
+    runs_statements_itself(sqlite_engine)
+    with library.sessions.begin() as session:  # the first transaction since
+        session.get_one(Book, 2).price += 1
+        session.flush()
+        assert library.outcome(point(2), session).startswith("bypass")
+    check(library)
+
+
 def test_E2_ON_CONFLICT_REPLACE_takes_other_rows_away(sqlite_engine: Engine) -> None:
     class Things(DeclarativeBase):
         pass
