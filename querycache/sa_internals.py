@@ -29,6 +29,7 @@ import sqlalchemy
 from sqlalchemy import Column, Table, event, inspect, util
 from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.engine.cursor import _NO_CURSOR_DML
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, MapperProperty, ORMExecuteState, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.interfaces import UserDefinedOption
@@ -52,6 +53,7 @@ __all__ = [
     "StatementOption",
     "Unpreparable",
     "Written",
+    "ask_for",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
@@ -727,6 +729,7 @@ class _Taps:
     events: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
+_ASKED = "_querycache_asked"
 _SENT = "_querycache_sent"
 _TAPS = "_querycache_taps"
 _READING = "_querycache_reading"
@@ -798,19 +801,25 @@ _EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
 def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Callable[..., Any]:
     """What takes the place of a method that runs a statement."""
     run = getattr(dialect, name)
+    one_set = name == "do_execute"
 
     def execute(cursor: Any, sql: str, *rest: Any) -> Any:
         # Each statement comes through here, cached or not.
         if name in taps.events or len(rest) + 2 < arguments:
             return run(cursor, sql, *rest)
-        ending = _tell(taps, name, sql, rest[0], rest[-1])
-        if ending is None:
+        context = rest[-1]
+        ending = _tell(taps, name, sql, rest[0], context)
+        asked: _Asked | None = context.__dict__.pop(_ASKED, None)
+        if ending is None and asked is None:
             return run(cursor, sql, *rest)
         try:
-            return run(cursor, sql, *rest)
+            if asked is None or not one_set or _SENT in context.__dict__:
+                return run(cursor, sql, *rest)
+            run(cursor, sql + asked.returning(context), *rest)
+            asked.give(cursor, context)
         finally:
-            for each in ending:
-                each.executed(rest[-1])
+            for each in ending or ():
+                each.executed(context)
 
     return execute
 
@@ -851,6 +860,48 @@ def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> li
         if each.executing(sql, context):
             ending = [*(ending or ()), each]
     return ending
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What an UPDATE is to return for us, of which SQLAlchemy is to see nothing."""
+
+    columns: Sequence[Column[Any]]
+    takers: list[Callable[[Sequence[Row]], object]]
+
+    def returning(self, context: Any) -> str:
+        known = context.compiled.__dict__
+        text: str | None = known.get(_ASKED)
+        if text is None:
+            names = map(context.dialect.identifier_preparer.format_column, self.columns)
+            text = known[_ASKED] = f" RETURNING {', '.join(names)}"
+        return text
+
+    def give(self, cursor: Any, context: Any) -> None:
+        rows = cursor.fetchall()
+        context._rowcount = len(rows)  # some drivers do not know it now
+        context.cursor_fetch_strategy = _NO_CURSOR_DML
+        for take in self.takers:
+            take(rows)
+
+
+def ask_for(
+    context: Any, table: Table, columns: Sequence[Column[Any]], take: Callable[[Sequence[Row]], object]
+) -> None:
+    """Have an UPDATE that is about to run return columns of the rows it changes, as the driver gives them.
+
+    Where the database cannot, where the statement returns something already or several sets of parameters are given,
+    ``take`` is not called. Several who ask for the same table ask for the same columns.
+    """
+    compiled = context.compiled
+    if (
+        context.dialect.update_returning
+        and table.implicit_returning
+        and not compiled.effective_returning
+        and compiled.statement.table is table
+    ):
+        asked = context.__dict__.setdefault(_ASKED, _Asked(columns, []))
+        asked.takers.append(take)
 
 
 def _info(connection: Any) -> dict[Any, Any] | None:

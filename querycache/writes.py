@@ -4,8 +4,8 @@ Every statement that this process sends through SQLAlchemy is executed by its en
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
 which are noted with the *database connection* (not with a Session, which Core never sees):
 
-- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots.
-  Foreign keys of rows that were updated are asked of the database then, since the objects may be out of date;
+- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots
+  (:mod:`querycache.flushed`);
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
@@ -23,13 +23,12 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 
 from __future__ import annotations
 
-import operator
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import Table, and_, or_, select
+from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
@@ -40,10 +39,10 @@ from querycache.dependencies import (
     cascades,
     row_write_tags,
     set_write_tags,
-    tracked_columns,
 )
 from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
+from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
 from querycache.ledger import Ledger, Marks
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
@@ -54,44 +53,7 @@ __all__ = ["Consistency", "OnOutage", "Transaction", "Writes"]
 Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
 
-SchemaMap = Mapping[str | None, str | None]
-"""A ``schema_translate_map``."""
-
-_MOST_LOOKED_AT = 50
-"""Rows that a flush may update of a table before they are no longer looked at one by one."""
-
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
-
-
-@dataclass(slots=True)
-class _Rows:
-    """Rows of a table that a flush has written.
-
-    Attributes:
-        values: old and new values of their tracked columns, as the objects remember them.
-        known: False if there are some that only the database knows.
-        updated: primary keys of rows that were there before, and still are.
-        moved: True if some are gone, or have other values in tracked columns than before.
-    """
-
-    values: set[tuple[str, object]] = field(default_factory=set)
-    known: bool = True
-    updated: set[tuple[object, ...]] = field(default_factory=set)
-    moved: bool = False
-
-    def add(self, state: Any, table: Table, deleted: bool) -> None:
-        inserted = state.key is None
-        for column in tracked_columns(table):
-            old, new = sa_internals.old_and_new(state, column)
-            if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
-                self.known = False
-            else:
-                self.values.update(((column.name, old), (column.name, new)))
-                self.moved = self.moved or not (inserted or column.primary_key or old == new)
-        if not inserted:
-            key = tuple(sa_internals.old_and_new(state, column)[1] for column in table.primary_key)
-            self.moved = self.moved or deleted or sa_internals.UNKNOWN in key
-            self.updated.add(key)
 
 
 @dataclass(slots=True)
@@ -101,6 +63,7 @@ class Transaction:
     Attributes:
         tags: the tags that are changed.
         unresolved: tables written by the unit of work, whose rows ``after_flush`` will tell.
+        returned: what the database has told of the rows of these tables already.
         marked: those that phase one has marked; None before it.
         marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
@@ -110,6 +73,7 @@ class Transaction:
 
     tags: set[str] = field(default_factory=set)
     unresolved: dict[Table, SchemaMap] = field(default_factory=dict)
+    returned: dict[Table, Returned] = field(default_factory=dict)
     marked: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
@@ -323,7 +287,7 @@ class Writes:
             changed: set[Table] = set()
             declared = [table]
             if sa_internals.is_unit_of_work(context) and not sa_internals.replaces(table):
-                self._ensure(connection).unresolved[table] = schemas
+                self._expect_rows(self._ensure(connection), table, schemas, context)
             else:
                 changed.add(table)
                 # it may be declared once more, in a script or a migration, without the tables that refer to it
@@ -335,6 +299,20 @@ class Writes:
                     changed |= cascades(each, delete=False)
             self._note_sets(connection, changed, schemas)
         return bool(written)
+
+    @staticmethod
+    def _expect_rows(transaction: Transaction, table: Table, schemas: SchemaMap, context: Any) -> None:
+        """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
+        transaction.unresolved[table] = schemas
+        followed = followed_columns(table) if context.isupdate else ()
+        if followed:
+            width = len(table.primary_key)
+
+            def take(rows: Iterable[Sequence[object]]) -> None:
+                returned = transaction.returned.setdefault(table, {})
+                returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
+
+            sa_internals.ask_for(context, table, (*table.primary_key, *followed), take)
 
     def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
         default = connection.dialect.default_schema_name
@@ -399,42 +377,20 @@ class Writes:
             self._resolve(connection.info, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
-        rows: dict[Table, _Rows] = {}
+        rows: dict[Table, FlushedRows] = {}
         for state, deleted in sa_internals.flushed(context):
             for table in state.mapper.tables:
                 if isinstance(table, Table):
-                    rows.setdefault(table, _Rows()).add(state, table, deleted)
+                    rows.setdefault(table, FlushedRows()).add(state, table, deleted)
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
             for table, schemas in transaction.unresolved.items() if transaction is not None else ():
                 if table in rows:
-                    self._look_at(connection, table, schemas, rows[table])
+                    returned = transaction.returned.get(table, {})  # type: ignore[union-attr]
+                    rows[table].look_at(connection, table, schemas, returned)
             self._resolve(connection.info, connection.dialect, rows)
 
-    @staticmethod
-    def _look_at(connection: Connection, table: Table, schemas: SchemaMap, rows: _Rows) -> None:
-        """Ask which values the tracked columns of updated rows have.
-
-        What an object remembers may be older than its row, which somebody else may have moved since. Nobody can now
-        until this transaction ends, for it has written the row.
-        """
-        columns = [column for column in tracked_columns(table) if not column.primary_key]
-        if not columns:
-            rows.moved = False
-        elif rows.updated and rows.known and not rows.moved:
-            if len(rows.updated) > _MOST_LOOKED_AT:
-                rows.moved = True
-                return
-            keys = [and_(*map(operator.eq, table.primary_key, key)) for key in rows.updated]
-            found = connection.execute(
-                select(*columns).where(or_(*keys)), execution_options={"schema_translate_map": schemas}
-            ).all()
-            rows.moved = len(found) < len(rows.updated)
-            rows.values.update(
-                (column.name, value) for row in found for column, value in zip(columns, row, strict=True)
-            )
-
-    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, _Rows]) -> None:
+    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, FlushedRows]) -> None:
         """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
         transaction = self._of(info)
         if transaction is None:
@@ -450,6 +406,7 @@ class Writes:
                 tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
                 transaction.tags.update(tags)
         transaction.unresolved.clear()
+        transaction.returned.clear()
 
     # --- the end of a transaction ------------------------------------------------------------------------
 

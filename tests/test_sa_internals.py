@@ -119,6 +119,7 @@ def load_options_of(live: Live) -> Any:
 
 OWNERS: dict[str, Callable[[Live], Any]] = {
     "_all_registries": lambda live: import_module("sqlalchemy.orm.mapper"),
+    "_NO_CURSOR_DML": lambda live: import_module("sqlalchemy.engine.cursor"),
     "_annotations": lambda live: insert(Parent),
     "_autobegin_t": lambda live: live.session,
     "_autoflush": lambda live: live.session,
@@ -147,6 +148,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_refresh_state": load_options_of,
     "_remaining_events": lambda live: live.states[0],
     "_result_columns": lambda live: live.contexts["SELECT"].compiled,
+    "_rowcount": lambda live: live.contexts["SELECT"],
     "_setup_result_proxy": lambda live: live.contexts["SELECT"],
     "_starting_event_idx": lambda live: live.states[0],
     "_transaction": lambda live: live.session,

@@ -1,0 +1,130 @@
+"""What a flush asks the database about the rows that it has updated: nothing more, where UPDATE can return it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, ForeignKey, String, event, select, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm.exc import StaleDataError
+
+from tests.writes.library import Book
+from tests.writes.test_pitfalls_e import Library
+
+OF_AUTHOR_3 = select(Book.id, Book.price).where(Book.author_id == 3)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
+def library(request: pytest.FixtureRequest) -> Library:
+    return Library(request.getfixturevalue(f"{request.param}_engine"))
+
+
+def statements(engine: Engine) -> list[str]:
+    """The first words of the statements that are sent from now on."""
+    found: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def note(connection: Connection, cursor: Any, sql: str, *rest: Any) -> None:
+        found.append(sql.split()[0])
+
+    return found
+
+
+def outdated(library: Library, session: Session) -> Book:
+    """A book that has moved to author 3 since this session has read it."""
+    library.write(update(Book).where(Book.id == 2).values(author_id=1))
+    book = session.get_one(Book, 2)
+    library.write(update(Book).where(Book.id == 2).values(author_id=3))
+    library.fill(OF_AUTHOR_3)
+    return book
+
+
+def test_one_row_is_one_statement_where_update_returns(library: Library) -> None:
+    with library.sessions() as session:
+        book = outdated(library, session)
+        sent = statements(library.engine)
+        book.price = 99
+        session.commit()
+    returns = library.engine.dialect.update_returning
+    assert sent == ["UPDATE"] if returns else ["UPDATE", "SELECT"]
+    assert library.is_right(OF_AUTHOR_3)
+    assert library.database(select(Book.price).where(Book.id == 2)) == [(99,)]
+
+
+def test_rows_of_which_some_are_returned(library: Library) -> None:
+    """Two of one statement, which returns nothing then, and one of another."""
+    with library.sessions() as session:
+        book, others = outdated(library, session), [session.get_one(Book, number) for number in (3, 4)]
+        library.write(update(Book).where(Book.id == 4).values(author_id=3))
+        library.fill(OF_AUTHOR_3)
+        book.title, others[0].price, others[1].price = "another", 98, 99
+        session.commit()
+    assert library.is_right(OF_AUTHOR_3)
+
+
+def test_a_row_that_is_gone_is_noticed_by_the_orm_as_ever(library: Library) -> None:
+    with library.sessions() as session:
+        book = outdated(library, session)
+        with library.engine.begin() as connection:
+            connection.exec_driver_sql("DELETE FROM loan WHERE book_id = 2")
+            connection.exec_driver_sql("DELETE FROM book WHERE id = 2")
+        book.price = 99
+        with pytest.raises(StaleDataError):
+            session.flush()
+        session.rollback()
+    assert library.is_right(OF_AUTHOR_3)
+
+
+@pytest.mark.parametrize("comment", [" -- from the tests", " /* from the tests */"])
+def test_what_a_listener_has_added_stays_the_last(sqlite_engine: Engine, comment: str) -> None:
+    library = Library(sqlite_engine)
+
+    @event.listens_for(sqlite_engine, "before_cursor_execute", retval=True)
+    def add(connection: Connection, cursor: Any, sql: str, parameters: Any, *rest: Any) -> tuple[str, Any]:
+        return sql + comment, parameters
+
+    with library.sessions() as session:
+        outdated(library, session).price = 99
+        session.commit()
+    assert library.is_right(OF_AUTHOR_3)
+
+
+class Own(DeclarativeBase):
+    pass
+
+
+class Folder(Own):
+    __tablename__ = "folder of 100%"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    up: Mapped[int | None] = mapped_column('up "there" %', ForeignKey("folder of 100%.id"))
+    name: Mapped[str] = mapped_column(String(40), default="")
+    changed: Mapped[int] = mapped_column(default=0, onupdate=7)
+
+
+class Silent(Own):
+    __tablename__ = "silent"
+    __table_args__ = {"implicit_returning": False}
+    id: Mapped[int] = mapped_column(primary_key=True)
+    up: Mapped[int | None] = mapped_column(ForeignKey("silent.id"))
+    name: Mapped[str] = mapped_column(String(40), default="")
+
+
+@pytest.mark.parametrize("entity", [Folder, Silent])
+def test_names_that_need_quotes_and_tables_that_return_nothing(library: Library, entity: Any) -> None:
+    Own.metadata.drop_all(library.engine)
+    Own.metadata.create_all(library.engine)
+    within = select(entity.id, entity.name).where(entity.up == 1)
+    try:
+        with library.sessions() as session:
+            session.add_all([entity(id=1), entity(id=2)])
+            session.commit()
+            folder = session.get_one(entity, 2)
+            library.write(update(entity).where(entity.id == 2).values(up=1))
+            library.fill(within)
+            folder.name = "new"
+            session.commit()
+            assert folder.up == 1
+        assert library.is_right(within)
+    finally:
+        Own.metadata.drop_all(library.engine)
