@@ -42,7 +42,19 @@ from typing import Any
 from uuid import uuid4
 
 import redis
-from sqlalchemy import BigInteger, Engine, ForeignKey, String, create_engine, func, insert, select, text
+from sqlalchemy import (
+    BigInteger,
+    Engine,
+    ForeignKey,
+    Integer,
+    String,
+    bindparam,
+    create_engine,
+    func,
+    insert,
+    select,
+    text,
+)
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -145,13 +157,33 @@ def fill(engine: Engine) -> None:
         connection.execute(text("ANALYZE"))
 
 
+def statements() -> dict[str, Any]:
+    """What is read, by name; built once, as one does where it matters."""
+    number = bindparam("number", type_=Integer)
+    writers = select(Post.author_id, func.count().label("posts")).where(Post.thread_id == number)
+    activity = select(func.count(), func.count(Post.thread_id.distinct()), func.avg(func.length(Post.body)))
+    posts = select(Post).order_by(Post.id.desc()).limit(PAGE)
+    return {
+        "thread": select(Thread).where(Thread.id == number),
+        "posts": posts.where(Post.thread_id == number).options(selectinload(Post.author)),
+        "writers": writers.group_by(Post.author_id).order_by(func.count().desc(), Post.author_id).limit(5),
+        "member": select(Member).where(Member.id == number),
+        "activity": activity.where(Post.author_id == number),
+        "board": select(Thread).where(Thread.board_id == number).order_by(Thread.id.desc()).limit(PAGE),
+        "posts of member": posts.where(Post.author_id == number),
+    }
+
+
 class Visitor:
     """One process of the forum, doing one thing after the other."""
 
     def __init__(self, engine: Engine, sessions: sessionmaker[Session], cached: bool, seed: str) -> None:
         self.random = Random(seed)
         self.sessions = sessions
-        self.options: dict[str, Any] = {"cache_key": True} if cached else {}
+        options: dict[str, Any] = {"cache_key": True} if cached else {}
+        self.statements = {
+            name: statement.execution_options(**options) for name, statement in statements().items()
+        }
         self.member = Popularity(MEMBERS, self.random)
         self.thread = Popularity(THREADS, self.random)
         self.board = Popularity(BOARDS, self.random)
@@ -195,30 +227,21 @@ class Visitor:
 
     def show_thread(self, session: Session) -> None:
         """Its title, its last page, and who writes most in it."""
-        number = self.thread()
-        session.scalars(select(Thread).where(Thread.id == number).execution_options(**self.options)).all()
-        posts = select(Post).where(Post.thread_id == number).order_by(Post.id.desc()).limit(PAGE)
-        session.scalars(posts.options(selectinload(Post.author)).execution_options(**self.options)).all()
-        writers = select(Post.author_id, func.count().label("posts")).where(Post.thread_id == number)
-        most = writers.group_by(Post.author_id).order_by(func.count().desc(), Post.author_id).limit(5)
-        session.execute(most.execution_options(**self.options)).all()
+        given = {"number": self.thread()}
+        session.scalars(self.statements["thread"], given).all()
+        session.scalars(self.statements["posts"], given).all()
+        session.execute(self.statements["writers"], given).all()
 
     def show_member(self, session: Session) -> None:
-        number = self.member()
-        statement = select(Member).where(Member.id == number)
-        session.scalars(statement.execution_options(**self.options)).all()
-        posts = select(func.count(), func.count(Post.thread_id.distinct()), func.avg(func.length(Post.body)))
-        session.execute(posts.where(Post.author_id == number).execution_options(**self.options)).all()
+        given = {"number": self.member()}
+        session.scalars(self.statements["member"], given).all()
+        session.execute(self.statements["activity"], given).all()
 
     def show_board(self, session: Session) -> None:
-        statement = (
-            select(Thread).where(Thread.board_id == self.board()).order_by(Thread.id.desc()).limit(PAGE)
-        )
-        session.scalars(statement.execution_options(**self.options)).all()
+        session.scalars(self.statements["board"], {"number": self.board()}).all()
 
     def show_posts_of_member(self, session: Session) -> None:
-        statement = select(Post).where(Post.author_id == self.member()).order_by(Post.id.desc()).limit(PAGE)
-        session.scalars(statement.execution_options(**self.options)).all()
+        session.scalars(self.statements["posts of member"], {"number": self.member()}).all()
 
     def reply(self, session: Session) -> None:
         number = self.thread()
