@@ -1,4 +1,4 @@
-"""Every private name that `querycache/sa_internals.py` takes from SQLAlchemy is where it is looked for.
+"""Every private name that `querycache/sa_internals` takes from SQLAlchemy is where it is looked for.
 
 When one moves, this says which, and what it was used for; everything else would only say that answers are wrong.
 The names are read from the source, so that none can be used without standing here.
@@ -47,7 +47,7 @@ from sqlalchemy.orm import (
 
 from querycache import sa_internals
 
-SOURCE = Path(sa_internals.__file__).read_text()
+SOURCE = "\n".join(path.read_text() for path in sorted(Path(sa_internals.__file__).parent.glob("*.py")))
 
 
 class Base(DeclarativeBase):
@@ -198,7 +198,7 @@ def test_names_are_found_in_a_source() -> None:
 @pytest.mark.parametrize("name", sorted(OWNERS))
 def test_it_is_there(name: str, live: Live) -> None:
     owner = OWNERS[name](live)
-    assert hasattr(owner, name), f"{owner!r} has no {name!r} any more: see what sa_internals.py uses it for"
+    assert hasattr(owner, name), f"{owner!r} has no {name!r} any more: see what sa_internals uses it for"
 
 
 # --- What is expected of them ----------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""Everything that querycache takes from SQLAlchemy without a public name for it, in one place.
+
+Each function states what it stands on; the versions read are 2.0.40 to 2.0.57 and 2.1.0 to 2.1.9, and
+``tests/test_sa_internals.py`` fails when one of the names moves. No other room of querycache touches a
+private name of SQLAlchemy.
+
+==================  ============================================================================================
+``handlers``        what a ``do_orm_execute`` handler is given, and the options of the statement in it
+``replay``          a statement that is executed, or replayed over stored rows
+``transactions``    sessions, their connections, and what transactions of these see
+``dialect``         what a dialect does: it executes each statement, and ends each transaction
+``writing``         what statements write, and what a flush has written
+==================  ============================================================================================
+"""
+
+from querycache.sa_internals.dialect import (
+    ask_for,
+    heed_others,
+    note_reading,
+    tap,
+    tell_of_reading,
+    untap,
+)
+from querycache.sa_internals.handlers import (
+    StatementOption,
+    effective_options,
+    given_options,
+    is_textual,
+    later_handlers,
+    load_options,
+    run_later_handlers,
+    run_statement,
+)
+from querycache.sa_internals.replay import (
+    Invocation,
+    Plan,
+    Prepared,
+    Unpreparable,
+    load_in_order,
+    prepare,
+)
+from querycache.sa_internals.transactions import (
+    autobegin,
+    begins_transaction,
+    connections,
+    default_isolation_level,
+    in_transaction,
+    is_autocommit,
+    is_initializing,
+    isolation_level,
+    may_block,
+    reads_uncommitted,
+    root_engine,
+)
+from querycache.sa_internals.writing import (
+    UNKNOWN,
+    Written,
+    cache_key_of,
+    flushed,
+    holds_text,
+    is_flushing,
+    is_unit_of_work,
+    known_tables,
+    old_and_new,
+    replaces,
+    tables_of,
+    written,
+)
+
+__all__ = [
+    "UNKNOWN",
+    "Invocation",
+    "Plan",
+    "Prepared",
+    "StatementOption",
+    "Unpreparable",
+    "Written",
+    "ask_for",
+    "autobegin",
+    "begins_transaction",
+    "cache_key_of",
+    "connections",
+    "default_isolation_level",
+    "effective_options",
+    "flushed",
+    "given_options",
+    "heed_others",
+    "holds_text",
+    "in_transaction",
+    "is_autocommit",
+    "is_flushing",
+    "is_initializing",
+    "is_textual",
+    "is_unit_of_work",
+    "isolation_level",
+    "known_tables",
+    "later_handlers",
+    "load_in_order",
+    "load_options",
+    "may_block",
+    "note_reading",
+    "old_and_new",
+    "prepare",
+    "reads_uncommitted",
+    "replaces",
+    "root_engine",
+    "run_later_handlers",
+    "run_statement",
+    "tables_of",
+    "tap",
+    "tell_of_reading",
+    "untap",
+    "written",
+]

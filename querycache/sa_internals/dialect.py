@@ -1,0 +1,314 @@
+"""What a dialect does: it executes each statement, whoever sent it, and ends each transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from sqlalchemy import Column, Table, event
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.engine.cursor import _NO_CURSOR_DML
+
+from querycache.errors import CacheUnavailable
+from querycache.sa_internals.transactions import info_of
+
+__all__ = [
+    "Row",
+    "Tap",
+    "ask_for",
+    "heed_others",
+    "note_reading",
+    "sent",
+    "tap",
+    "tell_of_reading",
+    "untap",
+]
+
+
+Row = Sequence[object]
+
+
+class Tap(Protocol):
+    """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
+
+    def executing(self, sql: str, context: Any) -> bool: ...
+
+    def executed(self, context: Any) -> None: ...
+
+    def unseen(self, info: dict[Any, Any]) -> None: ...
+
+    def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
+
+    def end(self, info: dict[Any, Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class _Taps:
+    """Those who listen to one dialect.
+
+    Attributes:
+        reading: the mark of compiled statements, which are kept and used again, that nobody wants to hear of.
+        every: True where somebody wants to hear of each statement.
+        events: the listeners of the dialect's events, by name, where it has others, who may run a statement in its place.
+    """
+
+    listeners: list[Tap] = field(default_factory=list)
+    reading: object = field(default_factory=object)
+    every: bool = False
+    events: dict[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+_ASKED = "_querycache_asked"
+_SENT = "_querycache_sent"
+_TAPS = "_querycache_taps"
+_READING = "_querycache_reading"
+
+
+def note_reading(context: Any) -> None:
+    """Tell nobody any more of the statement that is about to run, since it writes nothing."""
+    taps: _Taps = context.dialect.__dict__[_TAPS]
+    if not taps.every:
+        context.compiled.__dict__[_READING] = taps.reading
+
+
+def tell_of_reading(dialect: Any) -> None:
+    """Tell of every statement from now on."""
+    taps: _Taps = dialect.__dict__[_TAPS]
+    taps.reading, taps.every = object(), True
+
+
+def tap(engine: Engine, listener: Tap) -> None:
+    """Tell a listener of each statement and of the end of each transaction of an engine.
+
+    It takes the place of a few methods of the dialect, rather than to listen to its events: as soon as there is one
+    listener, SQLAlchemy asks for them before each statement, which takes more time than all that is done here.
+    """
+    dialect = engine.dialect
+    taps: _Taps | None = dialect.__dict__.get(_TAPS)
+    if taps is None:
+        taps = _Taps()
+        setattr(dialect, _TAPS, taps)
+        for name, arguments in _EXECUTING.items():
+            setattr(dialect, name, _execution(dialect, name, arguments, taps))
+        for name, wrap in _WRAPPED.items():
+            setattr(dialect, name, wrap(dialect, getattr(dialect, name), taps))
+        heed_others(dialect)
+    taps.listeners.append(listener)
+    taps.reading = object()  # this one has heard of none
+
+
+def untap(engine: Engine, listener: Tap) -> None:
+    """Tell a listener nothing more."""
+    engine.dialect.__dict__[_TAPS].listeners.remove(listener)
+
+
+def heed_others(dialect: Any) -> bool:
+    """Notice listeners of the dialect's events, who may run a statement without it; and be the first of them then.
+
+    Returns True where they may have done so unseen.
+    """
+    taps: _Taps | None = dialect.__dict__.get(_TAPS)
+    if taps is None or not dialect._has_events:
+        return False
+    unseen = False
+    for name in _EXECUTING:
+        others = getattr(dialect.dispatch, name).listeners
+        ours = taps.events.get(name)
+        if others and others[0] is not ours:
+            unseen = True
+            if ours is not None:
+                event.remove(dialect, name, ours)
+            taps.events[name] = _execution_event(dialect, name, taps)
+            event.listen(dialect, name, taps.events[name], insert=True)
+    return unseen
+
+
+_EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
+"""The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""
+
+
+def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Callable[..., Any]:
+    """What takes the place of a method that runs a statement."""
+    run = getattr(dialect, name)
+    one_set = name == "do_execute"
+
+    def execute(cursor: Any, sql: str, *rest: Any) -> Any:
+        # Each statement comes through here, cached or not.
+        if name in taps.events or len(rest) + 2 < arguments:
+            return run(cursor, sql, *rest)
+        context = rest[-1]
+        ending = _tell(taps, name, sql, rest[0], context)
+        asked: _Asked | None = context.__dict__.pop(_ASKED, None)
+        if ending is None and asked is None:
+            return run(cursor, sql, *rest)
+        try:
+            if asked is None or not one_set or _SENT in context.__dict__:
+                return run(cursor, sql, *rest)
+            run(cursor, sql + asked.returning(context), *rest)
+            asked.give(cursor, context)
+        finally:
+            for each in ending or ():
+                each.executed(context)
+
+    return execute
+
+
+def _execution_event(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., bool | None]:
+    """The same as a listener of events. It runs the statement itself where that commits, to know when it has."""
+    run = getattr(dialect, name)
+
+    def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
+        ending = _tell(taps, name, sql, rest[0], rest[-1])
+        if ending is None:
+            return None
+        try:
+            run(cursor, sql, *rest)
+        finally:
+            for each in ending:
+                each.executed(rest[-1])
+        return True
+
+    return execute
+
+
+def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> list[Tap] | None:
+    """Tell of a statement that is about to run. Gives those that want to hear when it has; None for nobody."""
+    one_set = name == "do_execute"
+    if sql is not context.statement or (one_set and parameters is not context.parameters[0]):
+        # by a listener of before_cursor_execute, of which the context is not told
+        context.__dict__[_SENT] = sql, parameters if one_set else context.parameters[0]
+    compiled = context.compiled
+    if (
+        compiled is not None
+        and compiled.__dict__.get(_READING) is taps.reading
+        and "isolation_level" not in context.execution_options
+    ):
+        return None
+    ending: list[Tap] | None = None
+    for each in taps.listeners:
+        if each.executing(sql, context):
+            ending = [*(ending or ()), each]
+    return ending
+
+
+def sent(context: Any) -> tuple[str, Any]:
+    """The SQL and the parameters that the driver was given; to be asked once, after the execution."""
+    given: tuple[str, Any] = context.__dict__.pop(_SENT, (context.statement, context.parameters[0]))
+    return given
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What an UPDATE is to return for us, of which SQLAlchemy is to see nothing."""
+
+    columns: Sequence[Column[Any]]
+    takers: list[Callable[[Sequence[Row]], object]]
+
+    def returning(self, context: Any) -> str:
+        known = context.compiled.__dict__
+        text: str | None = known.get(_ASKED)
+        if text is None:
+            names = map(context.dialect.identifier_preparer.format_column, self.columns)
+            text = known[_ASKED] = f" RETURNING {', '.join(names)}"
+        return text
+
+    def give(self, cursor: Any, context: Any) -> None:
+        rows = cursor.fetchall()
+        context._rowcount = len(rows)  # some drivers do not know it now
+        context.cursor_fetch_strategy = _NO_CURSOR_DML
+        for take in self.takers:
+            take(rows)
+
+
+def ask_for(
+    context: Any, table: Table, columns: Sequence[Column[Any]], take: Callable[[Sequence[Row]], object]
+) -> None:
+    """Have an UPDATE that is about to run return columns of the rows it changes, as the driver gives them.
+
+    Where the database cannot, where the statement returns something already or several sets of parameters are given,
+    ``take`` is not called. Several who ask for the same table ask for the same columns.
+    """
+    compiled = context.compiled
+    if (
+        context.dialect.update_returning
+        and table.implicit_returning
+        and not compiled.effective_returning
+        and compiled.statement.table is table
+    ):
+        asked = context.__dict__.setdefault(_ASKED, _Asked(columns, []))
+        asked.takers.append(take)
+
+
+def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
+    def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        info = info_of(connection)
+        if info is not None and heed_others(dialect):
+            for each in taps.listeners:
+                each.unseen(info)
+        if not info:
+            return run(connection, *args, **kwargs)
+        for each in taps.listeners:
+            try:
+                each.commit(info, dialect)
+            except CacheUnavailable:
+                # This stops the COMMIT, but the connection would go back to its pool with the transaction open, for
+                # the next user to commit.
+                _give_up(connection)
+                for every in taps.listeners:
+                    every.end(info)
+                raise
+        try:
+            return run(connection, *args, **kwargs)
+        finally:
+            for each in taps.listeners:
+                each.end(info)
+
+    return commit
+
+
+def _preparing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
+    def prepare(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        unseen = heed_others(dialect)
+        for each in taps.listeners:
+            if unseen:
+                each.unseen(connection.info)
+            # where this is refused, SQLAlchemy rolls back by itself
+            each.commit(connection.info, dialect)
+        return run(connection, *args, **kwargs)
+
+    return prepare
+
+
+def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
+    def rollback(connection: Any, *args: Any, **kwargs: Any) -> Any:
+        # What info_of() mostly comes to: each transaction comes through here that only reads.
+        try:
+            info = connection._connection_record.info
+        except AttributeError:
+            info = info_of(connection)
+        if not info:
+            return run(connection, *args, **kwargs)
+        try:
+            return run(connection, *args, **kwargs)
+        finally:
+            for each in taps.listeners:
+                each.end(info)
+
+    return rollback
+
+
+_WRAPPED = {
+    "do_prepare_twophase": _preparing,
+    "do_commit": _committing,
+    "do_commit_twophase": _committing,
+    "do_rollback": _rolling_back,
+    "do_rollback_twophase": _rolling_back,
+}
+
+
+def _give_up(connection: Any) -> None:
+    if isinstance(connection, Connection):  # two-phase: what was prepared stays prepared
+        connection.invalidate()
+    else:
+        connection.rollback()

@@ -1,0 +1,118 @@
+"""Sessions, their connections, and what transactions of these see."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.orm import Session
+
+from querycache.textual import first_word
+
+__all__ = [
+    "autobegin",
+    "begins_transaction",
+    "connections",
+    "default_isolation_level",
+    "in_transaction",
+    "info_of",
+    "is_autocommit",
+    "is_initializing",
+    "isolation_level",
+    "may_block",
+    "reads_uncommitted",
+    "root_engine",
+]
+
+
+def autobegin(session: Session) -> None:
+    """Begin the Session's transaction as any statement would, without a connection."""
+    session._autobegin_t()
+
+
+def may_block() -> bool:
+    """False where waiting would stop an event loop: in a greenlet that SQLAlchemy runs under asyncio."""
+    greenlet: Any = sys.modules.get("greenlet")
+    return greenlet is None or not getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
+
+
+def root_engine(engine: Engine) -> Engine:
+    """The engine that ``Engine.execution_options`` has made others from; its events reach them all."""
+    while isinstance(engine, OptionEngine):
+        engine = engine._proxied
+    return engine
+
+
+def connections(session: Session) -> list[Connection]:
+    """The connections of a Session: those it was bound to, and those it has checked out, of its savepoints and
+    enclosing transactions as well.
+    """
+    found: dict[Connection, None] = {}
+    # 2.0 keeps them in a name of the class, 2.1 in a plain one
+    binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
+    for bind in (session.bind, *binds.values()):
+        if isinstance(bind, Connection) and not bind.closed and not bind.invalidated:
+            found[bind] = None
+    transaction = session._transaction
+    while transaction is not None:
+        for entry in transaction._connections.values():
+            if not entry[0].closed and not entry[0].invalidated:
+                found[entry[0]] = None
+        transaction = transaction._parent
+    return list(found)
+
+
+def is_autocommit(connection: Connection) -> bool:
+    """True if each statement of the connection commits itself."""
+    driver: Any = connection.connection.dbapi_connection
+    if connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True:
+        return True
+    told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
+    return told is not None and bool(told())
+
+
+def default_isolation_level(dialect: Any) -> str | None:
+    """The isolation level that the engine asks for, or else the database's own; in capitals and with spaces."""
+    level = dialect._on_connect_isolation_level or dialect.default_isolation_level
+    return level.replace("_", " ").upper() if level else None
+
+
+def is_initializing(connection: Connection) -> bool:
+    """True for the connection on which a dialect gets to know its database; nothing can be noted with it."""
+    return info_of(connection) is None
+
+
+def isolation_level(connection: Connection) -> str | None:
+    """The isolation level of a connection, in capitals and with spaces, without asking the database."""
+    level: str | None = connection.get_execution_options().get("isolation_level")
+    return level.replace("_", " ").upper() if level else default_isolation_level(connection.dialect)
+
+
+def reads_uncommitted(session: Session) -> bool:
+    """True if a connection of the session sees what others have not committed yet."""
+    return any(isolation_level(connection) == "READ UNCOMMITTED" for connection in connections(session))
+
+
+def in_transaction(connection: Connection) -> bool:
+    """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
+    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+def begins_transaction(connection: Connection, sql: str) -> bool:
+    """True if SQLite's driver begins a transaction of its own before this statement."""
+    driver: Any = connection.connection.dbapi_connection
+    return driver.isolation_level is not None and first_word(sql) in ("insert", "update", "delete", "replace")
+
+
+def info_of(connection: Any) -> dict[Any, Any] | None:
+    """The dictionary of a connection; None for those that a dialect makes for itself.
+
+    It is empty while nothing was noted, and then there is nothing to tell anybody.
+    """
+    try:
+        return connection.info  # type: ignore[no-any-return]
+    except (AttributeError, NotImplementedError):
+        # a bare DBAPI connection has none, and neither has what stands in for one at first connect
+        return None

@@ -1,0 +1,190 @@
+"""What statements write, and what a flush has written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from sqlalchemy import Column, Table, inspect
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session
+from sqlalchemy.orm.exc import UnmappedColumnError
+from sqlalchemy.orm.mapper import _all_registries
+from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.selectable import TextualSelect
+
+from querycache.errors import ConfigurationError
+
+__all__ = [
+    "UNKNOWN",
+    "Written",
+    "cache_key_of",
+    "flushed",
+    "holds_text",
+    "is_flushing",
+    "is_unit_of_work",
+    "known_tables",
+    "old_and_new",
+    "replaces",
+    "tables_of",
+    "written",
+]
+
+
+def is_flushing(session: Session) -> bool:
+    """True while the unit of work is sending statements."""
+    return session._flushing
+
+
+def is_unit_of_work(context: Any) -> bool:
+    """True if a statement was made by the unit of work, or by its relatives that write without objects.
+
+    They, and nobody else, compile into a cache of the mapper; ORM-enabled statements of the application are
+    told by their plugin.
+    """
+    cache = context.execution_options.get("compiled_cache")
+    if cache is None or cache is context.engine._compiled_cache:
+        return False
+    return not context.invoked_statement._propagate_attrs
+
+
+def _dml(compiled: Any) -> Any:
+    """The INSERT, UPDATE or DELETE, also where ``select(Entity).from_statement(…)`` is to load what it returns."""
+    statement = compiled.statement
+    return statement.element if statement.is_from_statement else statement
+
+
+class Written(NamedTuple):
+    """What a statement does to the rows of a table.
+
+    Attributes:
+        table: None where it cannot be told.
+        deletes: whether rows that were there may be gone.
+        updates: whether rows that were there may have changed.
+    """
+
+    table: Table | None
+    deletes: bool
+    updates: bool
+
+
+def written(compiled: Any) -> list[Written]:
+    """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
+    found = []
+    statement = _dml(compiled)
+    if statement.is_dml:
+        tables = [statement.table]
+        # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
+        noted = statement._annotations
+        tables += [noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted]
+        tables += getattr(compiled.dml_compile_state, "_extra_froms", None) or ()
+        found += [_written(statement, table) for table in tables]
+    for cte in getattr(compiled, "ctes", None) or ():
+        if cte.element.is_dml:
+            found.append(_written(cte.element, cte.element.table))
+    return found
+
+
+def _written(statement: Any, selectable: Any) -> Written:
+    while selectable is not None and not isinstance(selectable, Table):
+        selectable = getattr(selectable, "element", None)
+    # an upsert, INSERT OR REPLACE, or UPDATE OR REPLACE, may do either
+    either = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    either = either or (isinstance(selectable, Table) and replaces(selectable))
+    return Written(selectable, statement.is_delete or either, statement.is_update or either)
+
+
+@lru_cache(maxsize=4096)
+def replaces(table: Table) -> bool:
+    """True for a table of SQLite in which a new row may take the place of others, by ON CONFLICT REPLACE."""
+    return any(
+        str(value).upper() == "REPLACE"
+        for each in (*table.constraints, *table.columns)
+        for name, value in each.dialect_kwargs.items()
+        if name.startswith("sqlite_on_conflict")
+    )
+
+
+def holds_text(compiled: Any) -> bool:
+    """True for a whole textual statement, by itself or as a CTE, that was told which columns it returns.
+
+    It looks like a SELECT, but may be a DELETE with RETURNING.
+    """
+    statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
+    return any(isinstance(each, TextualSelect) for each in statements)
+
+
+def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
+    """The states that a flush has written, each with True where it was deleted."""
+    for state, (is_delete, list_only) in context.states.items():
+        # one that was to be deleted, and is replaced by another under its primary key, is listed only
+        if is_delete or not list_only:
+            yield state, is_delete
+
+
+UNKNOWN = object()
+"""Stands for a value that only the database knows."""
+
+
+def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
+    """The value of a column before and after the flush that has just sent its statements.
+
+    A column that is not mapped, or whose value the server has made, is :data:`UNKNOWN`.
+    """
+    try:
+        key = state.mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        return UNKNOWN, UNKNOWN
+    if column.computed is not None or column.server_onupdate is not None:
+        return UNKNOWN, UNKNOWN
+    if state.key is not None and key not in state.dict and column in state.mapper.primary_key:
+        identity = state.key[1][state.mapper.primary_key.index(column)]
+        return identity, identity
+    if key in state.dict:
+        new = state.dict[key]
+    elif state.key is None and column.server_default is None and key not in state.expired_attributes:
+        new = None  # inserted without a value
+    else:
+        new = UNKNOWN
+    old = state.committed_state.get(key, new)
+    if old is LoaderCallableStatus.NO_VALUE:
+        # what was never set had no value before an INSERT; otherwise it was not loaded
+        old = None if state.key is None else UNKNOWN
+    return old, new
+
+
+def tables_of(entity: Any) -> list[Table]:
+    """The tables of a mapped class, those it inherits from included.
+
+    Raises:
+        ConfigurationError: it is not a mapped class.
+    """
+    mapper = inspect(entity, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise ConfigurationError(f"{entity!r} is not a mapped class")
+    return [table for table in mapper.tables if isinstance(table, Table)]
+
+
+def cache_key_of(statement: Any) -> Any:
+    """The key under which SQLAlchemy caches a statement's compiled form; None where it has none.
+
+    Raises:
+        ConfigurationError: it is not a statement.
+    """
+    if not isinstance(statement, ClauseElement):
+        raise ConfigurationError(f"{statement!r} is not a statement; give a select()")
+    key = statement._generate_cache_key()
+    return key.key if key is not None else None
+
+
+def known_tables(name: str) -> list[Table]:
+    """The mapped tables of a name, in any schema; textual SQL knows only names."""
+    found: set[Table] = set()
+    for registry in _all_registries():
+        for mapper in registry.mappers:
+            for table in mapper.tables:
+                if isinstance(table, Table):
+                    found.update(
+                        each for each in table.metadata.tables.values() if each.name.lower() == name.lower()
+                    )
+    return list(found)
