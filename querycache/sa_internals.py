@@ -907,6 +907,13 @@ def holds_text(compiled: Any) -> bool:
     return any(isinstance(each, TextualSelect) for each in statements)
 
 
+def unflushed(session: Session) -> tuple[list[Any], list[Any], list[Any]]:
+    """The objects of ``session.new``, ``dirty`` and ``deleted``, without the sets that those properties make."""
+    deleted = session._deleted
+    dirty = [state.obj() for state in session._dirty_states if state not in deleted]
+    return list(session._new.values()), dirty, list(deleted.values())
+
+
 def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
     """The states that a flush has written, each with True where it was deleted."""
     for state, (is_delete, list_only) in context.states.items():

@@ -11,10 +11,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
-from uuid import UUID
+from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Uuid, select
+from sqlalchemy import Connection, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
@@ -22,11 +21,14 @@ from sqlalchemy.orm.attributes import set_committed_value
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
 from querycache.denormalize.images import Image, image
 from querycache.denormalize.locks import Locks, chunks, parameters
+from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
-from querycache.denormalize.touched import Sorter, Touched, inserted, missed, spread
-from querycache.denormalize.writing import Changes, absorb, changes_between, write
+from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, spread
+from querycache.denormalize.writing import Changes, changes_between, write
+
+_FLUSHED: Final = [held for held in STRATEGIES.values() if type(held).flushed is not Strategy.flushed]
 
 __all__ = ["Keeper", "Work", "forget_classes", "keeper_of", "kept_by_images", "show"]
 
@@ -74,12 +76,12 @@ class Work:
         touched = {chain: levels for chain in aggregates if (levels := _levels(self.plan, chain, after))}
         concerned = [chain for chain in aggregates if chain in touched or self.before.get(chain)]
         by_root: dict[Mapper[Any], Changes] = {}
-        absorbing: dict[Mapper[Any], tuple[Chain, Key, Key]] = {}
+        absorbing: dict[Mapper[Any], tuple[Chain, Newcomer, Key, Key]] = {}
         for chain in concerned:
             root = chain.root.base_mapper
-            newcomer = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
-            if newcomer and not any(one.root.base_mapper is root for one in concerned if one is not chain):
-                absorbing[root] = (chain, *newcomer)
+            alone = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
+            if alone and not any(one.root.base_mapper is root for one in concerned if one is not chain):
+                absorbing[root] = (chain, *alone)
                 continue
             found = self._difference(chain, aggregates[chain], touched.get(chain, {}), renamed)
             for parent, outcomes in found.items():
@@ -89,8 +91,8 @@ class Work:
             {*by_root, *absorbing}, key=lambda held: (self.plan.rank(held), held.class_.__name__)
         ):
             if root in absorbing:
-                chain, child, above = absorbing[root]
-                if absorb(self.locks, chain, aggregates[chain], child, above):
+                chain, comes, child, above = absorbing[root]
+                if comes.absorb(self.connection, child, above):
                     for aggregate in aggregates[chain]:
                         written.setdefault(aggregate, set()).add(above)
                     continue
@@ -107,18 +109,16 @@ class Work:
         aggregates: list[Aggregate],
         levels: dict[int, set[Key]],
         new: Mapping[Place, Mapping[Key, Any]],
-    ) -> tuple[Key, Key] | None:
+    ) -> tuple[Newcomer, Key, Key] | None:
         """If all that happened below a chain is one new child whose parent can be brought forward without a look at the
-        rows: the key of the child and that of its parent, as its object has them."""
+        rows: what is to be done, the key of the child and that of its parent, as its object has them."""
         if levels.keys() != {1} or len(levels[1]) != 1 or self.before.get(chain):
             return None
-        if not self.plan.memo(("absorbs", chain), lambda: _absorbs(chain, aggregates)):
-            return None
+        known = newcomer(self.plan, chain, aggregates)
         (child,) = levels[1]
         instance = new.get(Place(chain, 1), {}).get(child)
-        values = {} if instance is None else instance.__dict__
-        parent = tuple(values.get(name) for name in chain.links[0].attributes)
-        return (child, parent) if all(type(part) in (int, UUID) for part in parent) else None
+        keys = None if known is None or instance is None else known.keys(instance.__dict__)
+        return None if known is None or keys is None else (known, *keys)
 
     def _difference(
         self,
@@ -133,20 +133,6 @@ class Work:
             self.locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
         now = image(self.locks, chain, _measured(aggregates), levels)
         return changes_between(aggregates, before, now, lambda one: STRATEGIES[one.strategy].recounts)
-
-
-def _absorbs(chain: Chain, aggregates: list[Aggregate]) -> bool:
-    """Whether one more child is one UPDATE for all of them, of one parent, whose key means the same in the child's object
-    as in the database: texts may be equal there that are not in Python."""
-    keys = aggregates[0].table_key
-    return (
-        chain.depth == 1
-        and chain.links[0].secondary is None
-        and chain.leaf.base_mapper is not chain.root.base_mapper
-        and all(isinstance(column.type, (Integer, Uuid)) for column in keys)
-        and chain.root.tables == [aggregates[0].table]
-        and all(held.absorbs and not STRATEGIES[held.strategy].recounts for held in aggregates)
-    )
 
 
 def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:
@@ -184,8 +170,10 @@ class Keeper:
                 dialects[plan] = {"sqlite": None, "postgresql": 1}.get(name, 0)
             return dialects[plan]
 
-        for plan, touched in self._sorter.collect(session, parents_at).items():
-            prepared = [one for one in _by_strategy(plan) if one[0].prepares]
+        found, fresh = self._sorter.collect(session, parents_at)
+        self._sorter.expect(fresh, found, parents_at)
+        for plan, touched in found.items():
+            prepared = _preparing(plan)
             if not touched and not prepared:
                 continue
             work = self.works[plan] = Work(session, plan, touched)
@@ -194,8 +182,11 @@ class Keeper:
                 strategy.before_flush(session, work.locks, held, touched)
 
     def after_flush(self, session: Session) -> None:
-        again = self._sorter.persistent(session, lambda plan: None)
-        new = inserted(session, self._sorter)
+        again, objects = self._sorter.collect(session, _nowhere)
+        alone = self._one_newcomer(session, again, objects)
+        if alone:
+            return
+        new = inserted(objects, self._sorter)
         for plan in {**again, **new, **self.works}:
             work = self.works.get(plan)
             if work is None:
@@ -214,17 +205,47 @@ class Keeper:
             fresh = new.get(plan, {})
             for place, by_key in fresh.items():
                 after.setdefault(place, set()).update(by_key)
-            stale = work.write_difference(_kept(plan), after, renamed, fresh)
+            stale = work.write_difference(_kept(plan), after, renamed, {} if alone is False else fresh)
             for strategy, held in _by_strategy(plan):
                 stale.update(strategy.after_flush(session, held))
             for aggregate, keys in stale.items():
                 self._stale.setdefault(aggregate, set()).update(keys)
 
+    def _one_newcomer(
+        self, session: Session, again: dict[Plan, Touched], fresh: Fresh
+    ) -> bool | None:
+        """Bring the aggregates forward by the shortest way, if all that the flush did to them was to insert one object.
+
+        Returns:
+            whether it is done; None where that was not all.
+        """
+        if len(fresh) != 1:
+            return None
+        if again and any(touched.rows for touched in again.values()):
+            return None
+        if self.works and any(work.touched.rows or work.touched.deleted for work in self.works.values()):
+            return None
+        ((cls, instances),) = fresh.items()
+        known = self._sorter.watch(cls)
+        if len(instances) != 1 or known is None:
+            return None
+        comes = only_newcomer(known[0], cls, known[1])
+        keys = None if comes is None else comes.keys(instances[0].__dict__)
+        if comes is None or keys is None:
+            return None
+        connection = connection_of(session, known[0])
+        if not comes.absorb(connection, *keys):
+            return False
+        for aggregate in comes.aggregates:
+            self._stale.setdefault(aggregate, set()).add(keys[1])
+        return True
+
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
-        for strategy in STRATEGIES.values():
+        for strategy in _FLUSHED:
             strategy.flushed(session)
-        show(session, stale, self._shown)
+        if stale:
+            show(session, stale, self._shown)
 
     def after_bulk(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
         for strategy in STRATEGIES.values():
@@ -244,6 +265,10 @@ class Keeper:
         for strategy in STRATEGIES.values():
             strategy.forget(session)
         self._shown.clear()
+
+
+def _nowhere(plan: Plan) -> None:
+    """No row is to be locked."""
 
 
 def _kept(plan: Plan) -> dict[Chain, list[Aggregate]]:
@@ -267,6 +292,13 @@ def _by_strategy(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
     return by_strategy
 
 
+def _preparing(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
+    prepared: list[tuple[Strategy, list[Aggregate]]] = plan.memo(
+        ("preparing",), lambda: [one for one in _by_strategy(plan) if one[0].prepares]
+    )
+    return prepared
+
+
 def show(
     session: Session, stale: dict[Aggregate, set[Key]], shown: weakref.WeakKeyDictionary[Any, set[str]]
 ) -> None:
@@ -275,11 +307,15 @@ def show(
     The attribute is expired, so the next access reads it; under asyncio, where an access cannot, it is read now.
     """
     by_root: dict[Any, dict[Any, list[str]]] = {}
+    held: dict[Any, Any] = {}
     for aggregate, keys in stale.items():
         root = aggregate.chain.root
         for key in keys:
-            instance = session.identity_map.get(root.identity_key_from_primary_key(key))
-            state = None if instance is None else sqlalchemy_inspect(instance)
+            try:
+                state = held[root, key]
+            except KeyError:
+                instance = session.identity_map.get(root.identity_key_from_primary_key(key))
+                state = held[root, key] = None if instance is None else sqlalchemy_inspect(instance)
             if state is not None and (aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires):
                 by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
     for root, states in by_root.items():
