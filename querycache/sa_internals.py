@@ -610,6 +610,16 @@ def connections(session: Session) -> list[Connection]:
     return list(found)
 
 
+def checked_out(session: Session, bind: Engine | Connection) -> Connection | None:
+    """The connection that a Session's transaction has for a bind already, without the checks of ``connection()``."""
+    transaction = session._transaction
+    while transaction is not None:
+        if (entry := transaction._connections.get(bind)) is not None:
+            return entry[0]
+        transaction = transaction._parent
+    return None
+
+
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself."""
     driver: Any = connection.connection.dbapi_connection

@@ -81,6 +81,8 @@ def do_execute(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
         UncoveredChange: naming the table and what to do.
     """
     compiled = context.compiled
+    if compiled is None:  # textual SQL
+        return
     ctes = getattr(compiled, "ctes", None)
     top = context.isinsert or context.isupdate or context.isdelete
     if not (ctes or top) or context.execution_options.get("denormalize") in ("own", "unchecked"):

@@ -27,10 +27,14 @@ from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, spread
 from querycache.denormalize.writing import Changes, changes_between, write
-
-_FLUSHED: Final = [held for held in STRATEGIES.values() if type(held).flushed is not Strategy.flushed]
+from querycache.sa_internals import checked_out
 
 __all__ = ["Keeper", "Work", "forget_classes", "keeper_of", "kept_by_images", "show"]
+
+_LOCKED_FROM: Final[dict[str, int | None]] = {"sqlite": None, "postgresql": 1}
+"""The least level whose rows are locked before a flush that puts new rows below them; elsewhere 0."""
+
+_FLUSHED: Final = [held for held in STRATEGIES.values() if type(held).flushed is not Strategy.flushed]
 
 
 def kept_by_images(plan: Plan, chain: Chain) -> list[Aggregate]:
@@ -144,7 +148,9 @@ def _levels(plan: Plan, chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, 
 
 
 def connection_of(session: Session, plan: Plan) -> Connection:
-    return session.connection(bind_arguments={"mapper": plan.aggregates[0].chain.root})
+    root = plan.aggregates[0].chain.root
+    found = checked_out(session, session.get_bind(mapper=root))
+    return session.connection(bind_arguments={"mapper": root}) if found is None else found
 
 
 class Keeper:
@@ -153,6 +159,7 @@ class Keeper:
     def __init__(self) -> None:
         self.works: dict[Plan, Work] = {}
         self._sorter = Sorter()
+        self._levels: dict[Plan, int | None] = {}
         self._stale: dict[Aggregate, set[Key]] = {}
         self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -162,24 +169,27 @@ class Keeper:
 
     def before_flush(self, session: Session) -> None:
         self.works = {}
-        dialects: dict[Plan, int | None] = {}
-
-        def parents_at(plan: Plan) -> int | None:
-            if plan not in dialects:
-                name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
-                dialects[plan] = {"sqlite": None, "postgresql": 1}.get(name, 0)
-            return dialects[plan]
-
-        found, fresh = self._sorter.collect(session, parents_at)
-        self._sorter.expect(fresh, found, parents_at)
+        self._levels = {}
+        found, fresh = self._sorter.collect(session, self._locked_from)
+        self._sorter.expect(session, fresh, found, self._locked_from)
+        for cls in fresh:
+            known = self._sorter.watch(cls)
+            if known is not None and known[0] not in found and _preparing(known[0]):
+                found[known[0]] = Touched()
         for plan, touched in found.items():
             prepared = _preparing(plan)
-            if not touched and not prepared:
+            if not prepared and not touched.reads(self._locked_from(session, plan)):
                 continue
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
             for strategy, held in prepared:
                 strategy.before_flush(session, work.locks, held, touched)
+
+    def _locked_from(self, session: Session, plan: Plan) -> int | None:
+        if plan not in self._levels:
+            name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
+            self._levels[plan] = _LOCKED_FROM.get(name, 0)
+        return self._levels[plan]
 
     def after_flush(self, session: Session) -> None:
         again, objects = self._sorter.collect(session, _nowhere)
@@ -236,8 +246,7 @@ class Keeper:
         connection = connection_of(session, known[0])
         if not comes.absorb(connection, *keys):
             return False
-        for aggregate in comes.aggregates:
-            self._stale.setdefault(aggregate, set()).add(keys[1])
+        self._stale = dict.fromkeys(comes.aggregates, {keys[1]})
         return True
 
     def after_flush_postexec(self, session: Session) -> None:
@@ -267,7 +276,7 @@ class Keeper:
         self._shown.clear()
 
 
-def _nowhere(plan: Plan) -> None:
+def _nowhere(session: Session, plan: Plan) -> None:
     """No row is to be locked."""
 
 
@@ -311,13 +320,13 @@ def show(
     for aggregate, keys in stale.items():
         root = aggregate.chain.root
         for key in keys:
-            try:
-                state = held[root, key]
-            except KeyError:
-                instance = session.identity_map.get(root.identity_key_from_primary_key(key))
-                state = held[root, key] = None if instance is None else sqlalchemy_inspect(instance)
-            if state is not None and (aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires):
-                by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
+            identity = root.identity_key_from_primary_key(key)
+            if identity not in held:
+                held[identity] = session.identity_map.get(identity)
+            if (instance := held[identity]) is not None:
+                state = sqlalchemy_inspect(instance)
+                if aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires:
+                    by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
     for root, states in by_root.items():
         for state, names in states.items():
             shown.setdefault(state, set()).update(names)

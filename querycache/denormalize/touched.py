@@ -25,6 +25,8 @@ __all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "spread"]
 Fresh = dict[type[Any], list[Any]]
 """New objects by their class."""
 
+LockedFrom = Callable[[Session, Plan], int | None]
+
 
 class Touched:
     """The rows of one plan that a flush touches.
@@ -46,11 +48,17 @@ class Touched:
         self.changed: dict[tuple[Place, Key], Any] = {}
         self.renamed: list[Any] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.parents or self.deleted or self.dead)
-
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
+
+    def reads(self, least: int | None) -> bool:
+        """Whether old values are to be read, or rows from level `least` on to be locked."""
+        return bool(
+            self.rows
+            or self.deleted
+            or self.dead
+            or (least is not None and any(place.level >= least for place in self.parents))
+        )
 
     def gone(self, tables: Iterable[Any], key: Key) -> None:
         for table in tables:
@@ -75,13 +83,13 @@ class Sorter:
             return found
 
     def collect(
-        self, session: Session, parents_at: Callable[[Plan], int | None]
+        self, session: Session, locked_from: LockedFrom
     ) -> tuple[dict[Plan, Touched], Fresh]:
         """What the pending changes of `session` touch among the rows that are there, and the objects of watched classes
         that are to get rows (or, once the flush has run, got them).
 
         Args:
-            parents_at: the least level whose rows must be locked before the flush, for a plan; None if none.
+            locked_from: the least level whose rows must be locked before the flush, for a plan; None if none.
         """
         found: dict[Plan, Touched] = {}
         new, dirty, deleted = unflushed(session)
@@ -94,25 +102,23 @@ class Sorter:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
-                self._dirty(instance, watch, found.setdefault(plan, Touched()), parents_at(plan))
+                self._dirty(instance, watch, found.setdefault(plan, Touched()), locked_from(session, plan))
         return found, self._by_class(new)
 
     def expect(
-        self, fresh: Fresh, found: dict[Plan, Touched], parents_at: Callable[[Plan], int | None]
+        self, session: Session, fresh: Fresh, found: dict[Plan, Touched], locked_from: LockedFrom
     ) -> None:
-        """Add to `found` what new objects touch; each of their plans is in it afterwards."""
+        """Add to `found` what new objects touch."""
         for cls, instances in fresh.items():
             known = self.watch(cls)
             if known is None:
                 continue
             plan, watch = known
-            touched = found.get(plan)
-            if touched is None:
-                touched = found[plan] = Touched()
-            least = parents_at(plan)
+            least = locked_from(session, plan) if watch.places else None
             locked = [] if least is None else [place for place, _ in watch.places if place.level > least]
             if not locked and not watch.collections:
                 continue
+            touched = found.setdefault(plan, Touched())
             for instance in instances:
                 for place in locked:
                     _parents(instance, place, touched)
