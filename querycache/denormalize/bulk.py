@@ -78,7 +78,7 @@ class _Target:
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
         self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
         self.columns = {name for row in self.rows for name in row} or columns_written(
-            statement, str(statement.compile(dialect=self.dialect))
+            statement.compile(dialect=self.dialect)
         )
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import Delete, Insert, Table, TextClause, Update
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.sql import visitors
 
 __all__ = ["columns_written", "is_upsert", "literal_rows"]
@@ -21,12 +22,11 @@ _SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*
 _INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
 
 
-def columns_written(statement: Insert | Update | Delete, sql: str) -> set[str] | None:
-    """The keys of the columns that a statement writes; None if it cannot be told.
-
-    Args:
-        sql: the statement as compiled for its database, and for the parameter sets that it is executed with.
-    """
+def columns_written(compiled: Any) -> set[str] | None:
+    """The keys of the columns that a compiled statement sets, but for defaults; None if it cannot be told."""
+    statement, sql = compiled.statement, str(compiled)
+    if isinstance(statement, FromStatement):
+        statement = statement.element
     if isinstance(statement, Delete):
         return set()
     if isinstance(statement, Insert):
@@ -35,9 +35,12 @@ def columns_written(statement: Insert | Update | Delete, sql: str) -> set[str] |
         while _NESTED.search(sql):
             sql = _NESTED.sub("", sql)
         found = _SET.search(sql)
+    if found is None:
+        return None
     keys = {column.name: str(column.key) for column in statement.table.columns}
-    names = (part.split("=")[0].strip().rpartition(".")[2].strip('"`') for part in found[1].split(",")) if found else ()
-    return {keys.get(name, name) for name in names} or None
+    names = (part.split("=")[0].strip().rpartition(".")[2].strip('"`') for part in found[1].split(","))
+    by_default = {column.key for column in compiled.insert_prefetch or ()}
+    return {keys.get(name, name) for name in names} - by_default
 
 
 def literal_rows(statement: Insert | Update | Delete, dialect: Dialect) -> list[dict[str, Any]]:

@@ -89,13 +89,13 @@ def do_execute(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
         return
     for cte in ctes or ():
         if isinstance(cte.element, (Insert, Update, Delete)):
-            _check(cte.element, str(cte.element.compile(dialect=context.dialect)), "inside a CTE")
+            _check(cte.element, cte.element.compile(dialect=context.dialect), "inside a CTE")
     if top and not is_covered():
         statement = compiled.statement
         if isinstance(statement, FromStatement):
-            _check(statement.element, str(compiled), "inside from_statement()")
+            _check(statement.element, compiled, "inside from_statement()")
         else:
-            _check(statement, str(compiled), "outside the unit of work")
+            _check(statement, compiled, "outside the unit of work")
 
 
 def do_execute_no_params(cursor: Any, sql: str, context: Any) -> None:
@@ -103,16 +103,17 @@ def do_execute_no_params(cursor: Any, sql: str, context: Any) -> None:
     do_execute(cursor, sql, (), context)
 
 
-def _check(statement: Any, sql: str, where: str) -> None:
+def _check(statement: Any, compiled: Any, where: str) -> None:
     table = statement.table
     while not isinstance(table, Table):  # an alias
         table = getattr(table, "element", None)
         if table is None:
             return
+    table = table.metadata.tables.get(table.key, table)  # an entity's is a copy with annotations
     plan = plan_of(table)
     if plan is None:
         return
-    written = columns_written(statement, sql)
+    written = columns_written(compiled)
     kind = statement.__visit_name__.upper()
     for name, aggregate in plan.columns.get(table, {}).items():
         if written is not None and name in written:

@@ -46,7 +46,7 @@ def rows(session: Session, table: Any) -> list[dict[str, Any]]:
 
 def forget() -> None:
     """Make the models anew when they are next asked for."""
-    for made in (forum, counters, composite, tree, groups, heirs, cascades):
+    for made in (forum, counters, composite, tree, groups, heirs, cascades, orphans):
         made.cache_clear()
 
 
@@ -531,3 +531,27 @@ def cascades(strategy: str) -> SimpleNamespace:
     return SimpleNamespace(
         Base=Base, User=User, Forum=Forum, Thread=Thread, Comment=Comment, Quote=Quote, check=check
     )
+
+
+@functools.cache
+def orphans() -> SimpleNamespace:
+    """Children that go with their parent."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = "o_parent"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        children: Mapped[list[Child]] = relationship(
+            "Child", cascade="all, delete-orphan", back_populates="parent"
+        )
+        n: Mapped[int] = count_of("children")
+
+    class Child(Base):
+        __tablename__ = "o_child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey("o_parent.id"), index=True)
+        parent: Mapped[Parent] = relationship(Parent, back_populates="children")
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)

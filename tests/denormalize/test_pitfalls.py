@@ -357,7 +357,7 @@ class TestMoves:
 
 class TestNeverSilent:
     @pytest.mark.parametrize(
-        "how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core"]
+        "how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core", "entity"]
     )
     def test_F8_what_passes_the_session_by_is_refused(self, shop: SimpleNamespace, how: str) -> None:
         m, session = shop.m, shop.session
@@ -366,10 +366,118 @@ class TestNeverSilent:
             "bulk_insert_mappings": lambda: session.bulk_insert_mappings(m.Comment, [{"thread_id": 1}]),
             "bulk_update_mappings": lambda: session.bulk_update_mappings(m.Comment, [{"id": 1, "score": 9}]),
             "core": lambda: session.connection().execute(delete(m.Comment.__table__)),
+            "entity": lambda: session.connection().execute(update(m.Comment).values(score=9)),
         }
         with pytest.raises(UncoveredChange, match=r"Thread\.comment_count"):
             calls[how]()
         session.rollback()
+        checked(shop)
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)  # the only one that has them
+    @pytest.mark.parametrize("through", ["session", "connection", "covered statement"])
+    @pytest.mark.parametrize("kind", ["insert", "update", "delete"])
+    def test_F8_dml_inside_a_cte_is_refused(self, shop: SimpleNamespace, kind: str, through: str) -> None:
+        m, session = shop.m, shop.session
+        dml: Any = {
+            "insert": insert(m.Comment).values(thread_id=1, deleted=False),
+            "update": update(m.Comment).values(thread_id=2),
+            "delete": delete(m.Comment),
+        }[kind]
+        changed = dml.returning(m.Comment.id).cte("changed")
+        statement: Any = select(changed.c.id)
+        if through == "covered statement":
+            statement = update(m.Comment).where(m.Comment.id == 4).values(score=4).add_cte(changed)
+
+        def execute(**options: Any) -> None:
+            by = session.connection() if through == "connection" else session
+            by.execute(statement, execution_options=options)
+
+        said = rf"{kind.upper()} on \S*comment inside a CTE .*Thread\.comment_count.*repair"
+        with pytest.raises(UncoveredChange, match=said):
+            execute()
+        session.rollback()
+        checked(shop)
+        execute(denormalize="unchecked")
+        session.commit()
+        assert not verify(shop.engine, m.Base).right
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)
+    def test_F8_dml_inside_a_cte_cannot_set_an_aggregate(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        changed = update(m.Thread).values(comment_count=7).returning(m.Thread.id).cte("changed")
+        with pytest.raises(ReadOnlyAggregate, match=r"Thread\.comment_count"):
+            shop.session.execute(select(changed.c.id))
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)
+    def test_F8_a_cte_that_concerns_no_aggregate_passes(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        made = insert(m.Forum).values(id=9).returning(m.Forum.id).cte("made")
+        assert shop.session.scalars(select(made.c.id)).all() == [9]
+        shop.session.commit()
+        checked(shop)
+
+    def test_F8_dml_whose_rows_are_loaded_as_objects_is_refused(self, shop: SimpleNamespace) -> None:
+        if not shop.engine.dialect.insert_returning:
+            return
+        m = shop.m
+        made = insert(m.Comment).values(thread_id=1, deleted=False).returning(m.Comment)
+        with pytest.raises(UncoveredChange, match=r"inside from_statement\(\).*Thread\.comment_count"):
+            shop.session.scalars(select(m.Comment).from_statement(made)).all()
+        shop.session.rollback()
+        checked(shop)
+
+    def test_F8_new_parents_by_core_and_by_bulk_statements_pass(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        with shop.engine.begin() as connection:
+            connection.execute(insert(m.Forum.__table__), {"id": 10})
+            connection.execute(insert(m.Forum.__table__).values(id=11))
+        shop.session.execute(insert(m.Forum), [{"id": 12}])
+        shop.session.execute(insert(m.Forum).values(id=13))
+        shop.session.commit()
+        checked(shop)
+
+    def test_F8_an_alias_does_not_hide_the_table(self, shop: SimpleNamespace) -> None:
+        if shop.engine.dialect.name == "mysql":
+            return  # it has no such DELETE
+        aliased = shop.m.Comment.__table__.alias("c")
+        with shop.engine.connect() as connection, pytest.raises(UncoveredChange, match=r"on n_sql_comment"):
+            connection.execute(delete(aliased))
+
+    def test_F8_a_flush_without_work_covers_nothing_that_follows(self, shop: SimpleNamespace) -> None:
+        """An orphan that was never saved is thrown out by the flush, which then ends without an event."""
+        m = models.orphans()
+        m.Base.metadata.create_all(shop.engine)
+        with Session(shop.engine) as session:
+            parent, child = m.Parent(), m.Child()
+            session.add(child)
+            parent.children.append(child)
+            parent.children.remove(child)
+            session.flush()
+            assert child not in session
+            with pytest.raises(UncoveredChange):
+                session.bulk_insert_mappings(m.Child, [{"parent_id": 1}])
+            with shop.engine.connect() as connection, pytest.raises(UncoveredChange):
+                connection.execute(insert(m.Child.__table__), {"parent_id": 1})
+
+    def test_F8_the_flush_of_another_session_inside_one_leaves_it_covered(
+        self, shop: SimpleNamespace
+    ) -> None:
+        m = shop.m
+        beside = create_engine("sqlite://")
+        m.Base.metadata.create_all(beside)
+
+        def log(mapper: Any, connection: Any, target: Any) -> None:
+            with Session(beside) as other:
+                other.add(m.Forum())
+                other.flush()
+
+        event.listen(m.Thread, "before_update", log)
+        try:
+            shop.session.get_one(m.Thread, 1).forum_id = 2
+            shop.session.add(m.Comment(thread_id=2, score=3))
+            shop.session.commit()
+        finally:
+            event.remove(m.Thread, "before_update", log)
         checked(shop)
 
     def test_F8_the_way_around_is_asked_for_by_name(self, shop: SimpleNamespace) -> None:
