@@ -266,9 +266,12 @@ class Keeper:
         self.works, self._stale = {}, {}
         for strategy in STRATEGIES.values():
             strategy.forget(session)
+        by_root: dict[Any, dict[Any, list[str]]] = {}
         for state, names in list(self._shown.items()):
-            if state.session is session and state.persistent:
-                session.expire(state.object, names)
+            # What the unit of work has written, the rollback has expired as a whole.
+            if state.session is session and state.persistent and (loaded := names & state.dict.keys()):
+                by_root.setdefault(state.mapper, {})[state] = sorted(loaded)
+        _renew(session, by_root, readable=session.in_transaction() and session.is_active)
 
     def after_transaction(self, session: Session) -> None:
         for strategy in STRATEGIES.values():
@@ -330,7 +333,13 @@ def show(
     for root, states in by_root.items():
         for state, names in states.items():
             shown.setdefault(state, set()).update(names)
-        if session.get_bind(mapper=root).dialect.is_async:
+    _renew(session, by_root)
+
+
+def _renew(session: Session, by_root: dict[Any, dict[Any, list[str]]], *, readable: bool = True) -> None:
+    """Forget values in memory, or read them where an access later could not."""
+    for root, states in by_root.items():
+        if readable and session.get_bind(mapper=root).dialect.is_async:
             _read(session, root, states)
         else:
             for state, names in states.items():

@@ -325,6 +325,38 @@ async def _an_expired_child_moves(tmp_path: Any) -> None:
     await engine.dispose()
 
 
+@pytest.mark.parametrize("strategy", models.STRATEGIES)
+def test_values_that_a_savepoint_takes_back_need_no_read_under_asyncio(strategy: str, tmp_path: Any) -> None:
+    asyncio.run(_a_savepoint_is_rolled_back(strategy, tmp_path))
+
+
+async def _a_savepoint_is_rolled_back(strategy: str, tmp_path: Any) -> None:
+    m = models.counters(strategy)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'savepoint.db'}")
+    async with engine.begin() as connection:
+        await connection.run_sync(m.Base.metadata.create_all)
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        thread = m.Thread(id=1, forum=m.Forum(id=1))
+        session.add_all([thread, m.Comment(id=1, thread=thread, score=3)])
+        await session.commit()
+        await session.refresh(thread)
+        for how in ("objects", "bulk statement"):
+            savepoint = await session.begin_nested()
+            if how == "objects":
+                session.add(m.Comment(thread_id=1, score=4))
+                await session.flush()
+                assert (thread.comment_count, thread.score_sum) == (2, 7)
+            else:
+                await session.execute(update(m.Comment).values(score=9))
+                assert (thread.comment_count, thread.score_sum) == (1, 9)
+            await savepoint.rollback()
+            if strategy == "memory" or strategy == "flush":
+                await session.refresh(thread)  # a changed object like any other: SQLAlchemy expires it whole
+            assert (thread.comment_count, thread.score_sum) == (1, 3), how
+        await session.rollback()
+    await engine.dispose()
+
+
 @pytest.mark.parametrize("shop", models.STRATEGIES, indirect=True)
 class TestMoves:
     def test_F6_the_old_parent_is_corrected(self, shop: SimpleNamespace) -> None:
@@ -332,6 +364,13 @@ class TestMoves:
         shop.session.get_one(shop.m.Thread, 1), shop.session.get_one(shop.m.Thread, 2)
         shop.session.expire(comment)
         comment.thread_id = 2
+        shop.session.commit()
+        checked(shop)
+
+    def test_F8_a_child_may_name_a_new_parent_by_its_key(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        shop.session.add(m.Thread(id=7, forum=shop.session.get_one(m.Forum, 1)))
+        shop.session.add(m.Comment(thread_id=7, score=3))
         shop.session.commit()
         checked(shop)
 
