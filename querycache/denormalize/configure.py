@@ -40,7 +40,7 @@ def on_plan(hook: Callable[[Plan], None]) -> None:
 
 
 def any_broken() -> bool:
-    return len(_broken.data) > 0  # without the count of what is going away, for each flush asks
+    return bool(_broken)
 
 
 def raise_if_broken(entity: type[Any]) -> None:

@@ -7,7 +7,6 @@ be mistaken for them, since those are parameters; the parameters tell the values
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Delete, Insert, Table, TextClause, Update

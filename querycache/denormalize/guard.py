@@ -55,13 +55,8 @@ def _still(
 
 
 def is_covered() -> bool:
-    if _bulk.get():
-        return True
-    for each in _flushes.get():
-        # A flush that finds nothing to do ends without an event.
-        if (flush := each()) is not None and flush.has_work:
-            return True
-    return False
+    # A flush that finds nothing to do ends without an event.
+    return _bulk.get() or any((flush := each()) is not None and flush.has_work for each in _flushes.get())
 
 
 @contextmanager

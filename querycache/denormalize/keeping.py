@@ -221,9 +221,7 @@ class Keeper:
             for aggregate, keys in stale.items():
                 self._stale.setdefault(aggregate, set()).update(keys)
 
-    def _one_newcomer(
-        self, session: Session, again: dict[Plan, Touched], fresh: Fresh
-    ) -> bool | None:
+    def _one_newcomer(self, session: Session, again: dict[Plan, Touched], fresh: Fresh) -> bool | None:
         """Bring the aggregates forward by the shortest way, if all that the flush did to them was to insert one object.
 
         Returns:
@@ -246,7 +244,7 @@ class Keeper:
         connection = connection_of(session, known[0])
         if not comes.absorb(connection, *keys):
             return False
-        self._stale = dict.fromkeys(comes.aggregates, {keys[1]})
+        self._stale = {aggregate: {keys[1]} for aggregate in comes.aggregates}
         return True
 
     def after_flush_postexec(self, session: Session) -> None:
@@ -330,7 +328,7 @@ def show(
                 state = sqlalchemy_inspect(instance)
                 if aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires:
                     by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
-    for root, states in by_root.items():
+    for states in by_root.values():
         for state, names in states.items():
             shown.setdefault(state, set()).update(names)
     _renew(session, by_root)

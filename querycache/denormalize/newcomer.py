@@ -84,7 +84,9 @@ class Newcomer:
             try:
                 text = self._texts[connection.dialect]
             except KeyError:
-                text = self._texts[connection.dialect] = _text(self._statement, self._names, connection.dialect)
+                text = self._texts[connection.dialect] = _text(
+                    self._statement, self._names, connection.dialect
+                )
         if text is None:
             result = connection.execute(self._statement, dict(zip(self._names, given, strict=True)))
         else:

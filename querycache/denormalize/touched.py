@@ -82,9 +82,7 @@ class Sorter:
             found = self._classes[cls] = (plan, watch) if plan is not None and watch else None
             return found
 
-    def collect(
-        self, session: Session, locked_from: LockedFrom
-    ) -> tuple[dict[Plan, Touched], Fresh]:
+    def collect(self, session: Session, locked_from: LockedFrom) -> tuple[dict[Plan, Touched], Fresh]:
         """What the pending changes of `session` touch among the rows that are there, and the objects of watched classes
         that are to get rows (or, once the flush has run, got them).
 

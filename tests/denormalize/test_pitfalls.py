@@ -19,10 +19,12 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    literal,
     select,
     text,
     update,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -473,6 +475,30 @@ class TestNeverSilent:
         shop.session.execute(insert(m.Forum), [{"id": 12}])
         shop.session.execute(insert(m.Forum).values(id=13))
         shop.session.commit()
+        checked(shop)
+
+    @pytest.mark.parametrize("engine", SERVERS[1:], indirect=True)
+    @pytest.mark.parametrize("shop", ["trigger"], indirect=True)
+    @pytest.mark.parametrize("how", ["join", "subquery", "insert from select"])
+    def test_F8_mariadb_refuses_statements_that_read_the_table_its_trigger_writes(
+        self, shop: SimpleNamespace, how: str
+    ) -> None:
+        m, session = shop.m, shop.session
+        some = select(m.Thread.id).where(m.Thread.forum_id == 1)
+        change = update(m.Comment).values(score=50).execution_options(synchronize_session=False)
+        statement: Any = {
+            "join": change.where(m.Comment.thread_id == m.Thread.id, m.Thread.forum_id == 1),
+            "subquery": change.where(m.Comment.thread_id.in_(some)),
+            "insert from select": insert(m.Comment).from_select(
+                ["thread_id", "deleted"], select(m.Thread.id, literal(False))
+            ),
+        }[how]
+        with pytest.raises(OperationalError, match="1442"):
+            session.execute(statement)
+        session.rollback()
+        checked(shop)
+        session.execute(change.where(m.Comment.thread_id.in_(session.scalars(some).all())))
+        session.commit()
         checked(shop)
 
     def test_F8_an_alias_does_not_hide_the_table(self, shop: SimpleNamespace) -> None:
