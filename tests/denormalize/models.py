@@ -534,24 +534,24 @@ def cascades(strategy: str) -> SimpleNamespace:
 
 
 @functools.cache
-def orphans() -> SimpleNamespace:
-    """Children that go with their parent."""
+def orphans(strategy: str = "sql") -> SimpleNamespace:
+    """Children one step below their parent, with which they go; nothing but the parent's row holds two writers apart."""
 
     class Base(DeclarativeBase):
         pass
 
     class Parent(Base):
-        __tablename__ = "o_parent"
+        __tablename__ = f"o_{strategy}_parent"
         id: Mapped[int] = mapped_column(primary_key=True)
         children: Mapped[list[Child]] = relationship(
             "Child", cascade="all, delete-orphan", back_populates="parent"
         )
-        n: Mapped[int] = count_of("children")
+        n: Mapped[int] = count_of("children", strategy=strategy)
 
     class Child(Base):
-        __tablename__ = "o_child"
+        __tablename__ = f"o_{strategy}_child"
         id: Mapped[int] = mapped_column(primary_key=True)
-        parent_id: Mapped[int] = mapped_column(ForeignKey("o_parent.id"), index=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey(f"o_{strategy}_parent.id"), index=True)
         parent: Mapped[Parent] = relationship(Parent, back_populates="children")
 
     return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -143,6 +144,18 @@ class TestTwoTransactions:
     def test_F1_recount_locks_the_parent_before_it_counts(self, shop: SimpleNamespace) -> None:
         self.test_F1_concurrent_inserts_add_up(shop)
 
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F1_the_second_writer_adds_to_what_the_first_has_left(self, opened: Open, strategy: str) -> None:
+        """One step below the parent, where no other lock has held the second one up before its UPDATE."""
+        m = models.orphans(strategy)
+        session = opened(m)
+        session.add(m.Parent(id=1, children=[m.Child()]))
+        session.commit()
+        session.add(m.Child(parent_id=1))
+        session.flush()
+        commit_while_it_waits(session, lambda other: other.add(m.Child(parent_id=1)))
+        assert session.get_one(m.Parent, 1).n == 3
+
     def test_F2_two_sessions_delete_one_row(self, shop: SimpleNamespace) -> None:
         def delete_one(barrier: threading.Barrier) -> None:
             with Session(shop.engine) as session:
@@ -192,6 +205,42 @@ class TestTwoTransactions:
         first_write = next(i for i, statement in enumerate(seen) if statement.startswith("UPDATE"))
         assert all(seen.index(statement) < first_write for statement in locks)
 
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F3_parents_are_written_in_the_order_of_their_keys(self, opened: Open, strategy: str) -> None:
+        m = models.orphans(strategy)
+        session = opened(m)
+        session.add_all([m.Parent(id=n) for n in range(1, 13)])
+        session.commit()
+        written: list[int] = []
+        locked: list[int] = []
+
+        def record(
+            connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+        ) -> None:
+            if statement.startswith(f"UPDATE {m.Parent.__tablename__}"):
+                written.extend(each["key_0"] for each in context.compiled_parameters)
+            elif "FOR " in statement:
+                assert "ORDER BY" in statement
+                given = context.compiled_parameters[0]
+                locked.extend(value for name, value in given.items() if name.startswith("keys_"))
+
+        session.add_all([m.Child(parent_id=n) for n in (7, 3, 12, 1, 9, 2, 11, 5, 10, 4, 8, 6)])
+        event.listen(session.connection(), "before_cursor_execute", record)
+        session.flush()
+        assert written == list(range(1, 13))
+        assert locked in ([], written)
+
+    def test_F6_the_middle_does_not_move_while_a_child_changes(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        shop.session.get_one(m.Comment, 5).score = 100
+        shop.session.flush()
+
+        def move(other: Session) -> None:
+            other.get_one(m.Thread, 1).forum_id = 2
+
+        commit_while_it_waits(shop.session, move)
+        checked(shop)
+
     def test_F6_moves_of_the_middle_while_children_come_in(self, shop: SimpleNamespace) -> None:
         def move(barrier: threading.Barrier) -> None:
             for turn in range(10):
@@ -233,13 +282,41 @@ class TestTwoTransactions:
         checked(shop)
 
 
-def _wait_for_lock(engine: Engine) -> None:
+def _wait_for_lock(engine: Engine, meanwhile: threading.Thread | None = None) -> None:
+    """Until somebody waits for a lock, or the thread that might has ended."""
     waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-    for _ in range(2000):
+    pause = 0.002
+    if engine.dialect.name != "postgresql":
+        waiting = text("SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
+        pause = 0.15  # what is asked again within 0.1 s is answered as before
+    for _ in range(int(20 / pause)):
         with engine.connect() as connection:
-            if connection.scalar(waiting):
+            if connection.scalar(waiting) or (meanwhile is not None and not meanwhile.is_alive()):
                 return
+        time.sleep(pause)
     raise AssertionError("nobody waits for a lock")
+
+
+def commit_while_it_waits(session: Session, other: Callable[[Session], None]) -> None:
+    """`session` has flushed; `other` works in another one meanwhile, and may come through only after this one's commit."""
+    engine = session.connection().engine
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Session(engine) as beside:
+                other(beside)
+                beside.commit()
+        except BaseException as error:  # noqa: BLE001 - handed to the test below
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    _wait_for_lock(engine, thread)
+    session.commit()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def break_columns(shop: SimpleNamespace) -> None:
@@ -580,6 +657,22 @@ class TestNeverSilent:
         shop.session.commit()
         checked(shop)
 
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F8_rows_that_the_database_deletes_are_counted(
+        self, opened: Open, strategy: str, engine: Engine
+    ) -> None:
+        m = models.cascades(strategy)
+        session = opened(m)
+        session.add_all([m.User(id=1), m.Forum(id=1), m.Thread(id=1, forum_id=1)])
+        session.flush()
+        session.add_all([m.Comment(id=n, thread_id=1, author_id=1) for n in (1, 2)])
+        session.commit()
+        session.expunge_all()
+        session.delete(session.get_one(m.Thread, 1))  # passive_deletes: no comment is loaded
+        session.commit()
+        m.check(session)
+        assert session.get_one(m.User, 1).comment_count == 0
+
     def test_F8_sql_expressions_as_values(self, shop: SimpleNamespace) -> None:
         comment = shop.session.get_one(shop.m.Comment, 1)
         comment.score = shop.m.Comment.score + 10
@@ -673,6 +766,17 @@ class TestReadOnly:
             shop.session.execute(update(m.Thread), [{"id": 1, "comment_count": 5}])
         with shop.engine.connect() as connection, pytest.raises(ReadOnlyAggregate):
             connection.execute(update(m.Thread.__table__).values(comment_count=5))
+
+    @pytest.mark.parametrize("shop", models.STRATEGIES, indirect=True)
+    def test_F10_the_object_shows_the_new_value_after_the_flush(self, shop: SimpleNamespace) -> None:
+        thread = shop.session.get_one(shop.m.Thread, 1)
+        assert thread.comment_count == 5
+        shop.session.add(shop.m.Comment(thread_id=1, score=1))
+        shop.session.flush()
+        assert thread.comment_count == 6
+        assert thread not in shop.session.dirty
+        shop.session.execute(delete(shop.m.Comment).where(shop.m.Comment.id <= 2))
+        assert thread.comment_count == 4
 
     def test_F10_a_later_save_of_the_parent_does_not_write_the_stale_value(
         self, shop: SimpleNamespace
