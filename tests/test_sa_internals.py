@@ -129,6 +129,8 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_connection_for_bind": lambda live: live.session,
     "_connection_record": lambda live: live.connection.connection,
     "_connections": lambda live: live.transaction,
+    "_deleted": lambda live: live.session,
+    "_dirty_states": lambda live: live.session,
     "_events_todo": lambda live: live.states[0],
     "_execution_options": lambda live: live.statement,
     "_flushing": lambda live: live.session,
@@ -136,6 +138,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_has_events": lambda live: live.engine.dialect,
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
+    "_new": lambda live: live.session,
     "_on_connect_isolation_level": lambda live: live.engine.dialect,
     "_parent": lambda live: live.transaction,
     "_populate_existing": load_options_of,
@@ -306,6 +309,28 @@ def test_a_transaction_knows_its_connections(live: Live) -> None:
     assert live.transaction._connections[live.engine][0] is connection
     with live.session.begin_nested():
         assert live.session._transaction._parent is not None
+
+
+def test_a_connection_that_is_checked_out_is_found_without_the_sessions_checks(live: Live) -> None:
+    with Session(live.engine) as db:
+        assert sa_internals.checked_out(db, live.engine) is None
+        connection = db.connection()
+        assert sa_internals.checked_out(db, live.engine) is connection
+        with db.begin_nested():
+            assert sa_internals.checked_out(db, live.engine) is connection
+
+
+def test_what_a_flush_would_write_is_what_the_session_says(live: Live) -> None:
+    with Session(live.engine) as db:
+        db.add_all([Parent(id=7), Parent(id=8)])
+        db.flush()
+        kept, gone = db.get_one(Parent, 7), db.get_one(Parent, 8)
+        kept.name, gone.name = "changed", "changed too"
+        db.delete(gone)
+        db.add(Parent(id=9))
+        new, dirty, deleted = sa_internals.unflushed(db)
+        assert (new, dirty, deleted) == (list(db.new), list(db.dirty), list(db.deleted))
+        assert (len(new), dirty, deleted) == (1, [kept], [gone])
 
 
 def test_a_post_load_shows_what_runs_around_it(live: Live) -> None:

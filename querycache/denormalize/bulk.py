@@ -77,7 +77,9 @@ class _Target:
         self.session: Session = state.session
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
         self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
-        self.columns = columns_written(statement, self.rows, self.dialect)
+        self.columns = {name for row in self.rows for name in row} or columns_written(
+            statement.compile(dialect=self.dialect)
+        )
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():
             kept = [one for one in held if one.strategy != "trigger"]

@@ -7,11 +7,11 @@ be mistaken for them, since those are parameters; the parameters tell the values
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Delete, Insert, Table, TextClause, Update
 from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import FromStatement
 from sqlalchemy.sql import visitors
 
 __all__ = ["columns_written", "is_upsert", "literal_rows"]
@@ -21,30 +21,25 @@ _SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*
 _INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
 
 
-def columns_written(
-    statement: Insert | Update | Delete, rows: Sequence[Mapping[str, Any]], dialect: Dialect
-) -> set[str] | None:
-    """The keys of the columns that a statement writes; None if it cannot be told.
-
-    Args:
-        rows: its parameter sets, if it has any; their names are returned too.
-    """
+def columns_written(compiled: Any) -> set[str] | None:
+    """The keys of the columns that a compiled statement sets, but for defaults; None if it cannot be told."""
+    statement, sql = compiled.statement, str(compiled)
+    if isinstance(statement, FromStatement):
+        statement = statement.element
     if isinstance(statement, Delete):
         return set()
-    names = {name for row in rows for name in row}
-    if not rows:
-        text = str(statement.compile(dialect=dialect))
-        if isinstance(statement, Insert):
-            found = _INTO.search(text)
-        else:
-            while _NESTED.search(text):
-                text = _NESTED.sub("", text)
-            found = _SET.search(text)
-        keys = {column.name: str(column.key) for column in statement.table.columns}
-        for part in found.group(1).split(",") if found else ():
-            name = part.split("=")[0].strip().rpartition(".")[2].strip('"`')
-            names.add(keys.get(name, name))
-    return names or None
+    if isinstance(statement, Insert):
+        found = _INTO.search(sql)
+    else:
+        while _NESTED.search(sql):
+            sql = _NESTED.sub("", sql)
+        found = _SET.search(sql)
+    if found is None:
+        return None
+    keys = {column.name: str(column.key) for column in statement.table.columns}
+    names = (part.split("=")[0].strip().rpartition(".")[2].strip('"`') for part in found[1].split(","))
+    by_default = {column.key for column in compiled.insert_prefetch or ()}
+    return {keys.get(name, name) for name in names} - by_default
 
 
 def literal_rows(statement: Insert | Update | Delete, dialect: Dialect) -> list[dict[str, Any]]:

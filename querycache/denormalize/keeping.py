@@ -11,10 +11,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
-from uuid import UUID
+from typing import Any, Final
 
-from sqlalchemy import Connection, Integer, Uuid, select
+from sqlalchemy import Connection, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
@@ -22,13 +21,20 @@ from sqlalchemy.orm.attributes import set_committed_value
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
 from querycache.denormalize.images import Image, image
 from querycache.denormalize.locks import Locks, chunks, parameters
+from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
-from querycache.denormalize.touched import Sorter, Touched, inserted, missed, spread
-from querycache.denormalize.writing import Changes, absorb, changes_between, write
+from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, spread
+from querycache.denormalize.writing import Changes, changes_between, write
+from querycache.sa_internals import checked_out
 
 __all__ = ["Keeper", "Work", "forget_classes", "keeper_of", "kept_by_images", "show"]
+
+_LOCKED_FROM: Final[dict[str, int | None]] = {"sqlite": None, "postgresql": 1}
+"""The least level whose rows are locked before a flush that puts new rows below them; elsewhere 0."""
+
+_FLUSHED: Final = [held for held in STRATEGIES.values() if type(held).flushed is not Strategy.flushed]
 
 
 def kept_by_images(plan: Plan, chain: Chain) -> list[Aggregate]:
@@ -74,12 +80,12 @@ class Work:
         touched = {chain: levels for chain in aggregates if (levels := _levels(self.plan, chain, after))}
         concerned = [chain for chain in aggregates if chain in touched or self.before.get(chain)]
         by_root: dict[Mapper[Any], Changes] = {}
-        absorbing: dict[Mapper[Any], tuple[Chain, Key, Key]] = {}
+        absorbing: dict[Mapper[Any], tuple[Chain, Newcomer, Key, Key]] = {}
         for chain in concerned:
             root = chain.root.base_mapper
-            newcomer = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
-            if newcomer and not any(one.root.base_mapper is root for one in concerned if one is not chain):
-                absorbing[root] = (chain, *newcomer)
+            alone = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
+            if alone and not any(one.root.base_mapper is root for one in concerned if one is not chain):
+                absorbing[root] = (chain, *alone)
                 continue
             found = self._difference(chain, aggregates[chain], touched.get(chain, {}), renamed)
             for parent, outcomes in found.items():
@@ -89,8 +95,8 @@ class Work:
             {*by_root, *absorbing}, key=lambda held: (self.plan.rank(held), held.class_.__name__)
         ):
             if root in absorbing:
-                chain, child, above = absorbing[root]
-                if absorb(self.locks, chain, aggregates[chain], child, above):
+                chain, comes, child, above = absorbing[root]
+                if comes.absorb(self.connection, child, above):
                     for aggregate in aggregates[chain]:
                         written.setdefault(aggregate, set()).add(above)
                     continue
@@ -107,18 +113,16 @@ class Work:
         aggregates: list[Aggregate],
         levels: dict[int, set[Key]],
         new: Mapping[Place, Mapping[Key, Any]],
-    ) -> tuple[Key, Key] | None:
+    ) -> tuple[Newcomer, Key, Key] | None:
         """If all that happened below a chain is one new child whose parent can be brought forward without a look at the
-        rows: the key of the child and that of its parent, as its object has them."""
+        rows: what is to be done, the key of the child and that of its parent, as its object has them."""
         if levels.keys() != {1} or len(levels[1]) != 1 or self.before.get(chain):
             return None
-        if not self.plan.memo(("absorbs", chain), lambda: _absorbs(chain, aggregates)):
-            return None
+        known = newcomer(self.plan, chain, aggregates)
         (child,) = levels[1]
         instance = new.get(Place(chain, 1), {}).get(child)
-        values = {} if instance is None else instance.__dict__
-        parent = tuple(values.get(name) for name in chain.links[0].attributes)
-        return (child, parent) if all(type(part) in (int, UUID) for part in parent) else None
+        keys = None if known is None or instance is None else known.keys(instance.__dict__)
+        return None if known is None or keys is None else (known, *keys)
 
     def _difference(
         self,
@@ -135,20 +139,6 @@ class Work:
         return changes_between(aggregates, before, now, lambda one: STRATEGIES[one.strategy].recounts)
 
 
-def _absorbs(chain: Chain, aggregates: list[Aggregate]) -> bool:
-    """Whether one more child is one UPDATE for all of them, of one parent, whose key means the same in the child's object
-    as in the database: texts may be equal there that are not in Python."""
-    keys = aggregates[0].table_key
-    return (
-        chain.depth == 1
-        and chain.links[0].secondary is None
-        and chain.leaf.base_mapper is not chain.root.base_mapper
-        and all(isinstance(column.type, (Integer, Uuid)) for column in keys)
-        and chain.root.tables == [aggregates[0].table]
-        and all(held.absorbs and not STRATEGIES[held.strategy].recounts for held in aggregates)
-    )
-
-
 def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:
     return [held for held in aggregates if not STRATEGIES[held.strategy].recounts]
 
@@ -158,7 +148,9 @@ def _levels(plan: Plan, chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, 
 
 
 def connection_of(session: Session, plan: Plan) -> Connection:
-    return session.connection(bind_arguments={"mapper": plan.aggregates[0].chain.root})
+    root = plan.aggregates[0].chain.root
+    found = checked_out(session, session.get_bind(mapper=root))
+    return session.connection(bind_arguments={"mapper": root}) if found is None else found
 
 
 class Keeper:
@@ -167,6 +159,7 @@ class Keeper:
     def __init__(self) -> None:
         self.works: dict[Plan, Work] = {}
         self._sorter = Sorter()
+        self._levels: dict[Plan, int | None] = {}
         self._stale: dict[Aggregate, set[Key]] = {}
         self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -176,26 +169,34 @@ class Keeper:
 
     def before_flush(self, session: Session) -> None:
         self.works = {}
-        dialects: dict[Plan, int | None] = {}
-
-        def parents_at(plan: Plan) -> int | None:
-            if plan not in dialects:
-                name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
-                dialects[plan] = {"sqlite": None, "postgresql": 1}.get(name, 0)
-            return dialects[plan]
-
-        for plan, touched in self._sorter.collect(session, parents_at).items():
-            prepared = [one for one in _by_strategy(plan) if one[0].prepares]
-            if not touched and not prepared:
+        self._levels = {}
+        found, fresh = self._sorter.collect(session, self._locked_from)
+        self._sorter.expect(session, fresh, found, self._locked_from)
+        for cls in fresh:
+            known = self._sorter.watch(cls)
+            if known is not None and known[0] not in found and _preparing(known[0]):
+                found[known[0]] = Touched()
+        for plan, touched in found.items():
+            prepared = _preparing(plan)
+            if not prepared and not touched.reads(self._locked_from(session, plan)):
                 continue
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
             for strategy, held in prepared:
                 strategy.before_flush(session, work.locks, held, touched)
 
+    def _locked_from(self, session: Session, plan: Plan) -> int | None:
+        if plan not in self._levels:
+            name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
+            self._levels[plan] = _LOCKED_FROM.get(name, 0)
+        return self._levels[plan]
+
     def after_flush(self, session: Session) -> None:
-        again = self._sorter.persistent(session, lambda plan: None)
-        new = inserted(session, self._sorter)
+        again, objects = self._sorter.collect(session, _nowhere)
+        alone = self._one_newcomer(session, again, objects)
+        if alone:
+            return
+        new = inserted(objects, self._sorter)
         for plan in {**again, **new, **self.works}:
             work = self.works.get(plan)
             if work is None:
@@ -214,17 +215,44 @@ class Keeper:
             fresh = new.get(plan, {})
             for place, by_key in fresh.items():
                 after.setdefault(place, set()).update(by_key)
-            stale = work.write_difference(_kept(plan), after, renamed, fresh)
+            stale = work.write_difference(_kept(plan), after, renamed, {} if alone is False else fresh)
             for strategy, held in _by_strategy(plan):
                 stale.update(strategy.after_flush(session, held))
             for aggregate, keys in stale.items():
                 self._stale.setdefault(aggregate, set()).update(keys)
 
+    def _one_newcomer(self, session: Session, again: dict[Plan, Touched], fresh: Fresh) -> bool | None:
+        """Bring the aggregates forward by the shortest way, if all that the flush did to them was to insert one object.
+
+        Returns:
+            whether it is done; None where that was not all.
+        """
+        if len(fresh) != 1:
+            return None
+        if again and any(touched.rows for touched in again.values()):
+            return None
+        if self.works and any(work.touched.rows or work.touched.deleted for work in self.works.values()):
+            return None
+        ((cls, instances),) = fresh.items()
+        known = self._sorter.watch(cls)
+        if len(instances) != 1 or known is None:
+            return None
+        comes = only_newcomer(known[0], cls, known[1])
+        keys = None if comes is None else comes.keys(instances[0].__dict__)
+        if comes is None or keys is None:
+            return None
+        connection = connection_of(session, known[0])
+        if not comes.absorb(connection, *keys):
+            return False
+        self._stale = {aggregate: {keys[1]} for aggregate in comes.aggregates}
+        return True
+
     def after_flush_postexec(self, session: Session) -> None:
         stale, self._stale, self.works = self._stale, {}, {}
-        for strategy in STRATEGIES.values():
+        for strategy in _FLUSHED:
             strategy.flushed(session)
-        show(session, stale, self._shown)
+        if stale:
+            show(session, stale, self._shown)
 
     def after_bulk(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
         for strategy in STRATEGIES.values():
@@ -236,14 +264,21 @@ class Keeper:
         self.works, self._stale = {}, {}
         for strategy in STRATEGIES.values():
             strategy.forget(session)
+        by_root: dict[Any, dict[Any, list[str]]] = {}
         for state, names in list(self._shown.items()):
-            if state.session is session and state.persistent:
-                session.expire(state.object, names)
+            # What the unit of work has written, the rollback has expired as a whole.
+            if state.session is session and state.persistent and (loaded := names & state.dict.keys()):
+                by_root.setdefault(state.mapper, {})[state] = sorted(loaded)
+        _renew(session, by_root, readable=session.in_transaction() and session.is_active)
 
     def after_transaction(self, session: Session) -> None:
         for strategy in STRATEGIES.values():
             strategy.forget(session)
         self._shown.clear()
+
+
+def _nowhere(session: Session, plan: Plan) -> None:
+    """No row is to be locked."""
 
 
 def _kept(plan: Plan) -> dict[Chain, list[Aggregate]]:
@@ -267,6 +302,13 @@ def _by_strategy(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
     return by_strategy
 
 
+def _preparing(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
+    prepared: list[tuple[Strategy, list[Aggregate]]] = plan.memo(
+        ("preparing",), lambda: [one for one in _by_strategy(plan) if one[0].prepares]
+    )
+    return prepared
+
+
 def show(
     session: Session, stale: dict[Aggregate, set[Key]], shown: weakref.WeakKeyDictionary[Any, set[str]]
 ) -> None:
@@ -275,17 +317,27 @@ def show(
     The attribute is expired, so the next access reads it; under asyncio, where an access cannot, it is read now.
     """
     by_root: dict[Any, dict[Any, list[str]]] = {}
+    held: dict[Any, Any] = {}
     for aggregate, keys in stale.items():
         root = aggregate.chain.root
         for key in keys:
-            instance = session.identity_map.get(root.identity_key_from_primary_key(key))
-            state = None if instance is None else sqlalchemy_inspect(instance)
-            if state is not None and (aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires):
-                by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
-    for root, states in by_root.items():
+            identity = root.identity_key_from_primary_key(key)
+            if identity not in held:
+                held[identity] = session.identity_map.get(identity)
+            if (instance := held[identity]) is not None:
+                state = sqlalchemy_inspect(instance)
+                if aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires:
+                    by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
+    for states in by_root.values():
         for state, names in states.items():
             shown.setdefault(state, set()).update(names)
-        if session.get_bind(mapper=root).dialect.is_async:
+    _renew(session, by_root)
+
+
+def _renew(session: Session, by_root: dict[Any, dict[Any, list[str]]], *, readable: bool = True) -> None:
+    """Forget values in memory, or read them where an access later could not."""
+    for root, states in by_root.items():
+        if readable and session.get_bind(mapper=root).dialect.is_async:
             _read(session, root, states)
         else:
             for state, names in states.items():

@@ -72,14 +72,15 @@ def _before_create(metadata: MetaData, connection: Connection, **options: Any) -
 
 
 def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
-    for instance in (*session.new, *session.dirty, *session.deleted) if configure.any_broken() else ():
-        configure.raise_if_broken(type(instance))
+    if configure.any_broken():
+        for instance in (*session.new, *session.dirty, *session.deleted):
+            configure.raise_if_broken(type(instance))
     keeper_of(session).before_flush(session)
-    guard.cover()
+    guard.cover(flush_context)
 
 
 def _after_flush(session: Session, flush_context: Any) -> None:
-    guard.uncover()
+    guard.uncover(session)
     keeper_of(session).after_flush(session)
 
 
@@ -88,7 +89,7 @@ def _after_flush_postexec(session: Session, flush_context: Any) -> None:
 
 
 def _after_rollback(session: Session, previous_transaction: Any) -> None:
-    guard.uncover()
+    guard.uncover(session)
     keeper_of(session).after_rollback(session)
 
 
@@ -100,7 +101,9 @@ def _after_transaction_end(session: Session, transaction: Any) -> None:
 _LISTENERS: Final[tuple[tuple[Any, str, Any], ...]] = (
     (Session, "before_flush", _before_flush),
     (Session, "do_orm_execute", bulk.do_orm_execute),
-    (Engine, "before_execute", guard.before_execute),
+    (Engine, "do_execute", guard.do_execute),
+    (Engine, "do_executemany", guard.do_execute),
+    (Engine, "do_execute_no_params", guard.do_execute_no_params),
     (Session, "after_flush", _after_flush),
     (Session, "after_flush_postexec", _after_flush_postexec),
     (Session, "after_soft_rollback", _after_rollback),

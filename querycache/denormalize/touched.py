@@ -18,8 +18,14 @@ from querycache.denormalize.chain import Key, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
+from querycache.sa_internals import unflushed
 
-__all__ = ["Sorter", "Touched", "inserted", "missed", "spread"]
+__all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "spread"]
+
+Fresh = dict[type[Any], list[Any]]
+"""New objects by their class."""
+
+LockedFrom = Callable[[Session, Plan], int | None]
 
 
 class Touched:
@@ -42,11 +48,17 @@ class Touched:
         self.changed: dict[tuple[Place, Key], Any] = {}
         self.renamed: list[Any] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.rows or self.parents or self.deleted or self.dead)
-
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
+
+    def reads(self, least: int | None) -> bool:
+        """Whether old values are to be read, or rows from level `least` on to be locked."""
+        return bool(
+            self.rows
+            or self.deleted
+            or self.dead
+            or (least is not None and any(place.level >= least for place in self.parents))
+        )
 
     def gone(self, tables: Iterable[Any], key: Key) -> None:
         for table in tables:
@@ -70,33 +82,50 @@ class Sorter:
             found = self._classes[cls] = (plan, watch) if plan is not None and watch else None
             return found
 
-    def collect(self, session: Session, parents_at: Callable[[Plan], int | None]) -> dict[Plan, Touched]:
-        """What the pending changes of `session` touch.
+    def collect(self, session: Session, locked_from: LockedFrom) -> tuple[dict[Plan, Touched], Fresh]:
+        """What the pending changes of `session` touch among the rows that are there, and the objects of watched classes
+        that are to get rows (or, once the flush has run, got them).
 
         Args:
-            parents_at: the least level whose rows must be locked before the flush, for a plan; None if none.
+            locked_from: the least level whose rows must be locked before the flush, for a plan; None if none.
         """
-        found = self.persistent(session, parents_at)
-        for cls, instances in self.by_class(session.new).items():
+        found: dict[Plan, Touched] = {}
+        new, dirty, deleted = unflushed(session)
+        for instance in deleted:
+            known = self.watch(type(instance))
+            if known is not None:
+                plan, watch = known
+                self._deleted(instance, watch, found.setdefault(plan, Touched()))
+        for instance in dirty:
+            known = self.watch(type(instance))
+            if known is not None:
+                plan, watch = known
+                self._dirty(instance, watch, found.setdefault(plan, Touched()), locked_from(session, plan))
+        return found, self._by_class(new)
+
+    def expect(
+        self, session: Session, fresh: Fresh, found: dict[Plan, Touched], locked_from: LockedFrom
+    ) -> None:
+        """Add to `found` what new objects touch."""
+        for cls, instances in fresh.items():
             known = self.watch(cls)
             if known is None:
                 continue
             plan, watch = known
-            touched = found.setdefault(plan, Touched())
-            least = parents_at(plan)
-            locked = [place for place, _ in watch.places if least is not None and place.level > least]
+            least = locked_from(session, plan) if watch.places else None
+            locked = [] if least is None else [place for place, _ in watch.places if place.level > least]
             if not locked and not watch.collections:
                 continue
+            touched = found.setdefault(plan, Touched())
             for instance in instances:
                 for place in locked:
                     _parents(instance, place, touched)
                 if watch.collections:
                     self._collections(instance, watch, touched)
-        return found
 
-    def by_class(self, instances: Iterable[Any]) -> dict[type[Any], list[Any]]:
+    def _by_class(self, instances: Iterable[Any]) -> Fresh:
         """The instances of watched classes, in their order; a flush may have many of few classes."""
-        found: dict[type[Any], list[Any]] = {}
+        found: Fresh = {}
         for instance in instances:
             cls = type(instance)
             held = found.get(cls)
@@ -104,21 +133,6 @@ class Sorter:
                 held.append(instance)
             elif self.watch(cls) is not None:
                 found[cls] = [instance]
-        return found
-
-    def persistent(self, session: Session, parents_at: Callable[[Plan], int | None]) -> dict[Plan, Touched]:
-        """The part of `collect` that looks at objects which have rows already."""
-        found: dict[Plan, Touched] = {}
-        for instance in session.deleted:
-            known = self.watch(type(instance))
-            if known is not None:
-                plan, watch = known
-                self._deleted(instance, watch, found.setdefault(plan, Touched()))
-        for instance in session.dirty:
-            known = self.watch(type(instance))
-            if known is not None:
-                plan, watch = known
-                self._dirty(instance, watch, found.setdefault(plan, Touched()), parents_at(plan))
         return found
 
     def _deleted(self, instance: Any, watch: Watch, touched: Touched) -> None:
@@ -202,10 +216,10 @@ def _parents(instance: Any, place: Place, touched: Touched) -> None:
                     touched.parents.setdefault(upper, set()).add(identity)
 
 
-def inserted(session: Session, sorter: Sorter) -> dict[Plan, dict[Place, dict[Key, Any]]]:
+def inserted(fresh: Fresh, sorter: Sorter) -> dict[Plan, dict[Place, dict[Key, Any]]]:
     """The objects whose rows the flush has inserted, by place and key; asked when it has."""
     found: dict[Plan, dict[Place, dict[Key, Any]]] = {}
-    for cls, instances in sorter.by_class(session.new).items():
+    for cls, instances in fresh.items():
         known = sorter.watch(cls)
         if known is None or not known[1].places:
             continue

@@ -6,34 +6,20 @@ whoever watches the writes of that connection sees them as what they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Select,
-    Table,
-    and_,
-    bindparam,
-    case,
-    func,
-    literal_column,
-    or_,
-    select,
-    true,
-    update,
-)
-from sqlalchemy.orm import aliased
+from sqlalchemy import ColumnElement, Table, and_, bindparam, case, func, literal_column, or_, update
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns
+from querycache.denormalize.chain import Aggregate, Chain, Key
 from querycache.denormalize.images import Image, recount
 from querycache.denormalize.kinds import RECOUNT, How, Increment, Merge, Recount
 from querycache.denormalize.locks import OWN, Locks
 from querycache.denormalize.plan import Place
 
-__all__ = ["Changes", "absorb", "changes_between", "write"]
+__all__ = ["Changes", "changes_between", "is_parent", "meets", "write"]
 
 Outcome = Increment | Merge | Recount
 Changes = dict[Key, dict[Aggregate, Outcome]]
@@ -135,13 +121,13 @@ def _write_table(locks: Locks, table: Table, rows: Mapping[Key, Mapping[Aggregat
 
 def _statement(table: Table, shape: tuple[tuple[Aggregate, How], ...]) -> Any:
     values = {
-        aggregate.column: _meets(aggregate, how, bindparam(f"to_{number}", type_=aggregate.column.type))
+        aggregate.column: meets(aggregate, how, bindparam(f"to_{number}", type_=aggregate.column.type))
         for number, (aggregate, how) in enumerate(shape)
     }
-    return update(table).where(_is_parent(shape[0][0])).values(values)
+    return update(table).where(is_parent(shape[0][0])).values(values)
 
 
-def _meets(aggregate: Aggregate, how: How, given: ColumnElement[Any]) -> ColumnElement[Any]:
+def meets(aggregate: Aggregate, how: How, given: ColumnElement[Any]) -> ColumnElement[Any]:
     """What the column becomes when it meets `given`."""
     column = aggregate.column
     if how == "add":
@@ -152,53 +138,8 @@ def _meets(aggregate: Aggregate, how: How, given: ColumnElement[Any]) -> ColumnE
     return case((or_(column.is_(None), further), given), else_=column)
 
 
-def _is_parent(aggregate: Aggregate) -> ColumnElement[bool]:
+def is_parent(aggregate: Aggregate) -> ColumnElement[bool]:
+    """The row whose key the parameters `key_0`, … name."""
     return and_(
         *(column == bindparam(f"key_{i}", type_=column.type) for i, column in enumerate(aggregate.table_key))
     )
-
-
-def absorb(locks: Locks, chain: Chain, aggregates: Sequence[Aggregate], child: Key, parent: Key) -> bool:
-    """Bring the aggregates of one parent forward by one new child, in one statement: nothing was there before that had
-    to be read, and what the row holds now the database adds by itself.
-
-    Args:
-        child: the key of the row that has been inserted.
-        parent: the key of its parent, as far as the session knows.
-
-    Returns:
-        whether it is done. If not, the row is not below that parent, or does not count.
-    """
-    statement = locks.plan.memo(
-        ("absorb", chain, *aggregates), partial(_absorbing_statement, chain, aggregates)
-    )
-    values = {f"key_{i}": part for i, part in enumerate(parent)}
-    values.update({f"child_{i}": part for i, part in enumerate(child)})
-    return bool(locks.connection.execute(statement, values, execution_options=OWN).rowcount)
-
-
-def _absorbing_statement(chain: Chain, aggregates: Sequence[Aggregate]) -> Any:
-    """Subqueries of the child alone: MySQL lets none read the table that is updated."""
-    entities = (chain.root.class_, aliased(chain.leaf, flat=True))
-    child = entities[1]
-    new = and_(
-        *(
-            column == bindparam(f"child_{i}", type_=column.type)
-            for i, column in enumerate(attribute_columns(child, chain.keys[1]))
-        )
-    )
-    table = aggregates[0].table
-    values: dict[Any, ColumnElement[Any]] = {}
-    counts: list[ColumnElement[bool]] = []
-    for aggregate in aggregates:
-        value = aggregate.value(entities)
-        counts.append(true() if aggregate.counts_all else value.is_not(None))
-        if not aggregate.counts_all:
-            value = select(value).select_from(child).where(new).scalar_subquery()
-        gain = aggregate.kind.gain(None if aggregate.counts_all else value)
-        assert gain is not None
-        values[aggregate.column] = _meets(aggregate, *gain)
-    # A row that counts for none of them must not touch the parent.
-    joined = getattr(chain.root.class_, chain.relationships[0].key).of_type(child)
-    below: Select[Any] = select(literal_column("1")).select_from(child).where(new, joined, or_(*counts))
-    return update(table).where(_is_parent(aggregates[0]), below.correlate(table).exists()).values(values)

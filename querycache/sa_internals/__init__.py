@@ -42,6 +42,7 @@ from querycache.sa_internals.replay import (
 from querycache.sa_internals.transactions import (
     autobegin,
     begins_transaction,
+    checked_out,
     connections,
     default_isolation_level,
     in_transaction,
@@ -64,6 +65,7 @@ from querycache.sa_internals.writing import (
     old_and_new,
     replaces,
     tables_of,
+    unflushed,
     written,
 )
 
@@ -79,6 +81,7 @@ __all__ = [
     "autobegin",
     "begins_transaction",
     "cache_key_of",
+    "checked_out",
     "connections",
     "default_isolation_level",
     "effective_options",
@@ -109,6 +112,7 @@ __all__ = [
     "tables_of",
     "tap",
     "tell_of_reading",
+    "unflushed",
     "untap",
     "written",
 ]

@@ -14,6 +14,7 @@ from querycache.textual import first_word
 __all__ = [
     "autobegin",
     "begins_transaction",
+    "checked_out",
     "connections",
     "default_isolation_level",
     "in_transaction",
@@ -62,6 +63,16 @@ def connections(session: Session) -> list[Connection]:
                 found[entry[0]] = None
         transaction = transaction._parent
     return list(found)
+
+
+def checked_out(session: Session, bind: Engine | Connection) -> Connection | None:
+    """The connection that a Session's transaction has for a bind already, without the checks of ``connection()``."""
+    transaction = session._transaction
+    while transaction is not None:
+        if (entry := transaction._connections.get(bind)) is not None:
+            return entry[0]
+        transaction = transaction._parent
+    return None
 
 
 def is_autocommit(connection: Connection) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "old_and_new",
     "replaces",
     "tables_of",
+    "unflushed",
     "written",
 ]
 
@@ -112,6 +113,13 @@ def holds_text(compiled: Any) -> bool:
     """
     statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
     return any(isinstance(each, TextualSelect) for each in statements)
+
+
+def unflushed(session: Session) -> tuple[list[Any], list[Any], list[Any]]:
+    """The objects of ``session.new``, ``dirty`` and ``deleted``, without the sets that those properties make."""
+    deleted = session._deleted
+    dirty = [state.obj() for state in session._dirty_states if state not in deleted]
+    return list(session._new.values()), dirty, list(deleted.values())
 
 
 def flushed(context: Any) -> Iterator[tuple[Any, bool]]:

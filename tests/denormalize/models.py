@@ -46,7 +46,7 @@ def rows(session: Session, table: Any) -> list[dict[str, Any]]:
 
 def forget() -> None:
     """Make the models anew when they are next asked for."""
-    for made in (forum, counters, composite, tree, groups, heirs, cascades):
+    for made in (forum, counters, composite, tree, groups, heirs, cascades, orphans):
         made.cache_clear()
 
 
@@ -531,3 +531,27 @@ def cascades(strategy: str) -> SimpleNamespace:
     return SimpleNamespace(
         Base=Base, User=User, Forum=Forum, Thread=Thread, Comment=Comment, Quote=Quote, check=check
     )
+
+
+@functools.cache
+def orphans(strategy: str = "sql") -> SimpleNamespace:
+    """Children one step below their parent, with which they go; nothing but the parent's row holds two writers apart."""
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = f"o_{strategy}_parent"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        children: Mapped[list[Child]] = relationship(
+            "Child", cascade="all, delete-orphan", back_populates="parent"
+        )
+        n: Mapped[int] = count_of("children", strategy=strategy)
+
+    class Child(Base):
+        __tablename__ = f"o_{strategy}_child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey(f"o_{strategy}_parent.id"), index=True)
+        parent: Mapped[Parent] = relationship(Parent, back_populates="children")
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)

@@ -23,11 +23,12 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    select,
     text,
     update,
 )
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import SAWarning
+from sqlalchemy.exc import OperationalError, SAWarning
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
@@ -197,6 +198,27 @@ def _(strategy: str, path: Path) -> str:
     except UncoveredChange:
         return "refused"
     return {2: "yes", 1: "not seen"}[database.stored()]
+
+
+@claim("DML inside a CTE or a from_statement()")
+def _(strategy: str, path: Path) -> str:
+    """SQLite has no DML inside a CTE, and is not asked where it is refused."""
+    database = Database(family(strategy), path)
+    child = database.m.Child
+    made = insert(child).values(parent_id=1).returning(child)
+    refused = 0
+    with Session(database.engine) as session:
+        for statement in (select(child).from_statement(made), select(made.cte("made"))):
+            try:
+                session.execute(statement).all()
+                session.commit()
+            except UncoveredChange:
+                refused += 1
+            except OperationalError:
+                session.rollback()
+    if refused == 2:
+        return "refused"
+    return {(2, 0): "yes", (1, 0): "not seen"}[database.stored(), refused]
 
 
 @claim("textual SQL, other applications")

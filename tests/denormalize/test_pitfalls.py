@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -19,10 +20,12 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    literal,
     select,
     text,
     update,
 )
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
@@ -141,6 +144,18 @@ class TestTwoTransactions:
     def test_F1_recount_locks_the_parent_before_it_counts(self, shop: SimpleNamespace) -> None:
         self.test_F1_concurrent_inserts_add_up(shop)
 
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F1_the_second_writer_adds_to_what_the_first_has_left(self, opened: Open, strategy: str) -> None:
+        """One step below the parent, where no other lock has held the second one up before its UPDATE."""
+        m = models.orphans(strategy)
+        session = opened(m)
+        session.add(m.Parent(id=1, children=[m.Child()]))
+        session.commit()
+        session.add(m.Child(parent_id=1))
+        session.flush()
+        commit_while_it_waits(session, lambda other: other.add(m.Child(parent_id=1)))
+        assert session.get_one(m.Parent, 1).n == 3
+
     def test_F2_two_sessions_delete_one_row(self, shop: SimpleNamespace) -> None:
         def delete_one(barrier: threading.Barrier) -> None:
             with Session(shop.engine) as session:
@@ -190,6 +205,42 @@ class TestTwoTransactions:
         first_write = next(i for i, statement in enumerate(seen) if statement.startswith("UPDATE"))
         assert all(seen.index(statement) < first_write for statement in locks)
 
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F3_parents_are_written_in_the_order_of_their_keys(self, opened: Open, strategy: str) -> None:
+        m = models.orphans(strategy)
+        session = opened(m)
+        session.add_all([m.Parent(id=n) for n in range(1, 13)])
+        session.commit()
+        written: list[int] = []
+        locked: list[int] = []
+
+        def record(
+            connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
+        ) -> None:
+            if statement.startswith(f"UPDATE {m.Parent.__tablename__}"):
+                written.extend(each["key_0"] for each in context.compiled_parameters)
+            elif "FOR " in statement:
+                assert "ORDER BY" in statement
+                given = context.compiled_parameters[0]
+                locked.extend(value for name, value in given.items() if name.startswith("keys_"))
+
+        session.add_all([m.Child(parent_id=n) for n in (7, 3, 12, 1, 9, 2, 11, 5, 10, 4, 8, 6)])
+        event.listen(session.connection(), "before_cursor_execute", record)
+        session.flush()
+        assert written == list(range(1, 13))
+        assert locked in ([], written)
+
+    def test_F6_the_middle_does_not_move_while_a_child_changes(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        shop.session.get_one(m.Comment, 5).score = 100
+        shop.session.flush()
+
+        def move(other: Session) -> None:
+            other.get_one(m.Thread, 1).forum_id = 2
+
+        commit_while_it_waits(shop.session, move)
+        checked(shop)
+
     def test_F6_moves_of_the_middle_while_children_come_in(self, shop: SimpleNamespace) -> None:
         def move(barrier: threading.Barrier) -> None:
             for turn in range(10):
@@ -231,13 +282,41 @@ class TestTwoTransactions:
         checked(shop)
 
 
-def _wait_for_lock(engine: Engine) -> None:
+def _wait_for_lock(engine: Engine, meanwhile: threading.Thread | None = None) -> None:
+    """Until somebody waits for a lock, or the thread that might has ended."""
     waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
-    for _ in range(2000):
+    pause = 0.002
+    if engine.dialect.name != "postgresql":
+        waiting = text("SELECT count(*) FROM information_schema.innodb_trx WHERE trx_state = 'LOCK WAIT'")
+        pause = 0.15  # what is asked again within 0.1 s is answered as before
+    for _ in range(int(20 / pause)):
         with engine.connect() as connection:
-            if connection.scalar(waiting):
+            if connection.scalar(waiting) or (meanwhile is not None and not meanwhile.is_alive()):
                 return
+        time.sleep(pause)
     raise AssertionError("nobody waits for a lock")
+
+
+def commit_while_it_waits(session: Session, other: Callable[[Session], None]) -> None:
+    """`session` has flushed; `other` works in another one meanwhile, and may come through only after this one's commit."""
+    engine = session.connection().engine
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with Session(engine) as beside:
+                other(beside)
+                beside.commit()
+        except BaseException as error:  # noqa: BLE001 - handed to the test below
+            failures.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    _wait_for_lock(engine, thread)
+    session.commit()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 def break_columns(shop: SimpleNamespace) -> None:
@@ -325,6 +404,38 @@ async def _an_expired_child_moves(tmp_path: Any) -> None:
     await engine.dispose()
 
 
+@pytest.mark.parametrize("strategy", models.STRATEGIES)
+def test_values_that_a_savepoint_takes_back_need_no_read_under_asyncio(strategy: str, tmp_path: Any) -> None:
+    asyncio.run(_a_savepoint_is_rolled_back(strategy, tmp_path))
+
+
+async def _a_savepoint_is_rolled_back(strategy: str, tmp_path: Any) -> None:
+    m = models.counters(strategy)
+    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'savepoint.db'}")
+    async with engine.begin() as connection:
+        await connection.run_sync(m.Base.metadata.create_all)
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        thread = m.Thread(id=1, forum=m.Forum(id=1))
+        session.add_all([thread, m.Comment(id=1, thread=thread, score=3)])
+        await session.commit()
+        await session.refresh(thread)
+        for how in ("objects", "bulk statement"):
+            savepoint = await session.begin_nested()
+            if how == "objects":
+                session.add(m.Comment(thread_id=1, score=4))
+                await session.flush()
+                assert (thread.comment_count, thread.score_sum) == (2, 7)
+            else:
+                await session.execute(update(m.Comment).values(score=9))
+                assert (thread.comment_count, thread.score_sum) == (1, 9)
+            await savepoint.rollback()
+            if strategy == "memory" or strategy == "flush":
+                await session.refresh(thread)  # a changed object like any other: SQLAlchemy expires it whole
+            assert (thread.comment_count, thread.score_sum) == (1, 3), how
+        await session.rollback()
+    await engine.dispose()
+
+
 @pytest.mark.parametrize("shop", models.STRATEGIES, indirect=True)
 class TestMoves:
     def test_F6_the_old_parent_is_corrected(self, shop: SimpleNamespace) -> None:
@@ -332,6 +443,13 @@ class TestMoves:
         shop.session.get_one(shop.m.Thread, 1), shop.session.get_one(shop.m.Thread, 2)
         shop.session.expire(comment)
         comment.thread_id = 2
+        shop.session.commit()
+        checked(shop)
+
+    def test_F8_a_child_may_name_a_new_parent_by_its_key(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        shop.session.add(m.Thread(id=7, forum=shop.session.get_one(m.Forum, 1)))
+        shop.session.add(m.Comment(thread_id=7, score=3))
         shop.session.commit()
         checked(shop)
 
@@ -357,7 +475,7 @@ class TestMoves:
 
 class TestNeverSilent:
     @pytest.mark.parametrize(
-        "how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core"]
+        "how", ["bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings", "core", "entity"]
     )
     def test_F8_what_passes_the_session_by_is_refused(self, shop: SimpleNamespace, how: str) -> None:
         m, session = shop.m, shop.session
@@ -366,10 +484,142 @@ class TestNeverSilent:
             "bulk_insert_mappings": lambda: session.bulk_insert_mappings(m.Comment, [{"thread_id": 1}]),
             "bulk_update_mappings": lambda: session.bulk_update_mappings(m.Comment, [{"id": 1, "score": 9}]),
             "core": lambda: session.connection().execute(delete(m.Comment.__table__)),
+            "entity": lambda: session.connection().execute(update(m.Comment).values(score=9)),
         }
         with pytest.raises(UncoveredChange, match=r"Thread\.comment_count"):
             calls[how]()
         session.rollback()
+        checked(shop)
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)  # the only one that has them
+    @pytest.mark.parametrize("through", ["session", "connection", "covered statement"])
+    @pytest.mark.parametrize("kind", ["insert", "update", "delete"])
+    def test_F8_dml_inside_a_cte_is_refused(self, shop: SimpleNamespace, kind: str, through: str) -> None:
+        m, session = shop.m, shop.session
+        dml: Any = {
+            "insert": insert(m.Comment).values(thread_id=1, deleted=False),
+            "update": update(m.Comment).values(thread_id=2),
+            "delete": delete(m.Comment),
+        }[kind]
+        changed = dml.returning(m.Comment.id).cte("changed")
+        statement: Any = select(changed.c.id)
+        if through == "covered statement":
+            statement = update(m.Comment).where(m.Comment.id == 4).values(score=4).add_cte(changed)
+
+        def execute(**options: Any) -> None:
+            by = session.connection() if through == "connection" else session
+            by.execute(statement, execution_options=options)
+
+        said = rf"{kind.upper()} on \S*comment inside a CTE .*Thread\.comment_count.*repair"
+        with pytest.raises(UncoveredChange, match=said):
+            execute()
+        session.rollback()
+        checked(shop)
+        execute(denormalize="unchecked")
+        session.commit()
+        assert not verify(shop.engine, m.Base).right
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)
+    def test_F8_dml_inside_a_cte_cannot_set_an_aggregate(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        changed = update(m.Thread).values(comment_count=7).returning(m.Thread.id).cte("changed")
+        with pytest.raises(ReadOnlyAggregate, match=r"Thread\.comment_count"):
+            shop.session.execute(select(changed.c.id))
+
+    @pytest.mark.parametrize("engine", SERVERS[:1], indirect=True)
+    def test_F8_a_cte_that_concerns_no_aggregate_passes(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        made = insert(m.Forum).values(id=9).returning(m.Forum.id).cte("made")
+        assert shop.session.scalars(select(made.c.id)).all() == [9]
+        shop.session.commit()
+        checked(shop)
+
+    def test_F8_dml_whose_rows_are_loaded_as_objects_is_refused(self, shop: SimpleNamespace) -> None:
+        if not shop.engine.dialect.insert_returning:
+            return
+        m = shop.m
+        made = insert(m.Comment).values(thread_id=1, deleted=False).returning(m.Comment)
+        with pytest.raises(UncoveredChange, match=r"inside from_statement\(\).*Thread\.comment_count"):
+            shop.session.scalars(select(m.Comment).from_statement(made)).all()
+        shop.session.rollback()
+        checked(shop)
+
+    def test_F8_new_parents_by_core_and_by_bulk_statements_pass(self, shop: SimpleNamespace) -> None:
+        m = shop.m
+        with shop.engine.begin() as connection:
+            connection.execute(insert(m.Forum.__table__), {"id": 10})
+            connection.execute(insert(m.Forum.__table__).values(id=11))
+        shop.session.execute(insert(m.Forum), [{"id": 12}])
+        shop.session.execute(insert(m.Forum).values(id=13))
+        shop.session.commit()
+        checked(shop)
+
+    @pytest.mark.parametrize("engine", SERVERS[1:], indirect=True)
+    @pytest.mark.parametrize("shop", ["trigger"], indirect=True)
+    @pytest.mark.parametrize("how", ["join", "subquery", "insert from select"])
+    def test_F8_mariadb_refuses_statements_that_read_the_table_its_trigger_writes(
+        self, shop: SimpleNamespace, how: str
+    ) -> None:
+        m, session = shop.m, shop.session
+        some = select(m.Thread.id).where(m.Thread.forum_id == 1)
+        change = update(m.Comment).values(score=50).execution_options(synchronize_session=False)
+        statement: Any = {
+            "join": change.where(m.Comment.thread_id == m.Thread.id, m.Thread.forum_id == 1),
+            "subquery": change.where(m.Comment.thread_id.in_(some)),
+            "insert from select": insert(m.Comment).from_select(
+                ["thread_id", "deleted"], select(m.Thread.id, literal(False))
+            ),
+        }[how]
+        with pytest.raises(OperationalError, match="1442"):
+            session.execute(statement)
+        session.rollback()
+        checked(shop)
+        session.execute(change.where(m.Comment.thread_id.in_(session.scalars(some).all())))
+        session.commit()
+        checked(shop)
+
+    def test_F8_an_alias_does_not_hide_the_table(self, shop: SimpleNamespace) -> None:
+        if shop.engine.dialect.name == "mysql":
+            return  # it has no such DELETE
+        aliased = shop.m.Comment.__table__.alias("c")
+        with shop.engine.connect() as connection, pytest.raises(UncoveredChange, match=r"on n_sql_comment"):
+            connection.execute(delete(aliased))
+
+    def test_F8_a_flush_without_work_covers_nothing_that_follows(self, shop: SimpleNamespace) -> None:
+        """An orphan that was never saved is thrown out by the flush, which then ends without an event."""
+        m = models.orphans()
+        m.Base.metadata.create_all(shop.engine)
+        with Session(shop.engine) as session:
+            parent, child = m.Parent(), m.Child()
+            session.add(child)
+            parent.children.append(child)
+            parent.children.remove(child)
+            session.flush()
+            assert child not in session
+            with pytest.raises(UncoveredChange):
+                session.bulk_insert_mappings(m.Child, [{"parent_id": 1}])
+            with shop.engine.connect() as connection, pytest.raises(UncoveredChange):
+                connection.execute(insert(m.Child.__table__), {"parent_id": 1})
+
+    def test_F8_the_flush_of_another_session_inside_one_leaves_it_covered(
+        self, shop: SimpleNamespace
+    ) -> None:
+        m = shop.m
+        beside = create_engine("sqlite://")
+        m.Base.metadata.create_all(beside)
+
+        def log(mapper: Any, connection: Any, target: Any) -> None:
+            with Session(beside) as other:
+                other.add(m.Forum())
+                other.flush()
+
+        event.listen(m.Thread, "before_update", log)
+        try:
+            shop.session.get_one(m.Thread, 1).forum_id = 2
+            shop.session.add(m.Comment(thread_id=2, score=3))
+            shop.session.commit()
+        finally:
+            event.remove(m.Thread, "before_update", log)
         checked(shop)
 
     def test_F8_the_way_around_is_asked_for_by_name(self, shop: SimpleNamespace) -> None:
@@ -406,6 +656,22 @@ class TestNeverSilent:
         shop.session.execute(dialect.insert(shop.m.Comment).values(rows).on_conflict_do_nothing())
         shop.session.commit()
         checked(shop)
+
+    @pytest.mark.parametrize("strategy", ["sql", "recount"])
+    def test_F8_rows_that_the_database_deletes_are_counted(
+        self, opened: Open, strategy: str, engine: Engine
+    ) -> None:
+        m = models.cascades(strategy)
+        session = opened(m)
+        session.add_all([m.User(id=1), m.Forum(id=1), m.Thread(id=1, forum_id=1)])
+        session.flush()
+        session.add_all([m.Comment(id=n, thread_id=1, author_id=1) for n in (1, 2)])
+        session.commit()
+        session.expunge_all()
+        session.delete(session.get_one(m.Thread, 1))  # passive_deletes: no comment is loaded
+        session.commit()
+        m.check(session)
+        assert session.get_one(m.User, 1).comment_count == 0
 
     def test_F8_sql_expressions_as_values(self, shop: SimpleNamespace) -> None:
         comment = shop.session.get_one(shop.m.Comment, 1)
@@ -500,6 +766,17 @@ class TestReadOnly:
             shop.session.execute(update(m.Thread), [{"id": 1, "comment_count": 5}])
         with shop.engine.connect() as connection, pytest.raises(ReadOnlyAggregate):
             connection.execute(update(m.Thread.__table__).values(comment_count=5))
+
+    @pytest.mark.parametrize("shop", models.STRATEGIES, indirect=True)
+    def test_F10_the_object_shows_the_new_value_after_the_flush(self, shop: SimpleNamespace) -> None:
+        thread = shop.session.get_one(shop.m.Thread, 1)
+        assert thread.comment_count == 5
+        shop.session.add(shop.m.Comment(thread_id=1, score=1))
+        shop.session.flush()
+        assert thread.comment_count == 6
+        assert thread not in shop.session.dirty
+        shop.session.execute(delete(shop.m.Comment).where(shop.m.Comment.id <= 2))
+        assert thread.comment_count == 4
 
     def test_F10_a_later_save_of_the_parent_does_not_write_the_stale_value(
         self, shop: SimpleNamespace

@@ -585,7 +585,7 @@ def test_E13_strings_do_not_pin(members: Library) -> None:
         return tuple(table.columns)
 
     with (
-        mock.patch("querycache.writes.tracked_columns", every_column),
+        mock.patch("querycache.flushed.tracked_columns", every_column),
         mock.patch.object(dependencies, "slot_of", lambda value, slots: hash(value) % slots),
         naive(dependencies, "tracked_columns", every_column),
     ):

@@ -144,10 +144,21 @@ def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
 
 
 def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, Any]:
-    """The parents of those keys, loaded where the session does not hold them; without those that do not exist."""
+    """The parents of those keys, new ones too, loaded where the session does not hold them; without those that do not
+    exist."""
     found: dict[Key, Any] = {}
+    pending: dict[Key, Any] | None = None
+    names = chain.keys[0]
     for key in sorted(keys):
         parent = find_parent(session, chain, key)
+        if parent is None:
+            if pending is None:
+                pending = {
+                    tuple([each.__dict__.get(name) for name in names]): each
+                    for each in session.new
+                    if sqlalchemy_inspect(each).mapper.isa(chain.root)
+                }
+            parent = pending.get(key)
         if parent is None:
             parent = session.get(chain.root.class_, key if len(key) > 1 else key[0])
         if parent is not None:
