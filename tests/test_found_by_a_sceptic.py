@@ -15,7 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, ForeignKey, Integer, String, create_engine, event, literal, select, update
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    column,
+    create_engine,
+    event,
+    func,
+    literal,
+    literal_column,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -26,6 +43,7 @@ from sqlalchemy.orm import (
     selectinload,
     sessionmaker,
 )
+from sqlalchemy.schema import CreateTable
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
@@ -346,3 +364,54 @@ def test_found_a_process_forked_during_a_flight(
     landing.set()
     pilot.join()
     assert status == 0
+
+
+def test_found_a_function_of_a_schema_that_is_called_like_a_known_one(
+    Sessions: sessionmaker[Session],
+) -> None:
+    """app.total() is not SQLite's total(), nor stats.count() SQL's count()."""
+    cache = QueryCache()
+    with Sessions() as db:
+        cache.attach(db)
+        for function in (func.app.total(), func.stats.count()):
+            explanation = cache.explain(db, select(Item.id, function).execution_options(cache_key=True))
+            assert not explanation.cacheable
+
+
+@pytest.mark.parametrize("words", ["'now'::timestamp", "timestamp 'now'", "cast('today' as date)"])
+def test_found_a_literal_that_is_the_clock(postgresql_engine: Engine, cache: QueryCache, words: str) -> None:
+    _fill(postgresql_engine)
+    with Session(postgresql_engine) as db:
+        cache.attach(db)
+        statement = select(Item.id, literal_column(words)).execution_options(cache_key=True)
+        assert not cache.explain(db, statement).cacheable
+
+
+def test_found_a_catalog_that_ddl_changes(Sessions: sessionmaker[Session], cache: QueryCache) -> None:
+    statement = text("SELECT name FROM sqlite_master WHERE name = 'found_new'").columns(column("name"))
+    cached = statement.execution_options(cache_key=True)
+    with Sessions() as db:
+        assert db.scalars(cached).all() == []
+        db.execute(CreateTable(Table("found_new", MetaData(), Column("id", Integer))))
+        db.commit()
+        assert db.scalars(cached).all() == ["found_new"]
+
+
+def test_found_a_replay_begun_before_the_session_was_emptied(
+    sqlite_engine: Engine, redis_store_url: str
+) -> None:
+    """What is begun while the cache server is at work holds the identity map that the session had then."""
+    _fill(sqlite_engine)
+    cache = QueryCache(redis_store_url, lease=0.1)
+    made = sessionmaker(sqlite_engine)
+    cache.attach(made)
+    statement = select(Item).order_by(Item.id)
+    cached = statement.execution_options(cache_key=True, cache_mode="refresh")
+    for _ in range(3):
+        with made() as db:
+            assert len(db.scalars(cached).all()) == 5
+    event.listen(made, "after_begin", lambda session, transaction, connection: session.expunge_all())
+    with made() as db:
+        assert len(db.scalars(statement).all()) == 5
+    with made() as db:
+        assert len(db.scalars(cached).all()) == 5
