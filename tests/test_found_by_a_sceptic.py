@@ -405,7 +405,7 @@ def test_found_a_replay_begun_before_the_session_was_emptied(
     cache = QueryCache(redis_store_url, lease=0.1)
     made = sessionmaker(sqlite_engine)
     cache.attach(made)
-    statement = select(Item).order_by(Item.id)
+    statement = select(Part).order_by(Part.id)
     cached = statement.execution_options(cache_key=True, cache_mode="refresh")
     for _ in range(3):
         with made() as db:
