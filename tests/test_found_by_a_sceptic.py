@@ -1,0 +1,417 @@
+"""What a sceptical reviewer found: each of these failed when it was written."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    column,
+    create_engine,
+    event,
+    func,
+    literal,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+)
+from sqlalchemy.schema import CreateTable
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+from querycache import ConfigurationError, QueryCache
+
+_shift: ContextVar[int] = ContextVar("shift", default=0)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Shifted(TypeDecorator[int]):
+    """As a type does that reads the time zone, the tenant or the encryption key of the current request."""
+
+    impl = Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else value + _shift.get()
+
+
+class Item(Base):
+    __tablename__ = "found_item"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10), default="special")
+    name: Mapped[str] = mapped_column(String(20), default="")
+    place: Mapped[int] = mapped_column(Shifted, default=0)
+    parts: Mapped[list[Part]] = relationship()
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "item"}
+
+
+class Special(Item):
+    __mapper_args__ = {"polymorphic_identity": "special"}
+
+
+class Part(Base):
+    __tablename__ = "found_part"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    item_id: Mapped[int] = mapped_column(ForeignKey("found_item.id"))
+    amount: Mapped[int] = mapped_column(default=0)
+
+
+class utcnow(FunctionElement[Any]):
+    """The recipe of SQLAlchemy's documentation, "UTC timestamp" function."""
+
+    type = String()
+    inherit_cache = True
+
+
+@compiles(utcnow)
+def _compile_utcnow(element: Any, compiler: Any, **kwargs: Any) -> str:
+    return "hex(randomblob(8))" if compiler.dialect.name == "sqlite" else "cast(clock_timestamp() as text)"
+
+
+class amount_of_all_parts(FunctionElement[int]):
+    type = Integer()
+    inherit_cache = True
+
+
+@compiles(amount_of_all_parts)
+def _compile_amount(element: Any, compiler: Any, **kwargs: Any) -> str:
+    return "(SELECT sum(amount) FROM found_part)"
+
+
+def _fill(engine: Engine) -> None:
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    with Session(engine) as db, db.begin():
+        db.add_all(Special(id=n, name=f"n{n}", parts=[Part(id=n, amount=1)]) for n in range(1, 6))
+
+
+@pytest.fixture
+def cache() -> QueryCache:
+    return QueryCache()
+
+
+@pytest.fixture
+def Sessions(sqlite_engine: Engine, cache: QueryCache) -> sessionmaker[Session]:
+    _fill(sqlite_engine)
+    made = sessionmaker(sqlite_engine)
+    cache.attach(made)
+    return made
+
+
+def test_found_a_statement_kept_whose_type_reads_the_context(Sessions: sessionmaker[Session]) -> None:
+    """Plan.repeatable takes the processed parameters of a statement object for good."""
+    with Sessions() as db, db.begin():
+        db.add(Special(id=10, name="mine", place=100))
+        db.add(Special(id=11, name="theirs", place=107))
+    statement = select(Item.name).where(Item.place == 100)
+    cached = statement.execution_options(cache_key=True)
+    with Sessions() as db:
+        assert db.scalars(cached).all() == ["mine"]
+        token = _shift.set(7)
+        try:
+            assert db.scalars(statement).all() == ["theirs"]
+            assert db.scalars(cached).all() == ["theirs"]
+        finally:
+            _shift.reset(token)
+
+
+def test_found_flags_without_a_name(Sessions: sessionmaker[Session]) -> None:
+    """0 and what has bits that are not declared are called None; below 3.11 every combination is."""
+
+    class Right(enum.IntFlag):
+        READ = 1
+        WRITE = 2
+
+    with Sessions() as db:
+        for value in (Right(0), Right(8), Right(16)):
+            statement = select(literal(value, Integer)).execution_options(cache_key=True)
+            assert db.scalars(statement).all() == [int(value)]
+
+
+def test_found_a_member_of_an_enum_whose_value_has_changed(Sessions: sessionmaker[Session]) -> None:
+    """As a release does that renumbers the members; the driver is given the value, and the key has the name."""
+    with Sessions() as db:
+        for number in (1, 2):
+            state = enum.IntEnum("State", {"OPEN": number})  # type: ignore[misc]
+            statement = select(literal(state.OPEN, Integer)).execution_options(cache_key=True)  # type: ignore[attr-defined]
+            assert db.scalars(statement).all() == [number]
+
+
+def test_found_a_function_of_the_application_that_renders_the_clock(Sessions: sessionmaker[Session]) -> None:
+    statement = select(Item.id, utcnow()).where(Item.id == 1).execution_options(cache_key=True)
+    with Sessions() as db:
+        assert db.execute(statement).one() != db.execute(statement).one()
+
+
+def test_found_a_function_of_the_application_that_renders_a_subquery(Sessions: sessionmaker[Session]) -> None:
+    statement = select(Item.id, amount_of_all_parts()).where(Item.id == 1)
+    cached = statement.execution_options(cache_key=True)
+    with Sessions() as db:
+        db.execute(cached).all()
+    with Sessions() as db, db.begin():
+        db.execute(update(Part).values(amount=2))
+    with Sessions() as db:
+        assert db.execute(cached).all() == db.execute(statement).all()
+
+
+@pytest.fixture
+def running_listener() -> Iterator[None]:
+    def run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        cursor.execute(statement, parameters)
+        return True
+
+    event.listen(Engine, "do_execute", run)
+    yield
+    event.remove(Engine, "do_execute", run)
+
+
+@pytest.mark.usefixtures("running_listener")
+def test_found_a_listener_of_all_engines_that_runs_statements(Sessions: sessionmaker[Session]) -> None:
+    """heed_others() looks at the dialect's own listeners, and not at those of its class."""
+    cached = select(Item.name).where(Item.id == 1).execution_options(cache_key=True)
+    with Sessions() as db:
+        db.scalars(cached).all()
+    with Sessions() as db, db.begin():
+        db.execute(update(Item).values(name="new"))
+    with Sessions() as db:
+        assert db.scalars(cached).all() == ["new"]
+
+
+def test_found_two_databases_behind_one_url(tmp_path: Path, cache: QueryCache) -> None:
+    """A creator (or do_connect) decides what is connected to, whatever the URL says."""
+    made: sessionmaker[Session] = sessionmaker()
+    cache.attach(made)
+    found = []
+    for tenant in ("a", "b"):
+        path = tmp_path / tenant
+        engine = create_engine("sqlite:///tenants.db", creator=lambda path=path: sqlite3.connect(path))  # type: ignore[misc]
+        _fill(engine)
+        with Session(engine) as db, db.begin():
+            db.execute(update(Item).values(name=tenant))
+        with made(bind=engine) as db:
+            found.append(db.scalar(select(Item.name).execution_options(cache_key=True)))
+        engine.dispose()
+    assert found == ["a", "b"]
+
+
+def test_found_an_entry_that_grows_with_each_value(
+    Sessions: sessionmaker[Session], cache: QueryCache
+) -> None:
+    """discriminators() compares numbers of parameters, and single inheritance compiles one of its own."""
+    keys = set()
+    with Sessions() as db:
+        for bound in range(5):
+            parts = Special.parts.and_(Part.amount > bound)
+            statement = select(Special).options(selectinload(parts)).execution_options(cache_key=True)
+            db.scalars(statement).all()
+            keys.add(cache.explain(db, statement).key)
+    assert len(keys) == 5
+
+
+@pytest.mark.parametrize("options", [{"stream_results": True}, {"yield_per": 2}], ids=repr)
+def test_found_an_engine_that_streams(
+    postgresql_engine: Engine, cache: QueryCache, options: dict[str, Any]
+) -> None:
+    """partitions() and fetchmany() begin with the first row each time, and never end."""
+    _fill(postgresql_engine)
+    made = sessionmaker(postgresql_engine.execution_options(**options))
+    cache.attach(made)
+    statement = select(Item.id).order_by(Item.id)
+    for each in (statement, *[statement.execution_options(cache_key=True)] * 2):
+        with made() as db:
+            pieces = [[row[0] for row in piece] for piece in islice(db.execute(each).partitions(2), 10)]
+            assert pieces == [[1, 2], [3, 4], [5]]
+
+
+def test_found_snapshots_that_a_listener_asks_for(postgresql_engine: Engine, cache: QueryCache) -> None:
+    """The driver's own isolation level is not looked at, as its autocommit is."""
+    psycopg = pytest.importorskip("psycopg")
+    _fill(postgresql_engine)
+    other = create_engine(postgresql_engine.url)
+
+    @event.listens_for(other, "connect")
+    def repeatable(connection: Any, record: Any) -> None:
+        connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+
+    cached = select(Item.name).where(Item.id == 1).execution_options(cache_key=True)
+    now, then = sessionmaker(postgresql_engine), sessionmaker(other)
+    cache.attach(now).attach(then)
+    try:
+        with then() as old:
+            old.execute(select(Item.id)).all()
+            with now() as db, db.begin():
+                db.execute(update(Item).values(name="new"))
+            assert old.scalars(cached).all() == ["n1"]
+        with now() as db:
+            assert db.scalars(cached).all() == ["new"]
+    finally:
+        other.dispose()
+
+
+def test_found_a_wire_that_was_interrupted(redis_store_url: str) -> None:
+    """A time limit (Celery's, gunicorn's) that strikes in Wire._finish() leaves a reply that nobody reads."""
+    import redis
+
+    from querycache.backends.redis import RedisBackend
+
+    class TimeIsUp(Exception):
+        pass
+
+    def strike(*args: Any) -> None:
+        raise TimeIsUp
+
+    busy = (
+        "local function now() local t = redis.call('TIME') return t[1] * 1000000 + t[2] end "
+        "local till = now() + 300000 repeat until now() > till return 1"
+    )
+    store = RedisBackend({"url": redis_store_url})
+    store.store("entry", b"content")
+    marks = store.begin(["tag"])
+    client = redis.Redis.from_url(redis_store_url.partition("?")[0])
+    blocker = threading.Thread(target=client.eval, args=(busy, 0))
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        blocker.start()
+        time.sleep(0.05)
+        store.end(marks)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(TimeIsUp):
+            store.fetch("entry", ["tag"])
+        assert store.fetch("entry", ["tag"])[0] == b"content"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        blocker.join()
+        client.close()
+        store.close()
+
+
+def test_found_a_bad_option_that_nobody_is_told_of() -> None:
+    with pytest.raises(ConfigurationError, match="ssl_cert_reqs"):
+        QueryCache("rediss://localhost:6379/0?ssl_cert_reqs=requierd")
+
+
+def test_found_a_policy_of_what_is_not_mapped() -> None:
+    from querycache import Policy
+
+    with pytest.raises(ConfigurationError, match="not a mapped class"):
+        QueryCache(policies={int: Policy()})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_found_a_process_forked_during_a_flight(
+    Sessions: sessionmaker[Session], sqlite_engine: Engine
+) -> None:
+    """The child waits a second for a flight whose pilot is not in it."""
+    statement = select(Item.name).execution_options(cache_key=True)
+    flying, landing = threading.Event(), threading.Event()
+
+    def stop(*args: Any) -> None:
+        if threading.current_thread() is pilot:
+            flying.set()
+            landing.wait(10)
+
+    def fly() -> None:
+        with Sessions() as db:
+            db.scalars(statement).all()
+
+    event.listen(sqlite_engine, "before_cursor_execute", stop)
+    pilot = threading.Thread(target=fly)
+    pilot.start()
+    assert flying.wait(10)
+    child = os.fork()
+    if child == 0:
+        took = 9.0
+        try:
+            sqlite_engine.dispose(close=False)
+            begun = time.monotonic()
+            fly()
+            took = time.monotonic() - begun
+        finally:
+            os._exit(int(took > 0.5))
+    _, status = os.waitpid(child, 0)
+    landing.set()
+    pilot.join()
+    assert status == 0
+
+
+def test_found_a_function_of_a_schema_that_is_called_like_a_known_one(
+    Sessions: sessionmaker[Session],
+) -> None:
+    """app.total() is not SQLite's total(), nor stats.count() SQL's count()."""
+    cache = QueryCache()
+    with Sessions() as db:
+        cache.attach(db)
+        for function in (func.app.total(), func.stats.count()):
+            explanation = cache.explain(db, select(Item.id, function).execution_options(cache_key=True))
+            assert not explanation.cacheable
+
+
+@pytest.mark.parametrize("words", ["'now'::timestamp", "timestamp 'now'", "cast('today' as date)"])
+def test_found_a_literal_that_is_the_clock(postgresql_engine: Engine, cache: QueryCache, words: str) -> None:
+    _fill(postgresql_engine)
+    with Session(postgresql_engine) as db:
+        cache.attach(db)
+        statement = select(Item.id, literal_column(words)).execution_options(cache_key=True)
+        assert not cache.explain(db, statement).cacheable
+
+
+def test_found_a_catalog_that_ddl_changes(Sessions: sessionmaker[Session], cache: QueryCache) -> None:
+    statement = text("SELECT name FROM sqlite_master WHERE name = 'found_new'").columns(column("name"))
+    cached = statement.execution_options(cache_key=True)
+    with Sessions() as db:
+        assert db.scalars(cached).all() == []
+        db.execute(CreateTable(Table("found_new", MetaData(), Column("id", Integer))))
+        db.commit()
+        assert db.scalars(cached).all() == ["found_new"]
+
+
+def test_found_a_replay_begun_before_the_session_was_emptied(
+    sqlite_engine: Engine, redis_store_url: str
+) -> None:
+    """What is begun while the cache server is at work holds the identity map that the session had then."""
+    _fill(sqlite_engine)
+    cache = QueryCache(redis_store_url, lease=0.1)
+    made = sessionmaker(sqlite_engine)
+    cache.attach(made)
+    statement = select(Part).order_by(Part.id)
+    cached = statement.execution_options(cache_key=True, cache_mode="refresh")
+    for _ in range(3):
+        with made() as db:
+            assert len(db.scalars(cached).all()) == 5
+    event.listen(made, "after_begin", lambda session, transaction, connection: session.expunge_all())
+    with made() as db:
+        assert len(db.scalars(statement).all()) == 5
+    with made() as db:
+        assert len(db.scalars(cached).all()) == 5
