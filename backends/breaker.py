@@ -4,12 +4,15 @@ After a fault the circuit is open, and calls are refused without touching the ne
 over, one call is let through to try; while it is under way the others are still refused. If it succeeds the
 circuit closes, if not the cool-down begins again.
 
+The begin and the end of an outage are logged, as ``querycache``, once each.
+
 Calls that must not be left out go through an open circuit: a writer that does not mark its tags because some
 lookup had a timeout a second ago would leave stale entries behind on a server that is well again.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from collections.abc import Callable
 from querycache.errors import CacheUnavailable
 
 __all__ = ["COOL_DOWN", "CircuitBreaker"]
+
+_log = logging.getLogger("querycache")
 
 COOL_DOWN = 2.0
 """Seconds for which a server is left alone after a fault."""
@@ -58,10 +63,19 @@ class CircuitBreaker:
         """The server answered."""
         if self._fault is not None:
             with self._lock:
-                self._fault = None
+                over, self._fault = self._fault is not None, None
+            if over:
+                _log.info("%s answers again", self._server)
 
     def failed(self, fault: BaseException) -> None:
         """The server did not answer, or broke the connection."""
         with self._lock:
-            self._fault = fault
+            new, self._fault = self._fault is None, fault
             self._next_try = self._clock() + COOL_DOWN
+        if new:
+            _log.warning(
+                "%s does not answer, so the database is asked; trying again every %g s: %s",
+                self._server,
+                COOL_DOWN,
+                fault,
+            )

@@ -30,6 +30,7 @@ from querycache.backends.breaker import CircuitBreaker
 from querycache.backends.pool import Pool
 from querycache.backends.url import (
     flag,
+    one_of,
     parse_options,
     positive_integer,
     seconds,
@@ -91,7 +92,7 @@ _OPTIONS: dict[str, Callable[[object], Any]] = {
     "ssl_ca_certs": text,
     "ssl_certfile": text,
     "ssl_keyfile": text,
-    "ssl_cert_reqs": text,
+    "ssl_cert_reqs": one_of("none", "optional", "required"),
     "ssl_check_hostname": flag,
 }
 

@@ -145,8 +145,13 @@ class Wire:
     def _finish(self) -> None:
         """Read the reply to what was posted."""
         again, self._again = self._again, None
+        try:
+            reply = self._read()
+        except BaseException:  # a signal, for example: the reply is still to come
+            self.close()
+            raise
         # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
-        if again is not None and isinstance(self._read(), redis.exceptions.NoScriptError):
+        if again is not None and isinstance(reply, redis.exceptions.NoScriptError):
             self.converse([again])
 
     def _read(self) -> Any:

@@ -16,6 +16,7 @@ from querycache.errors import ConfigurationError
 
 __all__ = [
     "flag",
+    "one_of",
     "parse_options",
     "positive_integer",
     "seconds",
@@ -76,6 +77,18 @@ def flag(value: object) -> bool:
     return _WORDS[str(value).lower()]
 
 
+def one_of(*choices: str) -> Callable[[object], str]:
+    """What reads one of a few words."""
+
+    def read(value: object) -> str:
+        if value not in choices:
+            raise ValueError
+        return str(value)
+
+    read.__doc__ = f"One of {', '.join(map(repr, choices))}."
+    return read
+
+
 def parse_options(
     store: str, known: Mapping[str, Callable[[object], Any]], given: Mapping[str, object]
 ) -> dict[str, Any]:
@@ -94,9 +107,9 @@ def parse_options(
         try:
             options[name] = known[name](value)
         except (ValueError, KeyError) as error:
-            expected = (known[name].__doc__ or "").partition("\n")[0]
+            expected = (known[name].__doc__ or "").partition("\n")[0].rstrip(".").replace("``", "")
             raise ConfigurationError(
-                f"{store} cannot use {value!r} for option {name!r}. give {expected[:1].lower()}{expected[1:]}"
+                f"{store} cannot use {value!r} for option {name!r}: give {expected[:1].lower()}{expected[1:]}"
             ) from error
     return options
 

@@ -390,6 +390,11 @@ def print_table(measured: Sequence[Measured]) -> None:
             f"  {line.again:8}{line.again_statements:>4}"
             f"{milliseconds(line.database_time):>12}{milliseconds(line.cache_time):>12}{line.ratio:>8.1f} x"
         )
+    if any(line.ratio < 1 for line in measured):
+        print(
+            "\n  Less than 1: SQLite answers in this process, and a small answer is nearer there than on another server.\n"
+            "  A database on a server is asked over a connection as well: see the README for PostgreSQL."
+        )
 
 
 def run(engine: Engine, cache: QueryCache, url: str, comments: int, runs: int, as_json: bool) -> None:

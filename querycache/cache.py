@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 from dogpile.cache import CacheRegion
-from sqlalchemy import event
+from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
@@ -93,8 +93,12 @@ class QueryCache:
         if policies is not None and not isinstance(policies, Mapping):
             raise ConfigurationError(f"policies={policies!r}: give a mapping of mapped classes to Policy")
         for cls, policy in (policies or {}).items():
-            if not isinstance(cls, type) or not isinstance(policy, Policy):
-                raise ConfigurationError(f"policies: {cls!r}: {policy!r} is not a mapped class with a Policy")
+            if not isinstance(policy, Policy):
+                raise ConfigurationError(f"policies: {cls!r}: {policy!r}: give a Policy(…)")
+            if not _is_mapped(cls):
+                raise ConfigurationError(
+                    f"policies: {cls!r} is not a mapped class, nor the base of one; its models must be imported before"
+                )
         for argument, value, choices in (
             ("consistency", consistency, get_args(Consistency)),
             ("on_outage", on_outage, get_args(OnOutage)),
@@ -267,7 +271,11 @@ class QueryCache:
             UnknownRegion: no region has this name.
             CacheUnavailable: a cache server did not answer, so its answers may still be served.
         """
-        named = [key_tag(each) for each in names("keys", keys if key is None else [*keys, key])]
+        named = [key_tag(each) for each in names("keys", keys)]
+        if key is not None:
+            if not isinstance(key, str) or not key:
+                raise ConfigurationError(f"key={key!r}: give a non-empty string")
+            named.append(key_tag(key))
         named.extend(map(user_tag, names("tags", tags)))
         for given in names("tables", tables):
             schema, _, name = given.rpartition(".")
@@ -328,6 +336,13 @@ class QueryCache:
         """A context manager that gives the list of the events that happen while it is open, in this process."""
         with self._telemetry.recording() as events:
             yield events
+
+
+def _is_mapped(cls: object) -> bool:
+    """True for a mapped class, and for one that a mapped class inherits from."""
+    if not isinstance(cls, type):
+        return False
+    return inspect(cls, raiseerr=False) is not None or any(map(_is_mapped, type.__subclasses__(cls)))
 
 
 def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:

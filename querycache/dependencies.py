@@ -47,7 +47,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Groupin
 
 from querycache.functions import is_stable
 from querycache.keys import structure_digest
-from querycache.sa_internals import Plan
+from querycache.sa_internals import Plan, custom_constructs
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 from querycache.textual import read_text
 
@@ -211,8 +211,19 @@ class Analysis:
     def unstable(self, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""
         for name in sorted(self.functions):
-            if not is_stable(name) and name not in declared.sources:
+            if not is_stable(name) and declared.sources.keys().isdisjoint(_spellings(name)):
                 return name
+        return ""
+
+    def system_table(self, declared: Declarations) -> str:
+        """Name of a table that the database itself writes; empty where there is none."""
+        for schema, name in sorted(
+            {*self.tables, *self.text_tables}, key=lambda table: (table[0] or "", table[1])
+        ):
+            label = _label(schema, name)
+            system = label.startswith(_SYSTEM_NAMES) or (schema or "").lower() in _SYSTEM_SCHEMAS
+            if system and declared.sources.keys().isdisjoint(_spellings(label)):
+                return label
         return ""
 
     def reads_any(self, names: set[str]) -> bool:
@@ -246,7 +257,8 @@ class Analysis:
             given = {_label(*_translated(table, translate)) for table in self.tables}
             named = [table[1] for table in (*self.tables, *self.text_tables)]
             # A source may be a table of the statement, and pinned there: what is made from it is made from all of it.
-            tags.extend(map(table_tag, declared.made_from([*given, *named, *self.functions])))
+            called = [spelling for name in self.functions for spelling in _spellings(name)]
+            tags.extend(map(table_tag, declared.made_from([*given, *named, *called])))
         return sorted(set(tags))
 
     @staticmethod
@@ -259,6 +271,15 @@ class Analysis:
             else:
                 values.append(value)
         return values if len(values) <= MAX_PINNED_VALUES else None
+
+
+_SYSTEM_NAMES = ("pg_", "sqlite_")
+_SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
+
+
+def _spellings(name: str) -> tuple[str, ...]:
+    """How a name may have been declared: with its schema, or without."""
+    return (name, name.rpartition(".")[2]) if "." in name else (name,)
 
 
 _MEMO = "_querycache_analysis"
@@ -278,6 +299,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         )
         # of several the first is taken that can be: a key changes least
         memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
+        memo.functions |= custom_constructs(rendered)
         _read_texts(memo, compiled.dialect.name)
         compiled.__dict__[_MEMO] = memo
     return memo
@@ -298,7 +320,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_table(table, asfrom=asfrom, **kwargs)
 
         def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-            self.analysis.functions.add(func.name.lower())
+            self.analysis.functions.add(".".join((*func.packagenames, func.name)).lower())
             return super().visit_function(func, *args, **kwargs)
 
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
@@ -334,7 +356,10 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
-_CALL = re.compile(r"\b([a-z_]\w*)\s*\(", re.IGNORECASE)
+_CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
+_QUOTES = re.compile(r"""["`\[\]\s]""")
+_CLOCK = re.compile(r"'\s*(now|today|tomorrow|yesterday)\s*'", re.IGNORECASE)
+"""What PostgreSQL, and SQLite's functions of time, take for a moment."""
 _NILADIC = re.compile(
     r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
     re.IGNORECASE,
@@ -366,6 +391,7 @@ _NOT_CALLED = frozenset(
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
+        analysis.functions |= {f"'{match.group(1).lower()}'" for match in _CLOCK.finditer(text)}
         if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
             "select",
             "with",
@@ -380,7 +406,7 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
         elif _WORDS_OF_QUERIES.search(text):
             analysis.opaque = True
         else:
-            calls = {name.lower() for name in _CALL.findall(text)}
+            calls = {_QUOTES.sub("", name).lower() for name in _CALL.findall(text)}
             analysis.functions |= calls - _NOT_CALLED
             analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
 

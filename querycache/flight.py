@@ -10,6 +10,7 @@ Flights are known to one process. Several processes may ask once each.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ MAX_WAIT = 1.0
 
 
 class Flights:
-    """The flights of one process. Safe for use by several threads."""
+    """The flights of one process. Safe for use by several threads.
+
+    Without a lock, which a process that is forked meanwhile would find locked for ever.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._landed: dict[Hashable, tuple[threading.Event, int]] = {}
 
     def wait(self, flight: Hashable) -> bool:
@@ -33,7 +36,7 @@ class Flights:
         Returns:
             True if there was one, so that it is worth to look again.
         """
-        landed, pilot = self._landed.get(flight, (None, 0))
+        landed, pilot = self._landed.get((os.getpid(), flight), (None, 0))
         if landed is None or pilot == threading.get_ident():
             return False
         landed.wait(MAX_WAIT)
@@ -43,12 +46,12 @@ class Flights:
     def flying(self, flight: Hashable) -> Iterator[None]:
         """While this is open, others that want the same wait."""
         landed = threading.Event()
-        with self._lock:
-            first = self._landed.setdefault(flight, (landed, threading.get_ident()))[0] is landed
+        # Of this process: where one is forked meanwhile, nobody flies in the child.
+        own = os.getpid(), flight
+        first = self._landed.setdefault(own, (landed, threading.get_ident()))[0] is landed
         try:
             yield
         finally:
             if first:
-                with self._lock:
-                    del self._landed[flight]
+                del self._landed[own]
                 landed.set()

@@ -119,10 +119,8 @@ def discriminators(plan: Plan) -> str:
 
     They only keep entries apart, so a value without a canonical form is represented by its type.
     """
-    if len(plan.extracted) <= len(plan.compiled.binds):
-        return ""
     values = []
-    for parameter in plan.extracted:
+    for parameter in plan.unrendered:
         try:
             values.append(canonical(parameter.effective_value))
         except UnkeyableValue as refusal:

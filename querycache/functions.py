@@ -241,4 +241,4 @@ def is_stable(name: str) -> bool:
 
     ``date``, ``julianday``, ``strftime`` and their like are not: SQLite's take the text ``'now'``.
     """
-    return name in _STABLE
+    return name.removeprefix("pg_catalog.") in _STABLE

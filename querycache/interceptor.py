@@ -303,7 +303,8 @@ class Interceptor:
             if type(name) is str and name.startswith("cache_"):
                 if "cache_key" not in given:
                     return self._wanted_by_options(state, given)
-                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
+                asked = [item for item in given.items() if str(item[0]).startswith("cache_")]
+                values = tuple(asked), tuple(type(value) for _, value in asked)  # True is not 1 here
                 try:
                     known = self._known_options.get(values)
                 except TypeError:  # a list or a set among the values
@@ -420,6 +421,9 @@ class Interceptor:
 
     def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
         """Raise _Bypass for what no cache can answer, as far as it shows in what the statement says."""
+        for name in _DATABASE_ONLY.intersection(plan.options):  # of the connection or the engine
+            if plan.options[name]:
+                raise _Bypass(name)
         if analysis.locks:
             raise _Bypass("for update")
         if analysis.writes:
@@ -429,6 +433,9 @@ class Interceptor:
         unstable = analysis.unstable(self._declared)
         if unstable:
             raise _Bypass(f"function {unstable}")
+        system = analysis.system_table(self._declared)
+        if system:
+            raise _Bypass(f"system table {system}")
         if analysis.opaque and not options.tables:
             raise _Bypass("text")
 
@@ -457,6 +464,8 @@ class Interceptor:
                 region.name,
                 canonical(frozenset(options.tags)),
                 canonical(frozenset(options.tables)),
+                # Who asks for a short time must not be given what was stored for a long one.
+                canonical(options.ttl),
             )
             begun = hashed(parts, blake2b(digest_size=20))
             if len(plan.shared_memo) > 64:

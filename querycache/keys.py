@@ -90,7 +90,8 @@ def canonical(value: object) -> str:
     if kind is memoryview or kind is bytearray:
         return f"{kind.__name__}({bytes(value)!r})"  # type: ignore[call-overload]
     if isinstance(value, enum.Enum):
-        return f"{kind.__module__}.{kind.__qualname__}.{value.name}"
+        # the value too: flags may have no name, and a release may give a name another value
+        return f"{kind.__module__}.{kind.__qualname__}.{value.name}={canonical(value.value)}"
     if kind is datetime.datetime or kind is datetime.time:
         # the repr() of a time zone may be anything; what reaches the database is the offset
         offset = value.utcoffset()  # type: ignore[attr-defined]

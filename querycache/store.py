@@ -2,8 +2,7 @@
 
 A store is a dogpile.cache backend (bytes by key) that also keeps **counters**: the versions of
 :mod:`querycache.versions`, changed only in atomic steps. It knows bytes, keys and integers, and neither
-    SQLAlchemy nor
-what an entry means. :mod:`querycache.ledger` builds the invalidation protocol on it.
+SQLAlchemy nor what an entry means. :mod:`querycache.ledger` builds the invalidation protocol on it.
 
 What every store promises:
 

@@ -206,8 +206,7 @@ def _parsed(text: str, dialect: str) -> TextStatement:
             return _ANYTHING
         for table in statement.find_all(exp.Table):
             if isinstance(table.this, exp.Func):
-                functions.add(_function_name(table.this, exp))
-                continue
+                continue  # one of the functions below
             name = (table.db or None, table.name)
             if any(table is target for target in targets):
                 writes.add(name)
@@ -243,6 +242,10 @@ def _targets(statement: Any, exp: Any) -> list[Any] | None:
 
 
 def _function_name(function: Any, exp: Any) -> str:
-    if isinstance(function, exp.Anonymous):
-        return str(function.name).lower()
-    return str(function.sql_name()).lower()
+    name = function.name if isinstance(function, exp.Anonymous) else function.sql_name()
+    parent, schema = function.parent, ""
+    if isinstance(parent, exp.Dot) and parent.this is not function:
+        schema = parent.this.sql()
+    elif isinstance(parent, exp.Table):
+        schema = parent.db
+    return f"{schema}.{name}".replace('"', "").replace("'", "").strip(".").lower()

@@ -368,6 +368,9 @@ class Writes:
                 self._note(connection, [EVERYTHING])
         elif sa_internals.heed_others(connection.dialect) and isinstance(session.bind, Connection):
             self._note(connection, [EVERYTHING])
+        dialect = connection.dialect
+        if dialect not in self._old_views and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
+            self._expect_old_views(dialect)
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
         """A flush is over, or one of the ``bulk_…`` methods, of which no event tells what it has written."""

@@ -362,7 +362,7 @@ def invalidation(**arguments: Any) -> Callable[[], object]:
 CALLS: dict[str, Bad] = {
     "nothing named": (invalidation(), ["key", "tags", "region", "everything=True"]),
     "no keys": (invalidation(keys=[], tags=()), ["everything=True"]),
-    "a key that is a number": (invalidation(key=5), ["5", "strings"]),
+    "a key that is a number": (invalidation(key=5), ["key=5", "string"]),
     "an empty key": (invalidation(key=""), ["''", "non-empty"]),
     "keys as text": (invalidation(keys="news"), ["keys='news'", "['news']"]),
     "tags as text": (invalidation(tags="news"), ["tags='news'", "['news']"]),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    ColumnElement,
     CursorResult,
     Engine,
     ForeignKey,
@@ -32,6 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.result import ChunkedIteratorResult
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -113,6 +115,15 @@ def live() -> Iterator[Live]:
         yield live
 
 
+class Rendered(ColumnElement[int]):
+    """By the application."""
+
+
+@compiles(Rendered)
+def _render(element: Any, compiler: Any, **options: Any) -> str:
+    return "1"
+
+
 def load_options_of(live: Live) -> Any:
     return live.states[-2].execution_options["_sa_orm_load_options"]
 
@@ -123,9 +134,11 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_annotations": lambda live: insert(Parent),
     "_autobegin_t": lambda live: live.session,
     "_autoflush": lambda live: live.session,
+    "_cache_key_bind_match": lambda live: live.contexts["SELECT"].compiled,
     "_compile_state_cls": lambda live: live.states[0],
     "_compile_w_cache": lambda live: live.statement,
     "_compiled_cache": lambda live: live.engine,
+    "_compiler_dispatcher": lambda live: Rendered,
     "_connection_for_bind": lambda live: live.session,
     "_connection_record": lambda live: live.connection.connection,
     "_connections": lambda live: live.transaction,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -50,13 +51,11 @@ class _Taps:
     Attributes:
         reading: the mark of compiled statements, which are kept and used again, that nobody wants to hear of.
         every: True where somebody wants to hear of each statement.
-        events: the listeners of the dialect's events, by name, where it has others, who may run a statement in its place.
     """
 
     listeners: list[Tap] = field(default_factory=list)
     reading: object = field(default_factory=object)
     every: bool = False
-    events: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 _ASKED = "_querycache_asked"
@@ -108,21 +107,28 @@ def heed_others(dialect: Any) -> bool:
 
     Returns True where they may have done so unseen.
     """
-    taps: _Taps | None = dialect.__dict__.get(_TAPS)
-    if taps is None or not dialect._has_events:
+    if _TAPS not in dialect.__dict__ or not dialect._has_events:
         return False
     unseen = False
     for name in _EXECUTING:
-        others = getattr(dialect.dispatch, name).listeners
-        ours = taps.events.get(name)
-        if others and others[0] is not ours:
+        first = next((each for each in getattr(dialect.dispatch, name) if not _is_ours(each)), None)
+        if first is not None and first is not _in_front.get(name):
             unseen = True
-            if ours is not None:
-                event.remove(dialect, name, ours)
-            taps.events[name] = _execution_event(dialect, name, taps)
-            event.listen(dialect, name, taps.events[name], insert=True)
+            if name in _in_front:
+                event.remove(Engine, name, _in_front[name])
+            # Those of the class come before those of a dialect, wherever these are inserted.
+            _in_front[name] = _execution_event(name)
+            event.listen(Engine, name, _in_front[name], insert=True)
     return unseen
 
+
+def _is_ours(listener: Any) -> bool:
+    """True for what is known to run nothing: denormalized columns only refuse statements."""
+    return str(getattr(listener, "__module__", "")).startswith("querycache.denormalize.")
+
+
+_in_front: dict[str, Callable[..., Any]] = {}
+"""The first listener of each event, where there are others; of all dialects."""
 
 _EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
 """The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""
@@ -135,7 +141,7 @@ def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Call
 
     def execute(cursor: Any, sql: str, *rest: Any) -> Any:
         # Each statement comes through here, cached or not.
-        if name in taps.events or len(rest) + 2 < arguments:
+        if name in _in_front or len(rest) + 2 < arguments:
             return run(cursor, sql, *rest)
         context = rest[-1]
         ending = _tell(taps, name, sql, rest[0], context)
@@ -154,19 +160,20 @@ def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Call
     return execute
 
 
-def _execution_event(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., bool | None]:
+def _execution_event(name: str) -> Callable[..., bool | None]:
     """The same as a listener of events. It runs the statement itself where that commits, to know when it has."""
-    run = getattr(dialect, name)
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
-        ending = _tell(taps, name, sql, rest[0], rest[-1])
+        context = rest[-1]
+        taps: _Taps | None = context.dialect.__dict__.get(_TAPS)
+        ending = None if taps is None else _tell(taps, name, sql, rest[0], context)
         if ending is None:
             return None
         try:
-            run(cursor, sql, *rest)
+            getattr(context.dialect, name)(cursor, sql, *rest)
         finally:
             for each in ending:
-                each.executed(rest[-1])
+                each.executed(context)
         return True
 
     return execute
@@ -287,6 +294,12 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
             info = connection._connection_record.info
         except AttributeError:
             info = info_of(connection)
+        if info is not None and dialect._has_events and heed_others(dialect):
+            # in autocommit mode there is no COMMIT where it would show
+            for each in taps.listeners:
+                each.unseen(info)
+                with suppress(CacheUnavailable):
+                    each.commit(info, dialect)
         if not info:
             return run(connection, *args, **kwargs)
         try:

@@ -13,14 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, cast
 from uuid import UUID
 
 import sqlalchemy
 from sqlalchemy import util
-from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Engine, Result
+from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
 from sqlalchemy.orm import Mapper, MapperProperty, ORMExecuteState, Session
+from sqlalchemy.orm.identity import IdentityMap
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
@@ -161,15 +162,41 @@ class Plan:
         return memo
 
     @property
+    def unrendered(self) -> list[BindParameter[Any]]:
+        """Parameters of the statement that are in no place of its SQL; those that complete it may have them in theirs."""
+        places: list[int] | None = self.compiled.__dict__.get(_UNRENDERED)
+        if places is None:
+            match = self.compiled._cache_key_bind_match
+            # each of the cache key's parameters with those that stand for it in the SQL, itself the first in any case
+            rendered = {} if match is None else match[0]
+            known = () if self.compiled.cache_key is None else self.compiled.cache_key.bindparams
+            places = [place for place, bind in enumerate(known) if len(rendered.get(bind, ())) < 2]
+            self.compiled.__dict__[_UNRENDERED] = places
+        return [self.extracted[place] for place in places]
+
+    @property
     def schema_translate_map(self) -> Mapping[str | None, str | None]:
         return self.options.get("schema_translate_map") or {}
 
     @property
     def repeatable(self) -> bool:
-        """True if executing the statement object once more gives the same values, whatever happened meanwhile."""
-        return not self.given and all(
-            parameter.callable is None and type(parameter.value) in _IMMUTABLE for parameter in self.extracted
+        """True if executing the statement object once more gives the same parameters, whatever happened meanwhile."""
+        return (
+            not self.given
+            and all(
+                parameter.callable is None and type(parameter.value) in _IMMUTABLE
+                for parameter in self.extracted
+            )
+            and all(_is_plain(bind.type, self.engine.dialect) for bind in self.compiled.binds.values())
         )
+
+
+def _is_plain(kind: Any, dialect: Dialect) -> bool:
+    """True for SQLAlchemy's own types. The application's may look at the context when they process a parameter."""
+    item = getattr(kind, "item_type", None)
+    kinds = (kind, kind.dialect_impl(dialect))
+    plain = all(type(each).__module__.startswith("sqlalchemy.") for each in kinds)
+    return plain and (item is None or _is_plain(item, dialect))
 
 
 _IMMUTABLE = frozenset({int, str, float, bool, bytes, type(None), Decimal, date, datetime, UUID})
@@ -215,6 +242,7 @@ class Prepared:
         result.close()
         context.cursor = _ReplayCursor()
         self._context = context
+        self._begun = None
         return description, rows, rowcount
 
     def begin_replay(self) -> None:
@@ -230,7 +258,8 @@ class Prepared:
     def replay(self, description: Sequence[Sequence[Any]], rows: Iterable[Row], rowcount: int) -> Result[Any]:
         """The statement's result over stored rows, loaded as a result from the database is loaded."""
         begun, self._begun = self._begun, None
-        if begun is None or begun.cursor.description != description:
+        identity_map = self.invocation.session.identity_map
+        if begun is None or begun.cursor.description != description or begun.identity_map is not identity_map:
             begun = self._begin(description, rows, rowcount)
             self.plan.compiled.__dict__[_DESCRIPTION] = description
         else:
@@ -244,7 +273,8 @@ class Prepared:
         cursor.description = description
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
-        return _Replay(cursor, self.invocation.result(context._setup_result_proxy()))
+        result = self.invocation.result(context._setup_result_proxy())
+        return _Replay(cursor, result, self.invocation.session.identity_map)
 
 
 # options under which a result takes its rows, or their number, as soon as it is made
@@ -257,6 +287,7 @@ class _Replay:
 
     cursor: _ReplayCursor
     result: Result[Any]
+    identity_map: IdentityMap
 
 
 def _loaded(result: Result[Any]) -> Result[Any]:
@@ -266,9 +297,15 @@ def _loaded(result: Result[Any]) -> Result[Any]:
     would make it do so at once, but post-loads inherit the option, and handlers see it.
     """
     if isinstance(result, ChunkedIteratorResult):
-        loaded = list(result.chunks(None))
-        result.chunks = lambda size: iter(loaded)
-        result.iterator = chain.from_iterable(loaded)
+        rows = chain.from_iterable(list(result.chunks(None)))
+
+        def chunks(size: int | None) -> Iterator[list[Any]]:
+            # like a cursor: goes on where whoever asked before has stopped
+            while chunk := list(islice(rows, size)):
+                yield chunk
+
+        result.chunks = chunks
+        result.iterator = rows
     return result
 
 
@@ -366,6 +403,7 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
 
 
 _DESCRIPTION = "_querycache_description"
+_UNRENDERED = "_querycache_unrendered"
 _PLAN = "_querycache_plan"
 _MEMO = "_querycache_memo"
 

@@ -17,6 +17,7 @@ __all__ = [
     "checked_out",
     "connections",
     "default_isolation_level",
+    "driver_isolation_level",
     "in_transaction",
     "info_of",
     "is_autocommit",
@@ -98,7 +99,31 @@ def is_initializing(connection: Connection) -> bool:
 def isolation_level(connection: Connection) -> str | None:
     """The isolation level of a connection, in capitals and with spaces, without asking the database."""
     level: str | None = connection.get_execution_options().get("isolation_level")
-    return level.replace("_", " ").upper() if level else default_isolation_level(connection.dialect)
+    if level:
+        return level.replace("_", " ").upper()
+    return driver_isolation_level(connection) or default_isolation_level(connection.dialect)
+
+
+def driver_isolation_level(connection: Connection) -> str | None:
+    """What a driver of PostgreSQL was told by itself, by a listener for example; None for nothing."""
+    if connection.dialect.driver not in _TOLD:
+        return None
+    level = getattr(connection.connection.dbapi_connection, "isolation_level", None)
+    return _LEVELS.get(getattr(level, "name", level))
+
+
+_TOLD = frozenset({"psycopg", "psycopg2", "psycopg_async"})
+# by the name of psycopg's constants, and by the numbers of psycopg2
+_LEVELS: dict[Any, str] = {
+    "READ_UNCOMMITTED": "READ UNCOMMITTED",
+    "READ_COMMITTED": "READ COMMITTED",
+    "REPEATABLE_READ": "REPEATABLE READ",
+    "SERIALIZABLE": "SERIALIZABLE",
+    4: "READ UNCOMMITTED",
+    1: "READ COMMITTED",
+    2: "REPEATABLE READ",
+    3: "SERIALIZABLE",
+}
 
 
 def reads_uncommitted(session: Session) -> bool:

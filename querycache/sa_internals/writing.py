@@ -1,17 +1,19 @@
-"""What statements write, and what a flush has written."""
+"""What statements are made of and write, and what a flush has written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Column, Table, inspect
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
+from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect
+from sqlalchemy.sql.visitors import iterate
 
 from querycache.errors import ConfigurationError
 
@@ -19,6 +21,7 @@ __all__ = [
     "UNKNOWN",
     "Written",
     "cache_key_of",
+    "custom_constructs",
     "flushed",
     "holds_text",
     "is_flushing",
@@ -159,6 +162,23 @@ def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
         # what was never set had no value before an INSERT; otherwise it was not loaded
         old = None if state.key is None else UNKNOWN
     return old, new
+
+
+def custom_constructs(rendered: SQLCompiler) -> set[str]:
+    """What the application renders itself in a statement: ``@compiles.`` and the name, in lower case."""
+    state = rendered.compile_state
+    statement = getattr(state, "statement", None)
+    found = set()
+    for element in iterate(cast("Any", rendered.statement if statement is None else statement)):
+        dispatcher = getattr(type(element), "_compiler_dispatcher", None)
+        if dispatcher is not None:
+            specs = dispatcher.specs
+            render = specs.get(rendered.dialect.name, specs.get("default"))
+            # what SQLAlchemy does itself, where the construct is rendered for other dialects only
+            if getattr(render, "__name__", "") != "_wrap_existing_dispatch":
+                name = getattr(element, "name", None)
+                found.add(f"@compiles.{name if isinstance(name, str) else type(element).__name__}".lower())
+    return found
 
 
 def tables_of(entity: Any) -> list[Table]:

@@ -67,3 +67,20 @@ def test_what_must_not_be_left_out_goes_through() -> None:
     assert is_open(breaker)
     breaker.succeeded()
     assert not is_open(breaker)
+
+
+def test_the_begin_and_the_end_of_an_outage_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    breaker = CircuitBreaker("Redis at cache1")
+    with caplog.at_level("INFO", "querycache"):
+        breaker.succeeded()
+        for _ in range(3):
+            breaker.failed(TimeoutError("timed out"))
+        breaker.succeeded()
+        breaker.succeeded()
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "Redis at cache1 does not answer, so the database is asked; trying again every 2 s: timed out",
+        ),
+        ("INFO", "Redis at cache1 answers again"),
+    ]

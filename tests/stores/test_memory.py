@@ -126,7 +126,7 @@ class TestMemory(StoreContract):
         ("arguments", "message"),
         [
             ({"url": "memory://?max_byte=1"}, "no option 'max_byte'; it takes max_bytes"),
-            ({"max_bytes": "lots"}, "'lots' for option 'max_bytes'. give bytes: an integer"),
+            ({"max_bytes": "lots"}, "'lots' for option 'max_bytes': give bytes: an integer"),
             ({"max_bytes": 0}, "0 for option"),
             ({"max_bytes": True}, "True for option"),
             ({"max_bytes": 1.5}, "1.5 for option"),
