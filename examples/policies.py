@@ -58,6 +58,6 @@ ask("visits have no policy", lambda session: session.scalars(select(Visit)).all(
 unwanted = countries.execution_options(cache_key=None)
 ask("cache_key=None: not this one", lambda session: session.scalars(unwanted).all(), "bypass mode")
 short = countries.execution_options(cache_ttl=1)
-ask("an option refines the policy", lambda session: session.scalars(short).all(), "hit")
+ask("an option refines the policy", lambda session: session.scalars(short).all(), "miss", "fill")
 cache.invalidate(tags=["countries"])
 ask("after invalidate(tags=...)", lambda session: session.scalars(countries).all(), "stale", "fill")

@@ -221,7 +221,7 @@ class Analysis:
             {*self.tables, *self.text_tables}, key=lambda table: (table[0] or "", table[1])
         ):
             label = _label(schema, name)
-            system = label.startswith(_SYSTEM_NAMES) or (schema or "").lower() in _SYSTEM_SCHEMAS
+            system = _SYSTEM_NAMES.fullmatch(label) or (schema or "").lower() in _SYSTEM_SCHEMAS
             if system and declared.sources.keys().isdisjoint(_spellings(label)):
                 return label
         return ""
@@ -273,7 +273,15 @@ class Analysis:
         return values if len(values) <= MAX_PINNED_VALUES else None
 
 
-_SYSTEM_NAMES = ("pg_", "sqlite_")
+# as they are called without their schema
+_SYSTEM_NAMES = re.compile(
+    r"sqlite_(master|schema|temp_master|temp_schema|sequence|stat\d)"
+    r"|pg_(am|attribute|authid|cast|class|collation|constraint|cursors|database|depend|description|enum|extension|group"
+    r"|index|indexes|inherits|language|largeobject|locks|matviews|namespace|opclass|operator|partitioned_table|policies"
+    r"|policy|prepared_statements|prepared_xacts|proc|roles|rules|sequence|sequences|settings|shadow|tables|tablespace"
+    r"|trigger|type|user|views|(attr|available|default|event|file|foreign|hba|init|publication|replication|sec"
+    r"|shdep|shmem|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
+)
 _SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
 
 

@@ -44,6 +44,7 @@ from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
 from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
 from querycache.ledger import Ledger, Marks
+from querycache.options import names
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
@@ -225,7 +226,7 @@ class Writes:
         connection: Connection = context.root_connection
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
-            text = read_text(sql, connection.dialect.name)
+            text = _told(sql, context) or read_text(sql, connection.dialect.name)
             if name := temporary_table(sql):
                 self._declared.temporary.add(name)
             if text.begins:
@@ -522,6 +523,18 @@ def _witness(ledger: Ledger) -> int | None:
         return ledger.lookup(None, ()).witness
     except CacheUnavailable:
         return None
+
+
+def _told(sql: str, context: Any) -> TextStatement | None:
+    """What the option ``cache_tables`` says of textual DML; None where it says nothing."""
+    tables = context.execution_options.get("cache_tables")
+    if not tables or first_word(sql) not in _DML:
+        return None
+    parts = [name.rpartition(".") for name in names("cache_tables", tables)]
+    return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
+
+
+_DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
 
 def _commits_itself(connection: Connection, sql: str) -> bool:

@@ -56,6 +56,8 @@ class Newcomer:
         self._parent = chain.links[0].attributes
         self._names = [f"child_{i}" for i in range(len(self._child))]
         self._names += [f"key_{i}" for i in range(len(self._parent))]
+        # what a cache cannot read in text without a parser
+        self._written = {"cache_tables": (self.aggregates[0].table.fullname,)}
         self._texts: weakref.WeakKeyDictionary[Dialect, _Text | None] = weakref.WeakKeyDictionary()
 
     def keys(self, values: dict[str, Any]) -> tuple[Key, Key] | None:
@@ -91,7 +93,7 @@ class Newcomer:
             result = connection.execute(self._statement, dict(zip(self._names, given, strict=True)))
         else:
             sql, arrange = text
-            result = connection.exec_driver_sql(sql, arrange(given))
+            result = connection.exec_driver_sql(sql, arrange(given), self._written)
         return bool(result.rowcount)
 
 

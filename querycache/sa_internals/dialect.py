@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,11 +52,13 @@ class _Taps:
     Attributes:
         reading: the mark of compiled statements, which are kept and used again, that nobody wants to hear of.
         every: True where somebody wants to hear of each statement.
+        beside_others: True where the dialect has listeners of its own, who may run a statement in its place.
     """
 
     listeners: list[Tap] = field(default_factory=list)
     reading: object = field(default_factory=object)
     every: bool = False
+    beside_others: bool = False
 
 
 _ASKED = "_querycache_asked"
@@ -107,28 +110,46 @@ def heed_others(dialect: Any) -> bool:
 
     Returns True where they may have done so unseen.
     """
-    if _TAPS not in dialect.__dict__ or not dialect._has_events:
+    taps: _Taps | None = dialect.__dict__.get(_TAPS)
+    if taps is None or not dialect._has_events:
         return False
-    unseen = False
+    unseen = crowded = False
     for name in _EXECUTING:
-        first = next((each for each in getattr(dialect.dispatch, name) if not _is_ours(each)), None)
-        if first is not None and first is not _in_front.get(name):
+        found = [each for each in getattr(dialect.dispatch, name) if not _only_refuses(each)]
+        ours = _in_front.get(name)
+        if all(each is ours for each in found):
+            continue
+        crowded = True
+        if found[0] is not ours:
             unseen = True
-            if name in _in_front:
-                event.remove(Engine, name, _in_front[name])
+            _step_back(name)
             # Those of the class come before those of a dialect, wherever these are inserted.
             _in_front[name] = _execution_event(name)
             event.listen(Engine, name, _in_front[name], insert=True)
+    if crowded is not taps.beside_others:
+        unseen = crowded
+        taps.beside_others = crowded
+        (_beside_others.add if crowded else _beside_others.discard)(dialect)
+        for name in () if _beside_others else list(_in_front):
+            _step_back(name)
     return unseen
 
 
-def _is_ours(listener: Any) -> bool:
+def _only_refuses(listener: Any) -> bool:
     """True for what is known to run nothing: denormalized columns only refuse statements."""
     return str(getattr(listener, "__module__", "")).startswith("querycache.denormalize.")
 
 
+def _step_back(name: str) -> None:
+    if name in _in_front:
+        event.remove(Engine, name, _in_front.pop(name))
+
+
 _in_front: dict[str, Callable[..., Any]] = {}
-"""The first listener of each event, where there are others; of all dialects."""
+"""Our listener of each event, the first of all dialects', while a dialect has others."""
+
+_beside_others: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The dialects that have others."""
 
 _EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
 """The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""
@@ -141,7 +162,7 @@ def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Call
 
     def execute(cursor: Any, sql: str, *rest: Any) -> Any:
         # Each statement comes through here, cached or not.
-        if name in _in_front or len(rest) + 2 < arguments:
+        if taps.beside_others or len(rest) + 2 < arguments:
             return run(cursor, sql, *rest)
         context = rest[-1]
         ending = _tell(taps, name, sql, rest[0], context)
@@ -166,7 +187,9 @@ def _execution_event(name: str) -> Callable[..., bool | None]:
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
         context = rest[-1]
         taps: _Taps | None = context.dialect.__dict__.get(_TAPS)
-        ending = None if taps is None else _tell(taps, name, sql, rest[0], context)
+        if taps is None or not taps.beside_others:
+            return None
+        ending = _tell(taps, name, sql, rest[0], context)
         if ending is None:
             return None
         try:

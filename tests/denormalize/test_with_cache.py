@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, Integer, Select, delete, insert, select, text, update
+from sqlalchemy import Engine, Integer, Select, delete, insert, literal, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from querycache import QueryCache
+from querycache.textual import read_text
 from tests.denormalize import models
 
 Open = Callable[..., Session]
@@ -163,3 +165,23 @@ def test_answers_over_another_parent_survive_where_the_unit_of_work_writes_the_r
     with forum.sessions() as session:
         outcomes = forum.ask("one by its key", session)[1]
     assert (outcomes == ["hit"]) is (forum.strategy in ("flush", "memory"))
+
+
+def test_a_new_child_is_noticed_without_a_parser_of_text(
+    forum: Forum, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its UPDATE may go to the driver as text: the parent's answers are stale then, and no others."""
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    unconcerned = select(literal(1)).execution_options(cache_key="unconcerned")
+    with forum.sessions() as session:
+        for _ in range(2):
+            session.execute(unconcerned).all()
+            forum.ask("one by its key", session)
+    with forum.sessions.begin() as session:
+        write(forum, session, "insert")
+    with forum.sessions() as session, forum.cache.recording() as events:
+        session.execute(unconcerned).all()
+        assert forum.ask("one by its key", session)[0] == forum.told("one by its key", session)
+    assert events[0].outcome == "hit"
+    read_text.cache_clear()

@@ -141,13 +141,40 @@ def test_E2_a_bulk_method_within_a_flush(library: Library) -> None:
     check(library)
 
 
-def runs_statements_itself(engine: Engine) -> None:
-    """As tools do that retry, or count."""
+def runs_statements_itself(engine: Engine) -> Any:
+    """As tools do that retry, or count. Gives the listener."""
 
     @event.listens_for(engine, "do_execute", insert=True)
     def run(cursor: Any, sql: str, parameters: Any, context: Any) -> bool:
         cursor.execute(sql, parameters)
         return True
+
+    return run
+
+
+def test_listeners_that_are_gone_again_cost_nothing(sqlite_engine: Engine) -> None:
+    """While somebody else listens to a dialect, UPDATE is not made to return what a SELECT asks for then."""
+    library = Library(sqlite_engine)
+    sent: list[str] = []
+
+    @event.listens_for(sqlite_engine, "before_cursor_execute")
+    def note(connection: Connection, cursor: Any, sql: str, *rest: Any) -> None:
+        sent.append(sql.split()[0])
+
+    def flush() -> list[str]:
+        with library.sessions.begin() as session:
+            session.get_one(Book, 2).price += 1
+            sent.clear()
+        return list(sent)
+
+    assert flush() == ["UPDATE"]
+    listener = runs_statements_itself(sqlite_engine)
+    assert flush() == ["UPDATE", "SELECT"]
+    event.remove(sqlite_engine, "do_execute", listener)
+    library.fill(*EVERY_WAY)
+    flush()
+    assert flush() == ["UPDATE"]
+    check(library)
 
 
 @pytest.mark.parametrize("early", [True, False])

@@ -47,7 +47,7 @@ def test_one_row_is_one_statement_where_update_returns(library: Library) -> None
         book.price = 99
         session.commit()
     returns = library.engine.dialect.update_returning
-    assert sent == ["UPDATE"] if returns else ["UPDATE", "SELECT"]
+    assert sent == (["UPDATE"] if returns else ["UPDATE", "SELECT"])
     assert library.is_right(OF_AUTHOR_3)
     assert library.database(select(Book.price).where(Book.id == 2)) == [(99,)]
 
