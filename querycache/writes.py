@@ -367,10 +367,12 @@ class Writes:
                 self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
             if isinstance(session.bind, Connection):
                 self._note(connection, [EVERYTHING])
-        elif sa_internals.heed_others(connection.dialect) and isinstance(session.bind, Connection):
-            self._note(connection, [EVERYTHING])
         dialect = connection.dialect
-        if dialect not in self._old_views and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
+        if sa_internals.has_listeners(dialect):
+            unseen = sa_internals.heed_others(dialect)
+            if unseen and isinstance(session.bind, Connection):
+                self._note(connection, [EVERYTHING])
+        if sa_internals.is_told(dialect) and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:

@@ -15,6 +15,7 @@ private name of SQLAlchemy.
 
 from querycache.sa_internals.dialect import (
     ask_for,
+    has_listeners,
     heed_others,
     note_reading,
     tap,
@@ -49,6 +50,7 @@ from querycache.sa_internals.transactions import (
     in_transaction,
     is_autocommit,
     is_initializing,
+    is_told,
     isolation_level,
     may_block,
     reads_uncommitted,
@@ -91,6 +93,7 @@ __all__ = [
     "effective_options",
     "flushed",
     "given_options",
+    "has_listeners",
     "heed_others",
     "holds_text",
     "in_transaction",
@@ -98,6 +101,7 @@ __all__ = [
     "is_flushing",
     "is_initializing",
     "is_textual",
+    "is_told",
     "is_unit_of_work",
     "isolation_level",
     "known_tables",

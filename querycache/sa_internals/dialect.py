@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 from sqlalchemy import Column, Table, event
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -19,6 +20,7 @@ __all__ = [
     "Row",
     "Tap",
     "ask_for",
+    "has_listeners",
     "heed_others",
     "note_reading",
     "sent",
@@ -103,6 +105,10 @@ def tap(engine: Engine, listener: Tap) -> None:
 def untap(engine: Engine, listener: Tap) -> None:
     """Tell a listener nothing more."""
     engine.dialect.__dict__[_TAPS].listeners.remove(listener)
+
+
+has_listeners: Callable[[Any], bool] = cast("Any", attrgetter("_has_events"))
+"""True where somebody has ever listened to a dialect; asked at the beginning of each transaction."""
 
 
 def heed_others(dialect: Any) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ __all__ = [
     "info_of",
     "is_autocommit",
     "is_initializing",
+    "is_told",
     "isolation_level",
     "may_block",
     "reads_uncommitted",
@@ -104,9 +105,14 @@ def isolation_level(connection: Connection) -> str | None:
     return driver_isolation_level(connection) or default_isolation_level(connection.dialect)
 
 
+def is_told(dialect: Dialect) -> bool:
+    """True where the driver can be told of an isolation level without SQLAlchemy's knowing."""
+    return dialect.driver in _TOLD
+
+
 def driver_isolation_level(connection: Connection) -> str | None:
     """What a driver of PostgreSQL was told by itself, by a listener for example; None for nothing."""
-    if connection.dialect.driver not in _TOLD:
+    if not is_told(connection.dialect):
         return None
     level = getattr(connection.connection.dbapi_connection, "isolation_level", None)
     return _LEVELS.get(getattr(level, "name", level))
