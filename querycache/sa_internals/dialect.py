@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -119,26 +120,27 @@ def heed_others(dialect: Any) -> bool:
     taps: _Taps | None = dialect.__dict__.get(_TAPS)
     if taps is None or not dialect._has_events:
         return False
-    unseen = crowded = False
-    for name in _EXECUTING:
-        found = [each for each in getattr(dialect.dispatch, name) if not _only_refuses(each)]
-        ours = _in_front.get(name)
-        if all(each is ours for each in found):
-            continue
-        crowded = True
-        if found[0] is not ours:
-            unseen = True
-            _step_back(name)
-            # Those of the class come before those of a dialect, wherever these are inserted.
-            _in_front[name] = _execution_event(name)
-            event.listen(Engine, name, _in_front[name], insert=True)
-    if crowded is not taps.beside_others:
-        unseen = crowded
+    found = {
+        name: [each for each in getattr(dialect.dispatch, name) if not _only_refuses(each)]
+        for name in _EXECUTING
+    }
+    crowded = any(each is not _in_front.get(name) for name in found for each in found[name])
+    first = all(found[name] and found[name][0] is _in_front.get(name) for name in found)
+    if crowded is taps.beside_others and (first or not crowded):
+        return False
+    with _changing:
         taps.beside_others = crowded
         (_beside_others.add if crowded else _beside_others.discard)(dialect)
-        for name in () if _beside_others else list(_in_front):
-            _step_back(name)
-    return unseen
+        if crowded or not _beside_others:
+            for name, listener in _in_front.items():
+                event.remove(Engine, name, listener)
+            _in_front.clear()
+        if crowded:
+            # Those of the class come before those of a dialect, wherever these are inserted.
+            _in_front.update({name: _execution_event(name) for name in _EXECUTING})
+            for name, listener in _in_front.items():
+                event.listen(Engine, name, listener, insert=True)
+    return crowded
 
 
 def _only_refuses(listener: Any) -> bool:
@@ -146,16 +148,13 @@ def _only_refuses(listener: Any) -> bool:
     return str(getattr(listener, "__module__", "")).startswith("querycache.denormalize.")
 
 
-def _step_back(name: str) -> None:
-    if name in _in_front:
-        event.remove(Engine, name, _in_front.pop(name))
-
-
 _in_front: dict[str, Callable[..., Any]] = {}
 """Our listener of each event, the first of all dialects', while a dialect has others."""
 
 _beside_others: weakref.WeakSet[Any] = weakref.WeakSet()
 """The dialects that have others."""
+
+_changing = threading.Lock()
 
 _EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
 """The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""

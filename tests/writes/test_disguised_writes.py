@@ -189,6 +189,11 @@ def test_E2_what_a_listener_runs_in_place_of_the_dialect(sqlite_engine: Engine, 
     library.write(raised)  # the first that it runs, on a connection of its own
     check(library)
     library.fill(*EVERY_WAY)
+    with library.engine.begin() as connection:  # that it does not listen to
+        rows = [{"id": number, "title": "new", "price": 1, "author_id": 1} for number in (100, 101)]
+        connection.execute(insert(Book), rows)
+    check(library)
+    library.fill(*EVERY_WAY)
     with library.sessions.begin() as session:
         session.get_one(Book, 2).price += 1
         session.flush()
