@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -109,6 +110,7 @@ class _Worker:
     def __init__(self, settings: Settings, order: Any) -> None:
         self.settings = settings
         self.order = order
+        logging.getLogger("querycache").setLevel(logging.ERROR)  # that servers do not answer is no news here
         mutants.apply(settings.mutant)
         self.engine = connect(settings.database_url, settings.isolation, pool_size=2 * settings.threads)
         self.sessions = sessionmaker(self.engine)
