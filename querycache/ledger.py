@@ -262,11 +262,12 @@ class Ledger:
     def bump(self, tags: Iterable[str]) -> None:
         """Invalidate by hand, outside any transaction: everything that depends on one of the tags is invalid.
 
-        One round trip.
+        The witness first, as for any writer: snapshots from before must show that something was written since. One
+        round trip.
         """
         counters = list(dict.fromkeys(tags))
         if counters:
-            self.store.bump(counters)
+            self.store.bump([self._witness, *counters])
 
 
 _HEADER = struct.Struct(">HI")

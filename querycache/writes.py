@@ -32,7 +32,7 @@ from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
-from querycache import sa_internals
+from querycache import sa_internals, versions
 from querycache.dependencies import (
     Declarations,
     TableName,
@@ -418,9 +418,9 @@ class Writes:
 
     def _settle(self, dialect: Dialect) -> None:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
-        self._settled.add(dialect)
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
             self._expect_old_views(dialect)
+        self._settled.add(dialect)  # only now: other threads go by it
 
     def _expect_old_views(self, dialect: Dialect) -> None:
         """Find out what a transaction of this dialect sees whenever one begins."""
@@ -521,10 +521,16 @@ class Writes:
 
 
 def _witness(ledger: Ledger) -> int | None:
+    """The version of the ledger's witness; None where a writer is at work.
+
+    Of such a writer the snapshot does not show what it commits, and its mark may still be on the witness when its tags
+    have their new versions.
+    """
     try:
-        return ledger.lookup(None, ()).witness
+        witness = ledger.lookup(None, ()).witness
     except CacheUnavailable:
         return None
+    return witness if versions.is_clean(witness) else None
 
 
 def _told(sql: str, context: Any) -> TextStatement | None:

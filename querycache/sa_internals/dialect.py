@@ -73,14 +73,16 @@ _READING = "_querycache_reading"
 def note_reading(context: Any) -> None:
     """Tell nobody any more of the statement that is about to run, since it writes nothing."""
     taps: _Taps = context.dialect.__dict__[_TAPS]
+    mark = taps.reading  # before the next line: another thread may be about to have every statement told
     if not taps.every:
-        context.compiled.__dict__[_READING] = taps.reading
+        context.compiled.__dict__[_READING] = mark
 
 
 def tell_of_reading(dialect: Any) -> None:
     """Tell of every statement from now on."""
     taps: _Taps = dialect.__dict__[_TAPS]
-    taps.reading, taps.every = object(), True
+    taps.every = True
+    taps.reading = object()
 
 
 def tap(engine: Engine, listener: Tap) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from dogpile.cache import register_backend
 from redis import Redis
 from sqlalchemy import (
     Column,
@@ -54,8 +56,10 @@ from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateSequence
 
 from querycache import QueryCache, dependencies, sa_internals
+from querycache.backends.memory import MemoryBackend
 from querycache.errors import CacheUnavailable
 from querycache.flushed import FlushedRows
+from querycache.store import Mark
 from querycache.writes import Writes
 from tests.servers import Server
 from tests.writes.library import (
@@ -74,7 +78,7 @@ from tests.writes.library import (
 class Library:
     """The library of :mod:`tests.writes.library` behind a cache."""
 
-    def __init__(self, engine: Engine, store: str = "memory://", **arguments: Any) -> None:
+    def __init__(self, engine: Engine, store: Any = "memory://", **arguments: Any) -> None:
         self.engine = engine
         commit = engine.dialect.__dict__.get("test_commit")
         self._commit: Commit = commit or engine.dialect.__dict__.setdefault("test_commit", Commit(engine))
@@ -1053,3 +1057,84 @@ def test_a_failed_executemany_in_autocommit_keeps_some_rows(library: Library) ->
     with engine.connect() as connection, pytest.raises(exc.IntegrityError):
         connection.execute(insert(Book.__table__), rows)  # type: ignore[arg-type]
     assert library.is_right(PRICES)
+
+
+# --- E10: the first transactions of a process --------------------------------------------------------------------
+
+
+def test_E10_two_first_transactions_at_once(mariadb_engine: Engine) -> None:
+    """Of two threads one finds out how transactions are isolated; the other must not go ahead meanwhile."""
+    library = Library(mariadb_engine)
+    other = create_engine(mariadb_engine.url)
+    library.cache.attach(other)
+    expect, reached, go_on = Writes._expect_old_views, threading.Event(), threading.Event()
+
+    def slowly(self: Writes, dialect: Any) -> None:
+        if threading.current_thread() is first and not reached.is_set():
+            reached.set()
+            go_on.wait(10)
+        expect(self, dialect)
+
+    first = threading.Thread(target=lambda: Session(other).execute(select(Book.id)).all())
+    try:
+        with mock.patch.object(Writes, "_expect_old_views", slowly):
+            first.start()
+            assert reached.wait(10)
+            late = sessionmaker(other)
+            library.cache.attach(late)
+            library.fill(PRICES)
+            with late() as old:
+                old.execute(select(Book.id)).all()
+                library.write(RAISE_PRICE)
+                library.ask(PRICES, old)
+            assert library.is_right(PRICES)
+    finally:
+        go_on.set()
+        first.join()
+        other.dispose()
+
+
+class EndsInParts(MemoryBackend):
+    """Takes phase two as memcached does: one tag after the other, and the witness of all writers last."""
+
+    between: Callable[[], object] = staticmethod(lambda: None)
+
+    def end(self, marks: Mapping[str, Mark]) -> None:
+        *tags, witness = marks.items()
+        super().end(dict(tags))
+        self.between()
+        super().end(dict([witness]))
+
+
+def test_E10_a_snapshot_from_before_a_commit_whose_writer_is_not_done(postgresql_engine: Engine) -> None:
+    """The writer's mark was on the witness when the snapshot began, and still is, but its tags are new already."""
+    register_backend("tests.ends_in_parts", __name__, "EndsInParts")
+    library = Library(postgresql_engine, store={"default": {"backend": "tests.ends_in_parts"}})
+    library.fill(point(2))
+    with repeatable_read(library) as old:
+
+        def commit(commit: Callable[[Any], None], connection: Any) -> None:
+            old.execute(text("SELECT count(*) FROM tag"))  # the snapshot is taken
+            commit(connection)
+
+        def ask() -> None:
+            if old.in_transaction():
+                library.ask(point(2), old)
+
+        with mock.patch.object(EndsInParts, "between", staticmethod(ask)), library.committing(commit):
+            library.write(RAISE_PRICE)
+    assert library.is_right(point(2)), "filled from an old snapshot"
+
+
+def test_E10_a_snapshot_from_before_an_invalidation_by_hand(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    library.fill(AUTHORS)
+    with repeatable_read(library) as old:
+        old.execute(text("SELECT count(*) FROM tag"))  # the snapshot is taken
+        unseen = create_engine(postgresql_engine.url)
+        with unseen.begin() as connection:
+            connection.execute(RAISE_PRICE)
+        unseen.dispose()
+        library.cache.invalidate(tables=["book"])
+        library.ask(point(2), old)
+    assert library.is_right(point(2)), "filled from an old snapshot"
