@@ -168,12 +168,13 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_setup_result_proxy": lambda live: live.contexts["SELECT"],
     "_starting_event_idx": lambda live: live.states[0],
     "_transaction": lambda live: live.session,
+    "_values": lambda live: update(Parent).values(name="a"),
     "_with_options": lambda live: live.statement,
     "_yield_per": load_options_of,
 }
 
 # Looked for where some versions have it, and done without elsewhere.
-OPTIONAL = {"_extra_froms", "_update_execution_options"}
+OPTIONAL = {"_extra_froms", "_ordered_values", "_update_execution_options"}
 
 
 def private_names(source: str) -> set[str]:

@@ -23,6 +23,7 @@ from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
+from querycache.sa_internals import columns_set, names_entity
 
 __all__ = ["do_orm_execute"]
 
@@ -76,10 +77,15 @@ class _Target:
         self.state = state
         self.session: Session = state.session
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
-        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
-        self.columns = {name for row in self.rows for name in row} or columns_written(
-            statement.compile(dialect=self.dialect)
+        self.by_key = (
+            isinstance(statement, Update)
+            and isinstance(state.parameters, list)
+            and names_entity(statement)
+            and state.execution_options.get("dml_strategy", "auto") in ("auto", "bulk")
         )
+        """Whether it is an UPDATE of the rows whose keys are in its parameter sets."""
+        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
+        self.columns = self._columns()
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():
             kept = [one for one in held if one.strategy != "trigger"]
@@ -100,13 +106,34 @@ class _Target:
             ):
                 self.places.append(place)
 
+    def _columns(self) -> set[str] | None:
+        """What it sets, by the names of columns and attributes; None if that cannot be told.
+
+        Parameters may be values of columns, or of `bindparam()`s anywhere in the statement: only its text tells.
+        """
+        names = {name for row in self.rows for name in row}
+        if self.by_key or (names and isinstance(self.statement, Insert) and names_entity(self.statement)):
+            # Row by row, which has no text of its own; VALUES in the statement are those of each row.
+            return names | {str(getattr(each, "key", each)) for each in columns_set(self.statement)}
+        found = columns_written(
+            self.statement.compile(dialect=self.dialect, column_keys=sorted(names) if names else None)
+        )
+        # Those of an entity are given by attribute, which the text does not show.
+        return found if found is None or isinstance(self.statement, Delete) else found | names
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Of the statement as a whole, where it has not one set a row."""
+        return self.rows[0] if self.rows else {}
+
     @property
     def name(self) -> str:
         return self.table.fullname
 
     def refuse_aggregates(self) -> None:
+        columns = {name for row in self.rows for name in row} if self.columns is None else self.columns
         for name, aggregate in self.plan.columns.get(self.table, {}).items():
-            if self.columns is not None and (name in self.columns or aggregate.key in self.columns):
+            if name in columns or aggregate.key in columns:
                 raise ReadOnlyAggregate(
                     f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
                     " run repair() if it is wrong"
@@ -192,15 +219,20 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
             target.columns is None
             or target.columns & {str(column.key) for column in target.table.primary_key}
         )
-        and not target.rows
+        and not target.by_key
     ):
         raise UncoveredChange(
             f"a bulk UPDATE of the primary key of {target.name} cannot be followed; change the objects in the Session"
         )
+    if len(target.rows) > 1 and not target.by_key:
+        raise UncoveredChange(
+            f"{statement.__visit_name__.upper()} on {target.name} with {len(target.rows)} sets of parameters cannot be"
+            f" followed; {_dependents(target)} would be wrong. Execute it once for each set"
+        )
     touched = Touched()
     work = Work(target.session, target.plan, touched)
     restricted: Any = statement
-    if target.rows and isinstance(statement, Update):
+    if target.by_key:
         keys = _row_keys(target)
     else:
         keys = _matching(target, work, statement)
@@ -236,7 +268,8 @@ def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Ke
     query = select(*target.key)
     if statement.whereclause is not None:
         query = query.where(statement.whereclause)
-    return set(keys_of(work.connection.execute(work.locks.claim(query)), len(target.key)))
+    result = work.connection.execute(work.locks.claim(query), target.parameters)
+    return set(keys_of(result, len(target.key)))
 
 
 def _among(columns: Sequence[Any], keys: Iterable[Key]) -> Any:
@@ -267,7 +300,8 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
         if statement.whereclause is not None:
             query = query.where(statement.whereclause)
         work = Work(target.session, target.plan, Touched())
-        return set(keys_of(work.connection.execute(work.locks.claim(query)), len(names)))
+        result = work.connection.execute(work.locks.claim(query), target.parameters)
+        return set(keys_of(result, len(names)))
     if isinstance(statement, Insert):
         rows = target.rows or literal_rows(statement, target.dialect)
         if rows and all(name in row for row in rows for name in names):

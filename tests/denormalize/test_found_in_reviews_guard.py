@@ -1,0 +1,127 @@
+"""What sceptical reviewers have found of writes that the unit of work does not see, and of the guard against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from types import SimpleNamespace
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ForeignKey, Integer, String, bindparam
+from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
+
+from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
+
+Open = Callable[..., Session]
+
+
+def family(
+    name: str,
+    columns: Any,
+    child: Any = dict,
+    extra: Any = None,
+    rel: Any = lambda made: {},
+    parent: Any = dict,
+    args: Any = dict,
+) -> SimpleNamespace:
+    Base: Any = declarative_base()
+    made = SimpleNamespace(Base=Base)
+
+    class Parent(Base):
+        __tablename__ = f"{name}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        title = mapped_column(String(20))
+        locals().update(parent())
+        children = relationship("Child", back_populates="parent", **rel(made))
+        locals().update(columns())
+        __mapper_args__ = args() if args is dict else args
+
+    class Child(Base):
+        __tablename__ = f"{name}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(f"{name}_parent.id"), index=True)
+        parent = relationship("Parent", back_populates="children", **rel(made))
+        size = mapped_column(Integer)
+        message = mapped_column(String(50))
+        locals().update(child())
+
+    made.Parent, made.Child = Parent, Child
+    if extra:
+        extra(made)
+    return made
+
+
+def n() -> dict[str, Any]:
+    return {"n": count_of("children", type_=Integer), "total": sum_of("children", "size", type_=Integer)}
+
+
+def right(session: Session, m: SimpleNamespace) -> None:
+    assert [str(each) for each in verify(session, m.Base).differences] == []
+
+
+def two(session: Session, m: SimpleNamespace) -> None:
+    session.add_all([m.Parent(id=1), m.Parent(id=2)])
+    session.flush()
+    session.add_all(
+        [
+            m.Child(id=1, parent_id=1, size=5, message="abc"),
+            m.Child(id=2, parent_id=1, size=7, message="abcd"),
+        ]
+    )
+    session.commit()
+    right(session, m)
+
+
+def test_bulk_update_with_named_parameters(opened: Open) -> None:
+    m = family("r_bind", n)
+    s = opened(m)
+    two(s, m)
+    with suppress(DenormalizeError):
+        s.execute(
+            sa.update(m.Child).where(m.Child.id == bindparam("cid")).values(size=bindparam("news")),
+            {"cid": 1, "news": 50},
+        )
+    s.commit()
+    right(s, m)
+
+
+def test_bulk_update_with_named_parameter_in_where(opened: Open) -> None:
+    m = family("r_bindw", n)
+    s = opened(m)
+    two(s, m)
+    with suppress(DenormalizeError):
+        s.execute(sa.update(m.Child).where(m.Child.id == bindparam("cid")).values(size=50), {"cid": 1})
+    s.commit()
+    right(s, m)
+
+
+def test_bulk_update_with_named_parameters_works(opened: Open) -> None:
+    m = family("r_bindx", n)
+    s = opened(m)
+    two(s, m)
+    s.execute(
+        sa.update(m.Child).where(m.Child.id == bindparam("cid")).values(size=bindparam("size_")),
+        {"cid": 1, "size_": 50},
+    )
+    s.commit()
+    right(s, m)
+
+
+def test_bulk_delete_with_named_parameter(opened: Open) -> None:
+    m = family("r_bindd", n)
+    s = opened(m)
+    two(s, m)
+    s.execute(sa.delete(m.Child).where(m.Child.id == bindparam("cid")), {"cid": 1})
+    s.commit()
+    right(s, m)
+
+
+def test_bulk_update_aggregate_with_named_parameters(opened: Open) -> None:
+    m = family("r_binda", n)
+    s = opened(m)
+    two(s, m)
+    with suppress(DenormalizeError):
+        s.execute(sa.update(m.Parent).where(m.Parent.id == bindparam("cid")).values(n=50), {"cid": 1})
+    s.commit()
+    right(s, m)
