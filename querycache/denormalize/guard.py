@@ -2,8 +2,9 @@
 
 `bulk_save_objects()`, `bulk_insert_mappings()`, Core statements on a connection, DML inside a CTE or `from_statement()`
 reach no event of the Session that could bring the aggregates forward. They do reach the dialect, and there they are
-stopped unless a flush or a covered bulk statement is running; a CTE even then, since what is accounted for is the
-statement around it. Whoever knows better says so, and repairs afterwards:
+stopped, unless they are a flush's own or a covered bulk statement; a CTE even then, since what is accounted for is the
+statement around it. Those that mapper events execute during a flush are not its own. Whoever knows better says so, and
+repairs afterwards:
 
     connection.execute(insert(Comment), rows, execution_options={"denormalize": "unchecked"})
 
@@ -26,6 +27,7 @@ from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 from querycache.denormalize.dml import columns_written
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of
+from querycache.sa_internals import is_of_relationship, is_unit_of_work
 
 __all__ = ["cover", "covered", "do_execute", "do_execute_no_params", "is_covered", "uncover"]
 
@@ -59,6 +61,13 @@ def is_covered() -> bool:
     return _bulk.get() or any((flush := each()) is not None and flush.has_work for each in _flushes.get())
 
 
+def _is_accounted_for(context: Any) -> bool:
+    if _bulk.get():
+        return True
+    # The shorter question first: it is all that a flush without mapper events pays.
+    return is_covered() and (is_unit_of_work(context) or is_of_relationship())
+
+
 @contextmanager
 def covered() -> Iterator[None]:
     token = _bulk.set(True)
@@ -85,7 +94,7 @@ def do_execute(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
     for cte in ctes or ():
         if isinstance(cte.element, (Insert, Update, Delete)):
             _check(cte.element, cte.element.compile(dialect=context.dialect), "inside a CTE")
-    if top and not is_covered():
+    if top and not _is_accounted_for(context):
         statement = compiled.statement
         if isinstance(statement, FromStatement):
             _check(statement.element, compiled, "inside from_statement()")

@@ -7,8 +7,9 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
-from sqlalchemy import ForeignKey, Integer, String, bindparam
+from sqlalchemy import ForeignKey, Integer, String, bindparam, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
 from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
@@ -124,4 +125,46 @@ def test_bulk_update_aggregate_with_named_parameters(opened: Open) -> None:
     with suppress(DenormalizeError):
         s.execute(sa.update(m.Parent).where(m.Parent.id == bindparam("cid")).values(n=50), {"cid": 1})
     s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("what", ["insert", "update", "delete"])
+def test_core_in_a_mapper_event(opened: Open, what: str) -> None:
+    m = family(f"r_core{what}", n)
+
+    @event.listens_for(m.Parent, "after_update")
+    def more(mapper: Any, connection: Any, target: Any) -> None:
+        t = m.Child.__table__
+        connection.execute(
+            {
+                "insert": sa.insert(t).values(id=99, parent_id=1, size=3),
+                "update": sa.update(t).values(size=100),
+                "delete": sa.delete(t).where(t.c.id == 1),
+            }[what]
+        )
+
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Parent, 2).title = "x"
+    with suppress(DenormalizeError):
+        s.commit()
+    s.rollback()
+    right(s, m)
+
+
+def test_core_in_after_insert_beside_one_newcomer(opened: Open) -> None:
+    m = family("r_coreai", n)
+
+    @event.listens_for(m.Child, "after_insert")
+    def more(mapper: Any, connection: Any, target: Any) -> None:
+        if target.size == 1:
+            t = m.Child.__table__
+            connection.execute(sa.update(t).where(t.c.id == 1).values(size=100))
+
+    s = opened(m)
+    two(s, m)
+    s.add(m.Child(parent_id=1, size=1))
+    with suppress(DenormalizeError):
+        s.commit()
+    s.rollback()
     right(s, m)
