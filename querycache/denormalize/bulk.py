@@ -44,6 +44,7 @@ def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
         return None
     target = _Target(plan, table, state.bind_mapper, state, statement)
     target.refuse_aggregates()
+    guard.check_elsewhere(statement, target.tables)
     if target.concerns() and state.session.autoflush:
         state.session.flush()
     with guard.covered():
@@ -129,6 +130,10 @@ class _Target:
     @property
     def name(self) -> str:
         return self.table.fullname
+
+    @property
+    def tables(self) -> set[Any]:
+        return {self.table, *(self.mapper.tables if self.mapper is not None else ())}
 
     def refuse_aggregates(self) -> None:
         columns = {name for row in self.rows for name in row} if self.columns is None else self.columns
@@ -250,8 +255,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
     for place in target.pairs:
         touched.rows.setdefault(place, set()).update(_pair_keys(target, statement, place))
     if isinstance(statement, Delete):
-        tables: set[Any] = {target.table, *(target.mapper.tables if target.mapper is not None else ())}
-        for table in tables & target.plan.edges.keys():
+        for table in target.tables & target.plan.edges.keys():
             touched.deleted[table] = set(keys)
     work.look_before(target.aggregates)
     result = target.state.invoke_statement(statement=restricted)

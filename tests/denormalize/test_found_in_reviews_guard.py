@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import ForeignKey, Integer, String, bindparam, event
+from sqlalchemy import Engine, ForeignKey, Integer, String, bindparam, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
 from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
@@ -167,4 +167,62 @@ def test_core_in_after_insert_beside_one_newcomer(opened: Open) -> None:
     with suppress(DenormalizeError):
         s.commit()
     s.rollback()
+    right(s, m)
+
+
+def test_update_of_two_tables(opened: Open, engine: Engine) -> None:
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        pytest.skip("MySQL only")
+    m = family("r_multi", n)
+    s = opened(m)
+    two(s, m)
+    with suppress(DenormalizeError):
+        s.execute(
+            sa.update(m.Parent)
+            .where(m.Parent.id == m.Child.parent_id)
+            .values({m.Child.size: 50})
+            .execution_options(synchronize_session=False)
+        )
+    s.commit()
+    right(s, m)
+
+
+def test_core_update_of_two_tables(opened: Open, engine: Engine) -> None:
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        pytest.skip("MySQL only")
+    m = family("r_multic", n)
+    s = opened(m)
+    two(s, m)
+    p, c = m.Parent.__table__, m.Child.__table__
+    with suppress(DenormalizeError):
+        s.connection().execute(
+            sa.update(p).where(p.c.id == c.c.parent_id).values({p.c.title: "x", c.c.size: 50})
+        )
+    s.commit()
+    right(s, m)
+
+
+def test_core_update_of_two_tables_aggregate(opened: Open, engine: Engine) -> None:
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        pytest.skip("MySQL only")
+    m = family("r_multia", n)
+    s = opened(m)
+    two(s, m)
+    p, c = m.Parent.__table__, m.Child.__table__
+    with suppress(DenormalizeError):
+        s.connection().execute(
+            sa.update(c).where(p.c.id == c.c.parent_id).values({c.c.message: "x", p.c.n: 50})
+        )
+    s.commit()
+    right(s, m)
+
+
+def test_core_over_a_table_of_another_metadata(opened: Open, engine: Engine) -> None:
+    m = family("r_refl", n)
+    s = opened(m)
+    two(s, m)
+    table = sa.Table("r_refl_child", sa.MetaData(), autoload_with=s.connection())
+    with suppress(DenormalizeError):
+        s.connection().execute(sa.update(table).values(size=500))
+    s.commit()
     right(s, m)
