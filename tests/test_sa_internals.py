@@ -151,6 +151,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_has_events": lambda live: live.engine.dialect,
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
+    "_multi_values": lambda live: insert(Parent),
     "_new": lambda live: live.session,
     "_on_connect_isolation_level": lambda live: live.engine.dialect,
     "_parent": lambda live: live.transaction,

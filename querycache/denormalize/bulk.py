@@ -23,7 +23,7 @@ from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
-from querycache.sa_internals import columns_set, names_entity
+from querycache.sa_internals import columns_set, inserts_one, names_entity
 
 __all__ = ["do_orm_execute"]
 
@@ -189,7 +189,10 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
     for place in target.places:
         _expected_parents(target, place, touched)
     work.look_before(target.aggregates)
-    if target.places:
+    if target.places and _tells_its_key(target, statement):
+        result = target.state.invoke_statement()
+        new = {_key_told(target, result)}
+    elif target.places:
         new, result = _returning_keys(target, statement)
     else:
         new, result = set(), target.state.invoke_statement()
@@ -198,6 +201,38 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
         after.setdefault(place, set()).update(new)
     _finish(target, work, after)
     return result
+
+
+def _tells_its_key(target: _Target, statement: Insert) -> bool:
+    """Whether the result of an INSERT tells the key of its row by itself; it is the caller's as it is then."""
+    by_sets = target.rows and (names_entity(statement) or not isinstance(target.state.parameters, Mapping))
+    return (
+        target.dialect.insert_returning
+        and not by_sets
+        and inserts_one(statement)
+        and len(statement.exported_columns) == 0
+        and set(_table_key(target)) == set(target.key_names)
+    )
+
+
+def _table_key(target: _Target) -> dict[str, int]:
+    """The names of `key_names`, with their place in the primary key of the table."""
+    columns = enumerate(target.table.primary_key)
+    if target.mapper is None:
+        return {str(column.key): place for place, column in columns}
+    mapper = target.mapper
+    return {mapper.get_property_by_column(target.table.c[c.key]).key: place for place, c in columns}
+
+
+def _key_told(target: _Target, result: Any) -> Key:
+    told, places = result.inserted_primary_key, _table_key(target)
+    key = tuple(told[places[name]] for name in target.key_names)
+    if None in key:
+        raise UncoveredChange(
+            f"the key of the row inserted into {target.name} cannot be told, so {_dependents(target)} would be wrong;"
+            " give the key as a plain value, or add an object to the Session"
+        )
+    return key
 
 
 def _returning_keys(target: _Target, statement: Insert) -> tuple[set[Key], Result[Any]]:

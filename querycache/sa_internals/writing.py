@@ -26,6 +26,7 @@ __all__ = [
     "custom_constructs",
     "flushed",
     "holds_text",
+    "inserts_one",
     "is_flushing",
     "is_of_relationship",
     "is_unit_of_work",
@@ -75,6 +76,11 @@ def columns_set(statement: Any) -> list[Any]:
     """The columns that an UPDATE was told in ``values()`` or ``ordered_values()``; strings where they were named."""
     pairs = getattr(statement, "_ordered_values", None)
     return [column for column, _ in pairs] if pairs else list(statement._values or ())
+
+
+def inserts_one(statement: Any) -> bool:
+    """True if an INSERT has VALUES for one row."""
+    return statement.select is None and not statement._multi_values
 
 
 def names_entity(statement: Any) -> bool:

@@ -217,6 +217,21 @@ def test_core_update_of_two_tables_aggregate(opened: Open, engine: Engine) -> No
     right(s, m)
 
 
+def test_results_of_a_bulk_insert(opened: Open) -> None:
+    m = family("r_ins", n)
+    s = opened(m)
+    two(s, m)
+    statement = sa.insert(m.Child).values(parent_id=2, size=4)
+    result = s.execute(statement)
+    assert s.get_one(m.Child, result.inserted_primary_key[0]).size == 4
+    with s.begin_nested() as savepoint:
+        plain = s.execute(statement, execution_options={"denormalize": "unchecked"})
+        savepoint.rollback()
+    assert result.rowcount == plain.rowcount
+    s.commit()
+    right(s, m)
+
+
 def test_core_over_a_table_of_another_metadata(opened: Open, engine: Engine) -> None:
     m = family("r_refl", n)
     s = opened(m)
