@@ -222,7 +222,10 @@ def _link(chain: Chain, level: int) -> tuple[str, ...]:
 
 
 def _harmless(table: Table) -> Any:
-    """A column whose rewriting takes no stronger lock than any update: not a key, if there is another."""
+    """A column whose rewriting takes no stronger lock than any update: not a key, if there is another. What the database
+    generates cannot be written at all."""
+    writable = [c for c in table.columns if c.computed is None and c.identity is None]
     return next(
-        (c for c in table.columns if not c.primary_key and not c.unique and c.onupdate is None), table.c[0]
+        (c for c in writable if not c.primary_key and not c.unique and c.onupdate is None),
+        writable[0] if writable else table.c[0],
     )

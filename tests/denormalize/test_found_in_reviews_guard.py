@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine, ForeignKey, Integer, String, bindparam, event
+from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
 from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
@@ -213,6 +213,36 @@ def test_core_update_of_two_tables_aggregate(opened: Open, engine: Engine) -> No
         s.connection().execute(
             sa.update(c).where(p.c.id == c.c.parent_id).values({c.c.message: "x", p.c.n: 50})
         )
+    s.commit()
+    right(s, m)
+
+
+def test_a_generated_column_comes_first(opened: Open, engine: Engine) -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_gen_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        n = count_of("children", type_=Integer)
+
+    class Child(Base):
+        __tablename__ = "r_gen_child"
+        id = mapped_column(Integer, primary_key=True)
+        twice = mapped_column(Integer, Computed("size * 2", persisted=True))
+        size = mapped_column(Integer)
+        parent_id = mapped_column(ForeignKey("r_gen_parent.id"))
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add_all([Parent(id=1), Parent(id=2)])
+    s.flush()
+    s.add(Child(id=1, size=3, parent_id=1))
+    s.commit()
+    s.connection(
+        execution_options={"isolation_level": "REPEATABLE READ"} if engine.dialect.name != "sqlite" else {}
+    )
+    s.get_one(Child, 1).parent_id = 2
     s.commit()
     right(s, m)
 
