@@ -35,6 +35,9 @@ CHUNK: Final = 1000
 OWN: Final = {"denormalize": "own"}
 """The execution options that tell the guard (`guard.py`) a statement of this package."""
 
+_CHANGES_NOTHING: Final = {**OWN, "cache_changes_nothing": True}
+"""The same, of one that takes SQLite's lock and leaves every row as it is, which a cache could not tell."""
+
 _MYSQL = ("mysql", "mariadb")
 
 
@@ -213,7 +216,7 @@ class Locks:
             ("write lock", table),
             lambda: update(table).where(false()).values({_harmless(table): _harmless(table)}),
         )
-        self.connection.execute(statement, execution_options=OWN)
+        self.connection.execute(statement, execution_options=_CHANGES_NOTHING)
         self._written = True
 
 

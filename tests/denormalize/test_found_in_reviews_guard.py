@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam, event
-from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
+from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship, sessionmaker
 
 from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
 
@@ -215,6 +215,68 @@ def test_core_update_of_two_tables_aggregate(opened: Open, engine: Engine) -> No
         )
     s.commit()
     right(s, m)
+
+
+@pytest.mark.parametrize("parser", [True, False])
+def test_one_newcomer_leaves_other_answers_in_the_cache(
+    opened: Open, engine: Engine, parser: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from querycache import QueryCache
+    from querycache.textual import read_text
+
+    if not parser:
+        monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    m = family("r_cache", n)
+    s = opened(m)
+    two(s, m)
+    s.add(m.Child(id=3, parent_id=2, size=1))
+    s.commit()
+    sessions = sessionmaker(engine)
+    cache = QueryCache("memory://").attach(sessions)
+    asked = sa.select(m.Child.id).where(m.Child.parent_id == 2).execution_options(cache_key="x")
+    try:
+        for _ in range(2):
+            with sessions() as other, cache.recording() as events:
+                other.execute(asked).all()
+        assert events[-1].outcome == "hit"
+        with sessions() as other:
+            other.add(m.Child(parent_id=1, size=4))
+            other.commit()
+        with sessions() as other, cache.recording() as events:
+            other.execute(asked).all()
+        assert events[-1].outcome == "hit"
+    finally:
+        cache.detach(sessions)
+        read_text.cache_clear()
+
+
+def test_a_change_leaves_other_answers_over_the_children_in_the_cache(opened: Open, engine: Engine) -> None:
+    from querycache import QueryCache
+
+    m = family("r_cachec", n)
+    s = opened(m)
+    two(s, m)
+    s.add(m.Child(id=3, parent_id=2, size=1))
+    s.commit()
+    sessions = sessionmaker(engine)
+    cache = QueryCache("memory://").attach(sessions)
+    asked = sa.select(m.Child.id).where(m.Child.parent_id == 2).execution_options(cache_key="x")
+    try:
+        for _ in range(2):
+            with sessions() as other, cache.recording() as events:
+                other.execute(asked).all()
+        assert events[-1].outcome == "hit"
+        with sessions() as other:
+            other.get_one(m.Child, 1).size = 100
+            other.commit()
+        with sessions() as other, cache.recording() as events:
+            other.execute(asked).all()
+        assert events[-1].outcome == "hit"
+    finally:
+        cache.detach(sessions)
 
 
 def test_a_generated_column_comes_first(opened: Open, engine: Engine) -> None:
