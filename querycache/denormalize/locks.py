@@ -23,7 +23,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, Table, false, func, literal_column, select, update
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.chain import KEYS, Chain, Key, attribute_columns, key_condition
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.plan import Place, Plan
 
@@ -50,7 +50,7 @@ def chunks(keys: Iterable[Key]) -> Iterator[list[Key]]:
 
 def parameters(keys: Sequence[Key]) -> dict[str, Any]:
     """The parameters of `key_condition`."""
-    return {"keys": [key[0] for key in keys] if keys and len(keys[0]) == 1 else list(keys)}
+    return {KEYS: [key[0] for key in keys] if keys and len(keys[0]) == 1 else list(keys)}
 
 
 def keys_of(rows: Iterable[Any], width: int) -> list[Key]:

@@ -324,6 +324,22 @@ def test_results_of_a_bulk_insert(opened: Open) -> None:
     right(s, m)
 
 
+def test_a_column_named_as_a_parameter(opened: Open) -> None:
+    m = family(
+        "r_key",
+        n,
+        parent=lambda: {"key_0": mapped_column(Integer), "to_0": mapped_column(Integer)},
+        child=lambda: {"child_0": mapped_column(Integer)},
+    )
+    s = opened(m)
+    two(s, m)
+    s.add(m.Child(parent_id=1, size=5))
+    s.commit()
+    s.get_one(m.Child, 1).size = 50
+    s.commit()
+    right(s, m)
+
+
 def test_core_over_a_table_of_another_metadata(opened: Open, engine: Engine) -> None:
     m = family("r_refl", n)
     s = opened(m)
