@@ -312,8 +312,9 @@ class Aggregate:
         if self.in_python:
             return False
         value = self.value(self.chain.entities())
-        known = self.kind.measured is False or not isinstance(value.type, types.NullType)
-        return known and self.kind.gain(value) is not None
+        if self.kind.gain(value) is None:
+            return False
+        return not self.kind.measured or _same_form(value.type, self.column.type)
 
     def reads(self) -> list[set[str]]:
         """For each level of the chain, the column attributes that the aggregate's value depends on."""
@@ -456,6 +457,16 @@ class Aggregate:
             order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
             return (order, key, value)
         return value
+
+
+def _same_form(one: types.TypeEngine[Any], other: types.TypeEngine[Any]) -> bool:
+    """Whether what the database holds of a value is the same in columns of either type."""
+    if any(isinstance(each, (types.TypeDecorator, types.NullType)) for each in (one, other)):
+        return False
+    for family in (types.Integer, types.Numeric), (types.String,):
+        if isinstance(one, family) and isinstance(other, family):
+            return not any(isinstance(each, types.Enum) for each in (one, other))
+    return repr(one) == repr(other)
 
 
 def sql_of(given: Expression | None, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:

@@ -129,6 +129,7 @@ def _absorbs(chain: Chain, aggregates: Sequence[Aggregate]) -> bool:
         and chain.leaf.base_mapper is not chain.root.base_mapper
         and all(isinstance(column.type, (Integer, Uuid)) for column in keys)
         and chain.root.tables == [aggregates[0].table]
+        and not chain.root.single  # whose table has rows of other classes
         and all(held.absorbs and not STRATEGIES[held.strategy].recounts for held in aggregates)
     )
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship, sessionmaker
 
-from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
+from querycache.denormalize import DenormalizeError, count_of, max_of, sum_of, verify
 
 Open = Callable[..., Session]
 
@@ -340,6 +340,33 @@ def test_a_column_named_as_a_parameter(opened: Open) -> None:
     right(s, m)
 
 
+class Cents(sa.types.TypeDecorator[Any]):
+    impl = Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else value * 100
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else value // 100
+
+
+@pytest.mark.parametrize("kind", [Integer, Cents])
+def test_extreme_of_a_decorated_type(opened: Open, kind: Any) -> None:
+    m = family(
+        f"r_deco_{kind.__name__.lower()}",
+        lambda: {"most": max_of("children", "cost", type_=kind)},
+        lambda: {"cost": mapped_column(Cents)},
+    )
+    s = opened(m)
+    two(s, m)
+    for cost in (3, 4):
+        s.add(m.Child(parent_id=2, cost=cost))
+        s.commit()
+        assert s.get_one(m.Parent, 2).most == cost
+        right(s, m)
+
+
 def test_core_over_a_table_of_another_metadata(opened: Open, engine: Engine) -> None:
     m = family("r_refl", n)
     s = opened(m)
@@ -349,3 +376,37 @@ def test_core_over_a_table_of_another_metadata(opened: Open, engine: Engine) -> 
         s.connection().execute(sa.update(table).values(size=500))
     s.commit()
     right(s, m)
+
+
+def test_a_parent_that_is_a_subclass_in_the_same_table(opened: Open) -> None:
+    """The aggregate belongs to a subclass in the same table; children of other rows are none of its business."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_sub_parent"
+        id = mapped_column(Integer, primary_key=True)
+        kind = mapped_column(String(5))
+        children = relationship("Child")
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "p"}
+
+    class Sub(Parent):
+        n = count_of("children", type_=Integer)
+        __mapper_args__ = {"polymorphic_identity": "s"}
+
+    class Child(Base):
+        __tablename__ = "r_sub_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey("r_sub_parent.id"))
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add_all([Parent(id=1), Sub(id=2)])
+    s.commit()
+    for parent in (1, 2):
+        s.add(Child(parent_id=parent))
+        s.commit()
+    right(s, m)
+    assert s.execute(sa.select(Parent.__table__.c.n).order_by(Parent.__table__.c.id)).scalars().all() in (
+        [0, 1],
+        [None, 1],
+    )
