@@ -65,6 +65,18 @@ def _check_column(aggregate: Aggregate) -> None:
         )
     if aggregate.kind.empty is not None and column.default is None and column.server_default is None:
         raise ConfigurationError(f"{aggregate.name}: its column needs a default of {aggregate.kind.empty!r}")
+    root = aggregate.chain.root
+    if (
+        root.version_id_col is not None
+        and root.version_id_generator is False
+        and aggregate.strategy not in ("flush", "memory")
+    ):
+        raise ConfigurationError(
+            f"{aggregate.name}: the database gives {root.class_.__name__}.{root.version_id_col.key}, the version of the"
+            " parent, a new value with each update of its row, also with those of the aggregate, of which the objects"
+            " would know nothing; take strategy 'flush', which changes the row through the unit of work, or a"
+            " version_id_col that SQLAlchemy counts"
+        )
     if column.primary_key or column.foreign_keys:
         raise ConfigurationError(f"{aggregate.name}: a key cannot be an aggregate")
 

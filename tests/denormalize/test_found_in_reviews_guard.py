@@ -13,6 +13,7 @@ from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam,
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship, sessionmaker
 
 from querycache.denormalize import DenormalizeError, count_of, max_of, sum_of, verify
+from querycache.errors import ConfigurationError
 
 Open = Callable[..., Session]
 
@@ -410,3 +411,25 @@ def test_a_parent_that_is_a_subclass_in_the_same_table(opened: Open) -> None:
         [0, 1],
         [None, 1],
     )
+
+
+def test_a_version_that_the_database_counts(engine: Engine) -> None:
+    """Each UPDATE of the row changes it, also those of the aggregate, of which the object would know nothing."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_xmin_parent"
+        id = mapped_column(Integer, primary_key=True)
+        xmin = mapped_column("xmin", Integer, system=True, server_default=sa.FetchedValue())
+        children = relationship("Child")
+        n = count_of("children", type_=Integer)
+        __mapper_args__ = {"version_id_col": xmin, "version_id_generator": False}
+
+    class Child(Base):
+        __tablename__ = "r_xmin_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey("r_xmin_parent.id"))
+
+    with pytest.raises(ConfigurationError, match=r"Parent.n: .* Parent.xmin.* take strategy 'flush'"):
+        sa.orm.configure_mappers()
+    Base.registry.dispose()
