@@ -433,3 +433,29 @@ def test_a_version_that_the_database_counts(engine: Engine) -> None:
     with pytest.raises(ConfigurationError, match=r"Parent.n: .* Parent.xmin.* take strategy 'flush'"):
         sa.orm.configure_mappers()
     Base.registry.dispose()
+
+
+def test_a_mapper_event_that_sets_the_measure(opened: Open) -> None:
+    m = family("r_bue", n)
+
+    @event.listens_for(m.Child, "before_update")
+    def count(mapper: Any, connection: Any, target: Any) -> None:
+        target.size = len(target.message)
+
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    with pytest.raises(DenormalizeError, match=r"Parent.n, Parent.total .*before_update.* validator"):
+        s.commit()
+    s.rollback()
+    right(s, m)
+    event.remove(m.Child, "before_update", count)
+
+    @event.listens_for(m.Child.message, "set")
+    def measure(target: Any, value: str, old: Any, initiator: Any) -> None:
+        target.size = len(value)
+
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+    assert s.get_one(m.Parent, 1).total == 8 + 7
