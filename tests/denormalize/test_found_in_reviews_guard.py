@@ -341,6 +341,41 @@ def test_a_column_named_as_a_parameter(opened: Open) -> None:
     right(s, m)
 
 
+@pytest.mark.parametrize("strategy", ["sql", "flush", "recount", "trigger"])
+def test_one_to_one_replaced(opened: Open, strategy: str) -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = f"r_one_{strategy}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        child = relationship("Child", uselist=False, cascade="all, delete-orphan", back_populates="parent")
+        total = sum_of("child", "size", type_=Integer, strategy=strategy)
+
+    class Child(Base):
+        __tablename__ = f"r_one_{strategy}_child"
+        id = mapped_column(Integer, primary_key=True)
+        size = mapped_column(Integer)
+        parent_id = mapped_column(ForeignKey(f"r_one_{strategy}_parent.id"))
+        parent = relationship(Parent, back_populates="child")
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    p = Parent(id=1, child=Child(id=1, size=4))
+    s.add(p)
+    s.commit()
+    right(s, m)
+    p.child = Child(id=2, size=7)
+    s.commit()
+    right(s, m)
+    s.expire_all()
+    s.add(Child(id=3, size=9, parent=p))
+    s.commit()
+    right(s, m)
+    p.child = None
+    s.commit()
+    right(s, m)
+
+
 class Cents(sa.types.TypeDecorator[Any]):
     impl = Integer
     cache_ok = True
