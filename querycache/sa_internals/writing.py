@@ -73,7 +73,7 @@ def is_of_relationship() -> bool:
 
 
 def columns_set(statement: Any) -> list[Any]:
-    """The columns that an UPDATE was told in ``values()`` or ``ordered_values()``; strings where they were named."""
+    """The columns that an INSERT or UPDATE was told in ``values()`` or the like; strings where they were named."""
     pairs = getattr(statement, "_ordered_values", None)
     return [column for column, _ in pairs] if pairs else list(statement._values or ())
 

@@ -12,7 +12,16 @@ import sqlalchemy as sa
 from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship, sessionmaker
 
-from querycache.denormalize import DenormalizeError, count_of, max_of, sum_of, verify
+from querycache.denormalize import (
+    DenormalizeError,
+    DenormalizeWarning,
+    ReadOnlyAggregate,
+    UncoveredChange,
+    count_of,
+    max_of,
+    sum_of,
+    verify,
+)
 from querycache.errors import ConfigurationError
 
 Open = Callable[..., Session]
@@ -494,3 +503,93 @@ def test_a_mapper_event_that_sets_the_measure(opened: Open) -> None:
     s.commit()
     right(s, m)
     assert s.get_one(m.Parent, 1).total == 8 + 7
+
+
+def test_several_sets_of_named_parameters(opened: Open) -> None:
+    """Parameter sets of a table's UPDATE hold no keys, whatever they are called."""
+    m = family("r_binds", n)
+    s = opened(m)
+    two(s, m)
+    t = m.Child.__table__
+    statement = sa.update(t).where(t.c.id == bindparam("cid")).values(size=bindparam("news"))
+    with pytest.raises(
+        UncoveredChange, match=r"UPDATE on r_binds_child with 2 sets .* Parent.n, Parent.total"
+    ):
+        s.execute(statement, [{"cid": 1, "news": 50}, {"cid": 2, "news": 60}])
+    with pytest.raises(UncoveredChange, match="UPDATE on r_binds_child with 2 sets"):
+        s.execute(sa.update(t), [{"parent_id": 2}, {"parent_id": 1}])
+    s.rollback()
+    s.execute(statement, [{"cid": 1, "news": 50}])
+    s.commit()
+    right(s, m)
+    assert s.get_one(m.Parent, 1).total == 57
+
+
+def test_parameter_sets_beside_values(opened: Open) -> None:
+    m = family("r_sets", n)
+    s = opened(m)
+    two(s, m)
+    s.execute(sa.insert(m.Child).values(size=9), [{"parent_id": 1}, {"parent_id": 2}])
+    s.execute(sa.update(m.Child).values(size=8), [{"id": 1, "message": "x"}])
+    s.commit()
+    right(s, m)
+    assert (s.get_one(m.Parent, 1).total, s.get_one(m.Parent, 2).total) == (8 + 7 + 9, 9)
+    with pytest.raises(ReadOnlyAggregate):
+        s.execute(sa.update(m.Parent).values(n=8), [{"id": 1, "title": "x"}])
+
+
+def test_core_on_a_secondary_table_in_a_mapper_event(opened: Open) -> None:
+    """It looks as what the flush itself executes there."""
+    Base: Any = declarative_base()
+    between = sa.Table(
+        "r_both",
+        Base.metadata,
+        sa.Column("post_id", ForeignKey("r_both_post.id"), primary_key=True),
+        sa.Column("tag_id", ForeignKey("r_both_tag.id"), primary_key=True),
+    )
+
+    class Post(Base):
+        __tablename__ = "r_both_post"
+        id = mapped_column(Integer, primary_key=True)
+        title = mapped_column(String(20))
+        tags = relationship("Tag", secondary=between)
+        n = count_of("tags", type_=Integer)
+
+    class Tag(Base):
+        __tablename__ = "r_both_tag"
+        id = mapped_column(Integer, primary_key=True)
+
+    @event.listens_for(Post, "after_update")
+    def more(mapper: Any, connection: Any, target: Any) -> None:
+        connection.execute(sa.insert(between), [{"post_id": 1, "tag_id": 2}])
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add_all([Post(id=1, tags=[Tag(id=1)]), Tag(id=2)])
+    s.commit()
+    s.get_one(Post, 1).title = "x"
+    with pytest.raises(UncoveredChange, match=r"INSERT on r_both outside the unit of work .* Post.n wrong"):
+        s.commit()
+    s.rollback()
+    right(s, m)
+
+
+def test_children_that_may_come_before_their_parent() -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_nofk_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child", primaryjoin=lambda: Parent.id == sa.orm.foreign(Child.parent_id))
+        n = count_of("children", type_=Integer)
+
+    class Child(Base):
+        __tablename__ = "r_nofk_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(Integer)
+
+    with pytest.warns(
+        DenormalizeWarning, match=r"Parent.n: r_nofk_child.parent_id has no foreign key.*repair"
+    ):
+        sa.orm.configure_mappers()
+    Base.registry.dispose()
