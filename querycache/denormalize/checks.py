@@ -230,7 +230,9 @@ def _check_index(aggregate: Aggregate) -> None:
 def _check_references(aggregate: Aggregate) -> None:
     """A child without a foreign key may be there before its parent, of which its own flush then finds nothing to write."""
     for mapper, link in zip(aggregate.chain.mappers[1:], aggregate.chain.links, strict=True):
-        held = [mapper.column_attrs[name].columns[0] for name in link.attributes] or list(link.upper)
+        held: list[Any] = [mapper.column_attrs[name].columns[0] for name in link.attributes] or list(
+            link.upper
+        )
         if not any(getattr(column, "foreign_keys", None) for column in held):
             warnings.warn(
                 f"{aggregate.name}: {', '.join(map(str, held))} has no foreign key, so rows can be there before their"

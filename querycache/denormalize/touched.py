@@ -309,8 +309,8 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         raise UncoveredChange(
             f"{place.chain.mappers[place.level].class_.__name__} {sorted(late)[0]!r} was changed after"
             f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
-            " listener registered later than this package's, or by a mapper event such as before_update. Make the change where"
-            " the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
+            " listener registered later than this package's, or by a mapper event such as before_update. Make the change"
+            " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
             " registered on the Session class before the mappers configure"
         )
 

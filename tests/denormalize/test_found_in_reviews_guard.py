@@ -479,6 +479,44 @@ def test_a_version_that_the_database_counts(engine: Engine) -> None:
     Base.registry.dispose()
 
 
+class Xid(sa.types.UserDefinedType[Any]):
+    cache_ok = True
+
+    def get_col_spec(self, **_: Any) -> str:
+        return "xid"
+
+
+def test_strategy_flush_beside_a_version_that_the_database_counts(opened: Open, engine: Engine) -> None:
+    if engine.dialect.name != "postgresql":
+        pytest.skip("PostgreSQL only")
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_xmin_parent"
+        id = mapped_column(Integer, primary_key=True)
+        title = mapped_column(String(20))
+        xmin = mapped_column("xmin", Xid, system=True, server_default=sa.FetchedValue())
+        children = relationship("Child")
+        n = count_of("children", type_=Integer, strategy="flush")
+        __mapper_args__ = {"version_id_col": xmin, "version_id_generator": False}
+
+    class Child(Base):
+        __tablename__ = "r_xmin_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey("r_xmin_parent.id"))
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add(Parent(id=1))
+    s.commit()
+    p = s.get_one(Parent, 1)
+    s.add(Child(parent_id=1))
+    s.flush()
+    p.title = "x"
+    s.commit()
+    right(s, m)
+
+
 def test_a_mapper_event_that_sets_the_measure(opened: Open) -> None:
     m = family("r_bue", n)
 
