@@ -79,8 +79,9 @@ def columns_set(statement: Any) -> list[Any]:
 
 
 def inserts_one(statement: Any) -> bool:
-    """True if an INSERT has VALUES for one row."""
-    return statement.select is None and not statement._multi_values
+    """True if an INSERT has VALUES for one row, and makes it or fails: it does not leave conflicts alone."""
+    alone = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    return statement.select is None and not statement._multi_values and not alone
 
 
 def names_entity(statement: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, bindparam, event
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship, sessionmaker
 
 from querycache.denormalize import (
@@ -332,6 +333,24 @@ def test_results_of_a_bulk_insert(opened: Open) -> None:
     assert result.rowcount == plain.rowcount
     s.commit()
     right(s, m)
+
+
+def test_an_insert_of_one_row_that_leaves_a_conflict_alone(opened: Open, engine: Engine) -> None:
+    """What it says is the key of its row is that of another."""
+    m = family("r_conf", n)
+    s = opened(m)
+    two(s, m)
+    statement: Any
+    if engine.dialect.name == "mariadb" or engine.dialect.name == "mysql":
+        statement = sa.insert(m.Child).prefix_with("IGNORE")
+    else:
+        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}[engine.dialect.name]
+        statement = insert(m.Child).on_conflict_do_nothing()
+    for key in (1, 3):
+        s.execute(statement.values(id=key, parent_id=2, size=4))
+    s.commit()
+    right(s, m)
+    assert (s.get_one(m.Parent, 1).n, s.get_one(m.Parent, 2).n) == (2, 1)
 
 
 def test_a_column_named_as_a_parameter(opened: Open) -> None:
