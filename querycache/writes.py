@@ -279,6 +279,8 @@ class Writes:
 
     def _note_dml(self, connection: Connection, context: Any) -> bool:
         """Note what a statement and its CTEs write. Returns False if that is nothing."""
+        if context.execution_options.get("cache_changes_nothing"):
+            return False  # it takes a lock, as one statement of querycache.denormalize does
         written = sa_internals.written(context.compiled)
         schemas = _schema_map(context)
         for table, deletes, updates in written:

@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    Column,
     ColumnElement,
     CursorResult,
     Engine,
     ForeignKey,
     String,
+    Table,
     create_engine,
     event,
     insert,
@@ -151,6 +153,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_has_events": lambda live: live.engine.dialect,
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
+    "_multi_values": lambda live: insert(Parent),
     "_new": lambda live: live.session,
     "_on_connect_isolation_level": lambda live: live.engine.dialect,
     "_parent": lambda live: live.transaction,
@@ -168,12 +171,13 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_setup_result_proxy": lambda live: live.contexts["SELECT"],
     "_starting_event_idx": lambda live: live.states[0],
     "_transaction": lambda live: live.session,
+    "_values": lambda live: update(Parent).values(name="a"),
     "_with_options": lambda live: live.statement,
     "_yield_per": load_options_of,
 }
 
 # Looked for where some versions have it, and done without elsewhere.
-OPTIONAL = {"_extra_froms", "_update_execution_options"}
+OPTIONAL = {"_extra_froms", "_ordered_values", "_update_execution_options"}
 
 
 def private_names(source: str) -> set[str]:
@@ -377,6 +381,44 @@ def test_the_unit_of_work_compiles_into_a_cache_of_its_own(live: Live) -> None:
     assert not sa_internals.is_unit_of_work(bulk)
     assert tables_written(flushed.compiled) <= {Parent.__table__, Child.__table__}
     assert tables_written(bulk.compiled) == {Parent.__table__}
+
+
+def test_a_flush_is_seen_to_write_a_secondary_table() -> None:
+    """By the name of the method that does it."""
+    registry = Registry()
+    between = Table(
+        "pairs",
+        registry.metadata,
+        Column("one_id", ForeignKey("one.id"), primary_key=True),
+        Column("other_id", ForeignKey("other.id"), primary_key=True),
+    )
+
+    @registry.mapped
+    class Other:
+        __tablename__ = "other"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    @registry.mapped
+    class One:
+        __tablename__ = "one"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        others: Mapped[list[Other]] = relationship(secondary=between)
+
+    engine = create_engine("sqlite://")
+    registry.metadata.create_all(engine)
+    seen: dict[str, bool] = {}
+
+    @event.listens_for(engine, "do_execute")
+    @event.listens_for(engine, "do_executemany")
+    def note(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
+        seen[sql.split()[2].strip("(")] = sa_internals.is_of_relationship()
+
+    with Session(engine) as db:
+        db.add(One(others=[Other()]))
+        db.flush()
+        assert seen == {"one": False, "other": False, "pairs": True}
+        db.execute(insert(between), [{"one_id": 2, "other_id": 2}])
+        assert seen["pairs"] is False
 
 
 def test_a_flush_tells_the_states_it_has_written(live: Live) -> None:

@@ -23,6 +23,7 @@ from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
+from querycache.sa_internals import columns_set, inserts_one, names_entity
 
 __all__ = ["do_orm_execute"]
 
@@ -43,6 +44,7 @@ def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
         return None
     target = _Target(plan, table, state.bind_mapper, state, statement)
     target.refuse_aggregates()
+    guard.check_elsewhere(statement, target.tables)
     if target.concerns() and state.session.autoflush:
         state.session.flush()
     with guard.covered():
@@ -76,10 +78,15 @@ class _Target:
         self.state = state
         self.session: Session = state.session
         self.rows: list[dict[str, Any]] = _parameter_rows(state.parameters)
-        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
-        self.columns = {name for row in self.rows for name in row} or columns_written(
-            statement.compile(dialect=self.dialect)
+        self.by_key = (
+            isinstance(statement, Update)
+            and isinstance(state.parameters, list)
+            and names_entity(statement)
+            and state.execution_options.get("dml_strategy", "auto") in ("auto", "bulk")
         )
+        """Whether it is an UPDATE of the rows whose keys are in its parameter sets."""
+        self.dialect = self.session.get_bind(mapper=mapper, clause=statement).dialect
+        self.columns = self._columns()
         self.aggregates: dict[Chain, list[Aggregate]] = {}
         for chain, held in plan.by_chain.items():
             kept = [one for one in held if one.strategy != "trigger"]
@@ -100,13 +107,38 @@ class _Target:
             ):
                 self.places.append(place)
 
+    def _columns(self) -> set[str] | None:
+        """What it sets, by the names of columns and attributes; None if that cannot be told.
+
+        Parameters may be values of columns, or of `bindparam()`s anywhere in the statement: only its text tells.
+        """
+        names = {name for row in self.rows for name in row}
+        if self.by_key or (names and isinstance(self.statement, Insert) and names_entity(self.statement)):
+            # Row by row, which has no text of its own; VALUES in the statement are those of each row.
+            return names | {str(getattr(each, "key", each)) for each in columns_set(self.statement)}
+        found = columns_written(
+            self.statement.compile(dialect=self.dialect, column_keys=sorted(names) if names else None)
+        )
+        # Those of an entity are given by attribute, which the text does not show.
+        return found if found is None or isinstance(self.statement, Delete) else found | names
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Of the statement as a whole, where it has not one set a row."""
+        return self.rows[0] if self.rows else {}
+
     @property
     def name(self) -> str:
         return self.table.fullname
 
+    @property
+    def tables(self) -> set[Any]:
+        return {self.table, *(self.mapper.tables if self.mapper is not None else ())}
+
     def refuse_aggregates(self) -> None:
+        columns = {name for row in self.rows for name in row} if self.columns is None else self.columns
         for name, aggregate in self.plan.columns.get(self.table, {}).items():
-            if self.columns is not None and (name in self.columns or aggregate.key in self.columns):
+            if name in columns or aggregate.key in columns:
                 raise ReadOnlyAggregate(
                     f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
                     " run repair() if it is wrong"
@@ -157,7 +189,10 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
     for place in target.places:
         _expected_parents(target, place, touched)
     work.look_before(target.aggregates)
-    if target.places:
+    if target.places and _tells_its_key(target, statement):
+        result = target.state.invoke_statement()
+        new = {_key_told(target, result)}
+    elif target.places:
         new, result = _returning_keys(target, statement)
     else:
         new, result = set(), target.state.invoke_statement()
@@ -166,6 +201,38 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
         after.setdefault(place, set()).update(new)
     _finish(target, work, after)
     return result
+
+
+def _tells_its_key(target: _Target, statement: Insert) -> bool:
+    """Whether the result of an INSERT tells the key of its row by itself; it is the caller's as it is then."""
+    by_sets = target.rows and (names_entity(statement) or not isinstance(target.state.parameters, Mapping))
+    return (
+        target.dialect.insert_returning
+        and not by_sets
+        and inserts_one(statement)
+        and len(statement.exported_columns) == 0
+        and set(_table_key(target)) == set(target.key_names)
+    )
+
+
+def _table_key(target: _Target) -> dict[str, int]:
+    """The names of `key_names`, with their place in the primary key of the table."""
+    columns = enumerate(target.table.primary_key)
+    if target.mapper is None:
+        return {str(column.key): place for place, column in columns}
+    mapper = target.mapper
+    return {mapper.get_property_by_column(target.table.c[c.key]).key: place for place, c in columns}
+
+
+def _key_told(target: _Target, result: Any) -> Key:
+    told, places = result.inserted_primary_key, _table_key(target)
+    key = tuple(told[places[name]] for name in target.key_names)
+    if None in key:
+        raise UncoveredChange(
+            f"the key of the row inserted into {target.name} cannot be told, so {_dependents(target)} would be wrong;"
+            " give the key as a plain value, or add an object to the Session"
+        )
+    return key
 
 
 def _returning_keys(target: _Target, statement: Insert) -> tuple[set[Key], Result[Any]]:
@@ -192,15 +259,20 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
             target.columns is None
             or target.columns & {str(column.key) for column in target.table.primary_key}
         )
-        and not target.rows
+        and not target.by_key
     ):
         raise UncoveredChange(
             f"a bulk UPDATE of the primary key of {target.name} cannot be followed; change the objects in the Session"
         )
+    if len(target.rows) > 1 and not target.by_key:
+        raise UncoveredChange(
+            f"{statement.__visit_name__.upper()} on {target.name} with {len(target.rows)} sets of parameters cannot be"
+            f" followed; {_dependents(target)} would be wrong. Execute it once for each set"
+        )
     touched = Touched()
     work = Work(target.session, target.plan, touched)
     restricted: Any = statement
-    if target.rows and isinstance(statement, Update):
+    if target.by_key:
         keys = _row_keys(target)
     else:
         keys = _matching(target, work, statement)
@@ -218,8 +290,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
     for place in target.pairs:
         touched.rows.setdefault(place, set()).update(_pair_keys(target, statement, place))
     if isinstance(statement, Delete):
-        tables: set[Any] = {target.table, *(target.mapper.tables if target.mapper is not None else ())}
-        for table in tables & target.plan.edges.keys():
+        for table in target.tables & target.plan.edges.keys():
             touched.deleted[table] = set(keys)
     work.look_before(target.aggregates)
     result = target.state.invoke_statement(statement=restricted)
@@ -236,7 +307,8 @@ def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Ke
     query = select(*target.key)
     if statement.whereclause is not None:
         query = query.where(statement.whereclause)
-    return set(keys_of(work.connection.execute(work.locks.claim(query)), len(target.key)))
+    result = work.connection.execute(work.locks.claim(query), target.parameters)
+    return set(keys_of(result, len(target.key)))
 
 
 def _among(columns: Sequence[Any], keys: Iterable[Key]) -> Any:
@@ -267,7 +339,8 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
         if statement.whereclause is not None:
             query = query.where(statement.whereclause)
         work = Work(target.session, target.plan, Touched())
-        return set(keys_of(work.connection.execute(work.locks.claim(query)), len(names)))
+        result = work.connection.execute(work.locks.claim(query), target.parameters)
+        return set(keys_of(result, len(names)))
     if isinstance(statement, Insert):
         rows = target.rows or literal_rows(statement, target.dialect)
         if rows and all(name in row for row in rows for name in names):

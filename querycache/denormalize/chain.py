@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BindParameter,
@@ -40,6 +40,7 @@ from querycache.denormalize.kinds import Parts
 from querycache.errors import ConfigurationError
 
 __all__ = [
+    "KEYS",
     "Aggregate",
     "Chain",
     "Key",
@@ -51,6 +52,9 @@ __all__ = [
     "mapped_attributes",
     "primary_keys",
 ]
+
+KEYS: Final = "denormalize_keys"
+"""A parameter; its name, as those in `writing.py`, must be that of no column of a table that is updated."""
 
 Key = tuple[Any, ...]
 """A primary key: always a tuple, in the order of the mapper's primary key."""
@@ -66,8 +70,8 @@ def attribute_columns(entity: Any, names: Sequence[str]) -> tuple[ColumnElement[
 
 
 def key_condition(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[bool]:
-    """The condition that `columns` are one of the keys given as parameter `keys`."""
-    keys: BindParameter[Any] = bindparam("keys", expanding=True)
+    """The condition that `columns` are one of the keys given as parameter `KEYS`."""
+    keys: BindParameter[Any] = bindparam(KEYS, expanding=True)
     return columns[0].in_(keys) if len(columns) == 1 else tuple_(*columns).in_(keys)
 
 
@@ -308,8 +312,9 @@ class Aggregate:
         if self.in_python:
             return False
         value = self.value(self.chain.entities())
-        known = self.kind.measured is False or not isinstance(value.type, types.NullType)
-        return known and self.kind.gain(value) is not None
+        if self.kind.gain(value) is None:
+            return False
+        return not self.kind.measured or _same_form(value.type, self.column.type)
 
     def reads(self) -> list[set[str]]:
         """For each level of the chain, the column attributes that the aggregate's value depends on."""
@@ -452,6 +457,16 @@ class Aggregate:
             order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
             return (order, key, value)
         return value
+
+
+def _same_form(one: types.TypeEngine[Any], other: types.TypeEngine[Any]) -> bool:
+    """Whether what the database holds of a value is the same in columns of either type."""
+    if any(isinstance(each, (types.TypeDecorator, types.NullType)) for each in (one, other)):
+        return False
+    for family in (types.Integer, types.Numeric), (types.String,):
+        if isinstance(one, family) and isinstance(other, family):
+            return not any(isinstance(each, types.Enum) for each in (one, other))
+    return repr(one) == repr(other)
 
 
 def sql_of(given: Expression | None, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:

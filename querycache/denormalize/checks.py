@@ -39,6 +39,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
         if aggregate.strategy == "trigger":
             _check_trigger(aggregate)
         _check_index(aggregate)
+        _check_references(aggregate)
 
 
 def check_plan(plan: Plan) -> None:
@@ -65,6 +66,18 @@ def _check_column(aggregate: Aggregate) -> None:
         )
     if aggregate.kind.empty is not None and column.default is None and column.server_default is None:
         raise ConfigurationError(f"{aggregate.name}: its column needs a default of {aggregate.kind.empty!r}")
+    root = aggregate.chain.root
+    if (
+        root.version_id_col is not None
+        and root.version_id_generator is False
+        and aggregate.strategy not in ("flush", "memory")
+    ):
+        raise ConfigurationError(
+            f"{aggregate.name}: the database gives {root.class_.__name__}.{root.version_id_col.key}, the version of the"
+            " parent, a new value with each update of its row, also with those of the aggregate, of which the objects"
+            " would know nothing; take strategy 'flush', which changes the row through the unit of work, or a"
+            " version_id_col that SQLAlchemy counts"
+        )
     if column.primary_key or column.foreign_keys:
         raise ConfigurationError(f"{aggregate.name}: a key cannot be an aggregate")
 
@@ -212,3 +225,18 @@ def _check_index(aggregate: Aggregate) -> None:
         DenormalizeWarning,
         stacklevel=2,
     )
+
+
+def _check_references(aggregate: Aggregate) -> None:
+    """A child without a foreign key may be there before its parent, of which its own flush then finds nothing to write."""
+    for mapper, link in zip(aggregate.chain.mappers[1:], aggregate.chain.links, strict=True):
+        held: list[Any] = [mapper.column_attrs[name].columns[0] for name in link.attributes] or list(
+            link.upper
+        )
+        if not any(getattr(column, "foreign_keys", None) for column in held):
+            warnings.warn(
+                f"{aggregate.name}: {', '.join(map(str, held))} has no foreign key, so rows can be there before their"
+                " parent, and are not counted when it comes; insert parents first, or run repair() then",
+                DenormalizeWarning,
+                stacklevel=3,
+            )

@@ -9,20 +9,26 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sqlalchemy import Delete, Insert, Table, TextClause, Update
+from sqlalchemy import ColumnElement, Delete, Insert, Table, TextClause, Update
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import FromStatement
 from sqlalchemy.sql import visitors
 
-__all__ = ["columns_written", "is_upsert", "literal_rows"]
+from querycache.sa_internals import columns_set
+
+__all__ = ["columns_written", "is_upsert", "literal_rows", "set_elsewhere"]
 
 _NESTED = re.compile(r"\([^()]*\)")
 _SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
 _INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
 
 
-def columns_written(compiled: Any) -> set[str] | None:
-    """The keys of the columns that a compiled statement sets, but for defaults; None if it cannot be told."""
+def columns_written(compiled: Any, table: Any = None) -> set[str] | None:
+    """The keys of the columns that a compiled statement sets, but for defaults; None if it cannot be told.
+
+    Args:
+        table: whose keys, where it is not that of the statement, but another of its name.
+    """
     statement, sql = compiled.statement, str(compiled)
     if isinstance(statement, FromStatement):
         statement = statement.element
@@ -36,10 +42,24 @@ def columns_written(compiled: Any) -> set[str] | None:
         found = _SET.search(sql)
     if found is None:
         return None
-    keys = {column.name: str(column.key) for column in statement.table.columns}
+    table = statement.table if table is None else table
+    keys = {column.name: str(column.key) for column in table.columns}
     names = (part.split("=")[0].strip().rpartition(".")[2].strip('"`') for part in found[1].split(","))
     by_default = {column.key for column in compiled.insert_prefetch or ()}
     return {keys.get(name, name) for name in names} - by_default
+
+
+def set_elsewhere(statement: Any) -> dict[Any, set[str]]:
+    """The names of the columns that an UPDATE sets in other tables (or aliases) than its own, as MySQL's may."""
+    if not isinstance(statement, Update):
+        return {}
+    found: dict[Any, set[str]] = {}
+    own = getattr(statement.table, "columns", ())
+    for column in columns_set(statement):
+        table = column.table if isinstance(column, ColumnElement) and hasattr(column, "table") else None
+        if table is not None and not any(column.shares_lineage(each) for each in own):
+            found.setdefault(table, set()).add(column.name)
+    return found
 
 
 def literal_rows(statement: Insert | Update | Delete, dialect: Dialect) -> list[dict[str, Any]]:

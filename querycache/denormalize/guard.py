@@ -2,8 +2,9 @@
 
 `bulk_save_objects()`, `bulk_insert_mappings()`, Core statements on a connection, DML inside a CTE or `from_statement()`
 reach no event of the Session that could bring the aggregates forward. They do reach the dialect, and there they are
-stopped unless a flush or a covered bulk statement is running; a CTE even then, since what is accounted for is the
-statement around it. Whoever knows better says so, and repairs afterwards:
+stopped, unless they are a flush's own or a covered bulk statement; a CTE even then, since what is accounted for is the
+statement around it. Those that mapper events execute during a flush are not its own. Whoever knows better says so, and
+repairs afterwards:
 
     connection.execute(insert(Comment), rows, execution_options={"denormalize": "unchecked"})
 
@@ -15,7 +16,7 @@ The dialect is listened to, and not the engine, which takes a tenth longer for a
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -23,16 +24,28 @@ from typing import Any
 from sqlalchemy import Delete, Insert, Table, Update
 from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 
-from querycache.denormalize.dml import columns_written
+from querycache.denormalize.dml import columns_written, set_elsewhere
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
-from querycache.denormalize.plan import plan_of
+from querycache.denormalize.plan import plan_of, planned_table
+from querycache.sa_internals import is_of_relationship, is_unit_of_work
 
-__all__ = ["cover", "covered", "do_execute", "do_execute_no_params", "is_covered", "uncover"]
+__all__ = [
+    "check_elsewhere",
+    "cover",
+    "covered",
+    "do_execute",
+    "do_execute_no_params",
+    "is_covered",
+    "uncover",
+]
 
 _flushes: ContextVar[tuple[weakref.ref[UOWTransaction], ...]] = ContextVar(
     "querycache_denormalize_flushes", default=()
 )
 """What runs in this thread or task: one flush, or more where a mapper event uses another Session."""
+
+_SEVERAL_TABLES = ("mysql", "mariadb")
+"""Databases whose UPDATE may set columns of several tables."""
 
 _bulk: ContextVar[bool] = ContextVar("querycache_denormalize_bulk", default=False)
 
@@ -57,6 +70,13 @@ def _still(
 def is_covered() -> bool:
     # A flush that finds nothing to do ends without an event.
     return _bulk.get() or any((flush := each()) is not None and flush.has_work for each in _flushes.get())
+
+
+def _is_accounted_for(context: Any) -> bool:
+    if _bulk.get():
+        return True
+    # The shorter question first: it is all that a flush without mapper events pays.
+    return is_covered() and (is_unit_of_work(context) or is_of_relationship())
 
 
 @contextmanager
@@ -85,7 +105,7 @@ def do_execute(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
     for cte in ctes or ():
         if isinstance(cte.element, (Insert, Update, Delete)):
             _check(cte.element, cte.element.compile(dialect=context.dialect), "inside a CTE")
-    if top and not is_covered():
+    if top and not _is_accounted_for(context):
         statement = compiled.statement
         if isinstance(statement, FromStatement):
             _check(statement.element, compiled, "inside from_statement()")
@@ -98,31 +118,59 @@ def do_execute_no_params(cursor: Any, sql: str, context: Any) -> None:
     do_execute(cursor, sql, (), context)
 
 
+def check_elsewhere(statement: Any, but: Container[Table] = ()) -> None:
+    """Refuse an UPDATE of several tables for what it writes in those that are not its own.
+
+    Args:
+        but: tables whose rows are accounted for; their aggregates are not for it to set all the same.
+    """
+    for selectable, names in set_elsewhere(statement).items():
+        table = planned_table(selectable)
+        if table is not None:
+            written = _keys(table, names)
+            _refuse_aggregates(table, written, "UPDATE")
+            if table not in but:
+                _refuse(table, written, "UPDATE", "together with another table")
+
+
 def _check(statement: Any, compiled: Any, where: str) -> None:
-    table = statement.table
-    while not isinstance(table, Table):  # an alias
-        table = getattr(table, "element", None)
-        if table is None:
-            return
-    table = table.metadata.tables.get(table.key, table)  # an entity's is a copy with annotations
-    plan = plan_of(table)
-    if plan is None:
+    if compiled.dialect.name in _SEVERAL_TABLES:
+        check_elsewhere(statement)
+    table = planned_table(statement.table)
+    if table is None:
         return
-    written = columns_written(compiled)
     kind = statement.__visit_name__.upper()
+    written = columns_written(compiled, table)
+    if written is not None:
+        _refuse_aggregates(table, written, kind)
+    _refuse(table, written, kind, where)
+
+
+def _keys(table: Table, names: set[str]) -> set[str]:
+    return {str(column.key) for column in table.columns if column.name in names}
+
+
+def _refuse_aggregates(table: Table, written: set[str], kind: str) -> None:
+    plan = plan_of(table)
+    assert plan is not None
     for name, aggregate in plan.columns.get(table, {}).items():
-        if written is not None and name in written:
+        if name in written:
             raise ReadOnlyAggregate(
                 f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by {kind}; run repair() if it"
                 " is wrong"
             )
-    if isinstance(statement, Update) and written is not None and not written & plan.column_keys(table):
+
+
+def _refuse(table: Table, written: set[str] | None, kind: str, where: str) -> None:
+    plan = plan_of(table)
+    assert plan is not None
+    if kind == "UPDATE" and written is not None and not written & plan.column_keys(table):
         return
-    if table in plan.tables or (isinstance(statement, Delete) and table in plan.edges):
+    if table in plan.tables or (kind == "DELETE" and table in plan.edges):
         held = sorted(one.name for one in plan.depending_on(table) if one.strategy != "trigger")
         if held:
             raise UncoveredChange(
                 f"{kind} on {table.fullname} {where} would leave {', '.join(held)} wrong; use the"
-                " Session (also for bulk statements: session.execute(…)), each statement by itself, or the execution"
-                ' option {"denormalize": "unchecked"} and then repair()'
+                " Session (also for bulk statements: session.execute(…)), each statement by itself and with the mapped"
+                ' table, or the execution option {"denormalize": "unchecked"} and then repair()'
             )

@@ -23,7 +23,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, Table, false, func, literal_column, select, update
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.chain import KEYS, Chain, Key, attribute_columns, key_condition
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.plan import Place, Plan
 
@@ -34,6 +34,9 @@ CHUNK: Final = 1000
 
 OWN: Final = {"denormalize": "own"}
 """The execution options that tell the guard (`guard.py`) a statement of this package."""
+
+_CHANGES_NOTHING: Final = {**OWN, "cache_changes_nothing": True}
+"""The same, of one that takes SQLite's lock and leaves every row as it is, which a cache could not tell."""
 
 _MYSQL = ("mysql", "mariadb")
 
@@ -47,7 +50,7 @@ def chunks(keys: Iterable[Key]) -> Iterator[list[Key]]:
 
 def parameters(keys: Sequence[Key]) -> dict[str, Any]:
     """The parameters of `key_condition`."""
-    return {"keys": [key[0] for key in keys] if keys and len(keys[0]) == 1 else list(keys)}
+    return {KEYS: [key[0] for key in keys] if keys and len(keys[0]) == 1 else list(keys)}
 
 
 def keys_of(rows: Iterable[Any], width: int) -> list[Key]:
@@ -213,7 +216,7 @@ class Locks:
             ("write lock", table),
             lambda: update(table).where(false()).values({_harmless(table): _harmless(table)}),
         )
-        self.connection.execute(statement, execution_options=OWN)
+        self.connection.execute(statement, execution_options=_CHANGES_NOTHING)
         self._written = True
 
 
@@ -222,7 +225,10 @@ def _link(chain: Chain, level: int) -> tuple[str, ...]:
 
 
 def _harmless(table: Table) -> Any:
-    """A column whose rewriting takes no stronger lock than any update: not a key, if there is another."""
+    """A column whose rewriting takes no stronger lock than any update: not a key, if there is another. What the database
+    generates cannot be written at all."""
+    writable = [c for c in table.columns if c.computed is None and c.identity is None]
     return next(
-        (c for c in table.columns if not c.primary_key and not c.unique and c.onupdate is None), table.c[0]
+        (c for c in writable if not c.primary_key and not c.unique and c.onupdate is None),
+        writable[0] if writable else table.c[0],
     )

@@ -36,7 +36,7 @@ from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_column
 from querycache.denormalize.locks import OWN
 from querycache.denormalize.plan import Plan, Watch
 from querycache.denormalize.strategies import STRATEGIES
-from querycache.denormalize.writing import is_parent, meets
+from querycache.denormalize.writing import is_parent, key_parameter, meets
 
 __all__ = ["Newcomer", "newcomer", "only_newcomer"]
 
@@ -54,8 +54,8 @@ class Newcomer:
         self._statement = _statement(chain, aggregates)
         self._child = chain.keys[1]
         self._parent = chain.links[0].attributes
-        self._names = [f"child_{i}" for i in range(len(self._child))]
-        self._names += [f"key_{i}" for i in range(len(self._parent))]
+        self._names = [_child_parameter(i) for i in range(len(self._child))]
+        self._names += [key_parameter(i) for i in range(len(self._parent))]
         # what a cache cannot read in text without a parser
         self._written = {"cache_tables": (self.aggregates[0].table.fullname,)}
         self._texts: weakref.WeakKeyDictionary[Dialect, _Text | None] = weakref.WeakKeyDictionary()
@@ -129,6 +129,7 @@ def _absorbs(chain: Chain, aggregates: Sequence[Aggregate]) -> bool:
         and chain.leaf.base_mapper is not chain.root.base_mapper
         and all(isinstance(column.type, (Integer, Uuid)) for column in keys)
         and chain.root.tables == [aggregates[0].table]
+        and not chain.root.single  # whose table has rows of other classes
         and all(held.absorbs and not STRATEGIES[held.strategy].recounts for held in aggregates)
     )
 
@@ -149,13 +150,17 @@ def _text(statement: Update, names: Sequence[str], dialect: Dialect) -> _Text | 
     return None
 
 
+def _child_parameter(number: int) -> str:
+    return f"denormalize_child_{number}"
+
+
 def _statement(chain: Chain, aggregates: Sequence[Aggregate]) -> Update:
     """Subqueries of the child alone: MySQL lets none read the table that is updated."""
     entities = (chain.root.class_, aliased(chain.leaf, flat=True))
     child = entities[1]
     new = and_(
         *(
-            column == bindparam(f"child_{i}", type_=column.type)
+            column == bindparam(_child_parameter(i), type_=column.type)
             for i, column in enumerate(attribute_columns(child, chain.keys[1]))
         )
     )

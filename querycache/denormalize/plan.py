@@ -7,18 +7,22 @@ matter there, and which of its relationships move rows of others.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table
+from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table, TableClause
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
 from querycache.denormalize.chain import Aggregate, Chain, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
 
-__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "relevant"]
+__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "planned_table", "relevant"]
+
+_by_name: weakref.WeakValueDictionary[str, Table] = weakref.WeakValueDictionary()
+"""The tables of plans by their full names."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Plan:
         self.columns: dict[Table, dict[str, Aggregate]] = {}
         for aggregate in aggregates:
             self.columns.setdefault(aggregate.table, {})[aggregate.column.key] = aggregate
+        _by_name.update({table.fullname: table for table in (*self.tables, *self.edges, *self.columns)})
 
     def depending_on(self, table: Table) -> set[Aggregate]:
         """The aggregates that rows of `table` contribute to, by themselves or by what their deletion takes along."""
@@ -272,6 +277,22 @@ def plan_of(mapper_or_table: Any) -> Plan | None:
     metadata = getattr(table, "metadata", None)
     found = None if metadata is None else metadata.info.get(INFO_KEY)
     return found if isinstance(found, Plan) else None
+
+
+def planned_table(selectable: Any) -> Table | None:
+    """The table of a plan that a statement names: by itself, under an alias, or as a table of the same name that was
+    reflected or written down once more, as in a migration."""
+    while not isinstance(selectable, TableClause):  # an alias
+        selectable = getattr(selectable, "element", None)
+        if selectable is None:
+            return None
+    if isinstance(selectable, Table):
+        # an entity's is a copy with annotations
+        table = selectable.metadata.tables.get(selectable.key, selectable)
+        if plan_of(table) is not None:
+            return table
+    known = _by_name.get(selectable.fullname)
+    return known if known is not None and plan_of(known) is not None else None
 
 
 def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:

@@ -6,7 +6,7 @@ knows and the session does not. Taking in too much is harmless (`images.py`), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class Touched:
         dead: identities of the objects that go away or change their primary key, by base mapper.
         changed: the changed objects behind `rows`.
         renamed: objects whose primary key changes.
+        related: objects that were found through relationships; one that was loaded only to be found would be gone.
     """
 
     def __init__(self) -> None:
@@ -47,6 +48,7 @@ class Touched:
         self.dead: set[tuple[Mapper[Any], Key]] = set()
         self.changed: dict[tuple[Place, Key], Any] = {}
         self.renamed: list[Any] = []
+        self.related: list[Any] = []
 
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
@@ -182,6 +184,7 @@ class Sorter:
         state = sqlalchemy_inspect(child)
         if state.identity is not None and state.mapper.isa(place.chain.mappers[place.level]):
             touched.add(place, state.identity)
+            touched.related.append(child)
 
     def _orphan(self, child: Any, touched: Touched) -> None:
         """An object that left a delete-orphan relationship is likely to be deleted inside the flush."""
@@ -285,8 +288,12 @@ def _edge(edge: Any, table: Table) -> Any:
     )
 
 
-def missed(plan: Plan, before: Touched, again: Touched) -> None:
+def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapping[Key, Any]]) -> None:
     """Compare what was collected before the flush with what shows after it.
+
+    Args:
+        new: the rows that the flush has inserted, of which there was nothing to be looked at: a one-to-one relationship
+            that was not loaded before it was set shows the new row for the old one.
 
     Raises:
         UncoveredChange: if a row was changed that had not been announced, so that its old contribution is unknown.
@@ -294,15 +301,17 @@ def missed(plan: Plan, before: Touched, again: Touched) -> None:
     for place, keys in again.rows.items():
         late = {
             key
-            for key in keys - before.rows.get(place, set())
+            for key in keys - before.rows.get(place, set()) - new.get(place, {}).keys()
             if not _follows(place, key, plan.relevant[place], before, again)
         }
         if not late:
             continue
         raise UncoveredChange(
-            f"{place.chain.mappers[place.level].class_.__name__} {sorted(late)[0]!r} was changed after its aggregates"
-            " were looked at, by a before_flush listener registered later or a mapper event; register that listener"
-            " on the Session class before the mappers configure"
+            f"{place.chain.mappers[place.level].class_.__name__} {sorted(late)[0]!r} was changed after"
+            f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
+            " listener registered later than this package's, or by a mapper event such as before_update. Make the change"
+            " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
+            " registered on the Session class before the mappers configure"
         )
 
 

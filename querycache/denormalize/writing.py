@@ -19,7 +19,7 @@ from querycache.denormalize.kinds import RECOUNT, How, Increment, Merge, Recount
 from querycache.denormalize.locks import OWN, Locks
 from querycache.denormalize.plan import Place
 
-__all__ = ["Changes", "changes_between", "is_parent", "meets", "write"]
+__all__ = ["Changes", "changes_between", "is_parent", "key_parameter", "meets", "write"]
 
 Outcome = Increment | Merge | Recount
 Changes = dict[Key, dict[Aggregate, Outcome]]
@@ -103,15 +103,15 @@ def _write_table(locks: Locks, table: Table, rows: Mapping[Key, Mapping[Aggregat
     for parent in sorted(rows):
         outcomes = rows[parent]
         shape: list[tuple[Aggregate, How]] = []
-        values: dict[str, Any] = {f"key_{i}": part for i, part in enumerate(parent)}
+        values: dict[str, Any] = {key_parameter(i): part for i, part in enumerate(parent)}
         for aggregate in sorted(outcomes, key=lambda held: held.key):
             outcome = outcomes[aggregate]
             assert not isinstance(outcome, Recount)
             if isinstance(outcome, Increment):
-                values[f"to_{len(shape)}"] = aggregate.fit(outcome.amount)
+                values[_value_parameter(len(shape))] = aggregate.fit(outcome.amount)
                 shape.append((aggregate, "add"))
             else:
-                values[f"to_{len(shape)}"] = aggregate.fit(outcome.value)
+                values[_value_parameter(len(shape))] = aggregate.fit(outcome.value)
                 shape.append((aggregate, outcome.how))
         prepared.append((tuple(shape), values))
     for same_shape, group in groupby(prepared, key=lambda one: one[0]):
@@ -121,10 +121,21 @@ def _write_table(locks: Locks, table: Table, rows: Mapping[Key, Mapping[Aggregat
 
 def _statement(table: Table, shape: tuple[tuple[Aggregate, How], ...]) -> Any:
     values = {
-        aggregate.column: meets(aggregate, how, bindparam(f"to_{number}", type_=aggregate.column.type))
+        aggregate.column: meets(
+            aggregate, how, bindparam(_value_parameter(number), type_=aggregate.column.type)
+        )
         for number, (aggregate, how) in enumerate(shape)
     }
     return update(table).where(is_parent(shape[0][0])).values(values)
+
+
+def key_parameter(number: int) -> str:
+    """The name of a parameter; SQLAlchemy keeps those that are names of the table's columns to itself."""
+    return f"denormalize_key_{number}"
+
+
+def _value_parameter(number: int) -> str:
+    return f"denormalize_to_{number}"
 
 
 def meets(aggregate: Aggregate, how: How, given: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -139,7 +150,10 @@ def meets(aggregate: Aggregate, how: How, given: ColumnElement[Any]) -> ColumnEl
 
 
 def is_parent(aggregate: Aggregate) -> ColumnElement[bool]:
-    """The row whose key the parameters `key_0`, … name."""
+    """The row whose key the parameters `key_parameter(0)`, … name."""
     return and_(
-        *(column == bindparam(f"key_{i}", type_=column.type) for i, column in enumerate(aggregate.table_key))
+        *(
+            column == bindparam(key_parameter(i), type_=column.type)
+            for i, column in enumerate(aggregate.table_key)
+        )
     )

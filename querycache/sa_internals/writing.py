@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect as python_inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -21,12 +22,16 @@ __all__ = [
     "UNKNOWN",
     "Written",
     "cache_key_of",
+    "columns_set",
     "custom_constructs",
     "flushed",
     "holds_text",
+    "inserts_one",
     "is_flushing",
+    "is_of_relationship",
     "is_unit_of_work",
     "known_tables",
+    "names_entity",
     "old_and_new",
     "replaces",
     "tables_of",
@@ -50,6 +55,41 @@ def is_unit_of_work(context: Any) -> bool:
     if cache is None or cache is context.engine._compiled_cache:
         return False
     return not context.invoked_statement._propagate_attrs
+
+
+def is_of_relationship() -> bool:
+    """True while a flush executes a statement on the secondary table of a relationship; asked by what sees it executed.
+
+    Such statements compile into the engine's cache, as those of the application do, and look like them.
+    """
+    frame = python_inspect.currentframe()
+    for _ in range(14):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "_run_crud" and frame.f_globals["__name__"] == "sqlalchemy.orm.dependency":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def columns_set(statement: Any) -> list[Any]:
+    """The columns that an INSERT or UPDATE was told in ``values()`` or the like; strings where they were named."""
+    pairs = getattr(statement, "_ordered_values", None)
+    return [column for column, _ in pairs] if pairs else list(statement._values or ())
+
+
+def inserts_one(statement: Any) -> bool:
+    """True if an INSERT has VALUES for one row, and makes it or fails: it does not leave conflicts alone."""
+    alone = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
+    return statement.select is None and not statement._multi_values and not alone
+
+
+def names_entity(statement: Any) -> bool:
+    """True if what an INSERT, UPDATE or DELETE writes to was given as an entity, and not as a table.
+
+    Only then do parameter sets of an UPDATE hold the primary keys of rows.
+    """
+    return "parententity" in statement.table._annotations
 
 
 def _dml(compiled: Any) -> Any:

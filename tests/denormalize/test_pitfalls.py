@@ -218,7 +218,7 @@ class TestTwoTransactions:
             connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, many: bool
         ) -> None:
             if statement.startswith(f"UPDATE {m.Parent.__tablename__}"):
-                written.extend(each["key_0"] for each in context.compiled_parameters)
+                written.extend(each["denormalize_key_0"] for each in context.compiled_parameters)
             elif "FOR " in statement:
                 assert "ORDER BY" in statement
                 given = context.compiled_parameters[0]
