@@ -47,6 +47,7 @@ __all__ = [
     "Queried",
     "attribute_columns",
     "attributes_read",
+    "changed_by_update",
     "key_condition",
     "mapped_attributes",
     "primary_keys",
@@ -126,6 +127,11 @@ class Chain:
     @cached_property
     def leaf_columns(self) -> tuple[str, ...]:
         return tuple(attribute.key for attribute in self.leaf.column_attrs if _plain(attribute))
+
+    @cached_property
+    def leaf_changed_by_update(self) -> frozenset[str]:
+        """The child's attributes that an UPDATE of others may change."""
+        return changed_by_update(self.leaf, self.leaf_columns)
 
     @cached_property
     def reverses(self) -> tuple[tuple[str, ...], ...]:
@@ -480,6 +486,20 @@ def mapped_attributes(mapper: Mapper[Any], columns: Iterable[tuple[str, str]]) -
         if isinstance(table := getattr(column, "table", None), Table)
         and (table.fullname, column.name) in wanted
     }
+
+
+def changed_by_update(mapper: Mapper[Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of the attributes `names` that an UPDATE of other columns may change as well: by onupdate=, because the
+    database computes them, or as the version of the row."""
+    return frozenset(
+        name
+        for name in names
+        if name in mapper.column_attrs
+        for column in mapper.column_attrs[name].columns
+        if getattr(column, "onupdate", None) is not None
+        or getattr(column, "server_onupdate", None) is not None  # a Computed too
+        or column is mapper.version_id_col
+    )
 
 
 def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[str]], set[str]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Table, types
+from sqlalchemy import Column, Table, types
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import Aggregate, attributes_read, sql_of
+from querycache.denormalize.chain import Aggregate, attributes_read, changed_by_update, sql_of
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
@@ -49,6 +50,33 @@ def check_plan(plan: Plan) -> None:
         other = seen.setdefault(aggregate.column, aggregate)
         if other is not aggregate:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
+    for aggregate in plan.aggregates:
+        _check_carried_along(aggregate, plan)
+
+
+def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
+    """A column that is changed with every UPDATE of its row is so by that of an aggregate in the same row."""
+    for level, names in enumerate(_named(aggregate)):
+        mapper = aggregate.chain.mappers[level]
+        for name in sorted(changed_by_update(mapper, names)) if level else ():
+            column = mapper.column_attrs[name].columns[0]
+            for other in plan.columns.get(column.table, {}).values():
+                if _carries_along(other, column):
+                    raise ConfigurationError(
+                        f"{aggregate.name} reads {mapper.class_.__name__}.{name}, which changes with every UPDATE of its row,"
+                        f" so also when {other.name} is kept, outside the unit of work; read a column that only the"
+                        " application sets"
+                    )
+
+
+def _carries_along(aggregate: Aggregate, column: Column[Any]) -> bool:
+    """Whether the UPDATE that keeps an aggregate changes another column of its row."""
+    if column.computed is not None:
+        computed = re.findall(r"\w+", str(column.computed.sqltext))
+        return aggregate.column.name in computed
+    if column.onupdate is not None:
+        return aggregate.strategy != "trigger"
+    return column.server_onupdate is not None
 
 
 def _check_column(aggregate: Aggregate) -> None:
@@ -143,6 +171,13 @@ def _check_python(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
                 " python(…) or expression(sql=…, python=…), or take strategy 'sql'"
             )
+    late = changed_by_update(chain.leaf, _named(aggregate)[-1])
+    if late:
+        raise ConfigurationError(
+            f"{aggregate.name}: {chain.leaf.class_.__name__}.{min(late)} is changed by the UPDATE itself (onupdate=, a"
+            f" generated column, the version), too late for strategy {strategy!r}; take strategy 'sql', 'recount' or"
+            " 'trigger'"
+        )
     if chain.depth != 1 or chain.links[0].secondary is not None:
         raise ConfigurationError(
             f"{aggregate.name}: strategy {strategy!r} follows one one-to-many relationship; take strategy 'sql' for"
@@ -169,6 +204,19 @@ def _check_python(aggregate: Aggregate) -> None:
                     f" {constraint.referred_table.name}, which strategy {strategy!r} cannot see; take strategy"
                     " 'sql', 'recount' or 'trigger'"
                 )
+
+
+def _named(aggregate: Aggregate) -> list[set[str]]:
+    """For each level the attributes that the aggregate is known to read: a Python expression need not name its own."""
+    read: list[set[str]] = [set() for _ in aggregate.chain.mappers]
+    for given in (aggregate.declaration.measure, aggregate.declaration.where):
+        if given is not None:
+            for level, names in enumerate(attributes_read(Expression(sql=given.sql), aggregate.chain)[0]):
+                read[level] |= names
+            read[-1] |= set(given.columns or ())
+    if aggregate.declaration.order_by is not None:
+        read[-1].add(aggregate.declaration.order_by)
+    return read
 
 
 def _check_trigger(aggregate: Aggregate) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.chain import Aggregate, Chain, mapped_attributes
+from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
 
 __all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "relevant"]
@@ -125,10 +125,11 @@ class Plan:
             mapper, secondary = place.chain.mappers[place.level], place.chain.links[place.level - 1].secondary
             if table is secondary:
                 found.update(str(column.key) for column in table.columns)
-            for name in names:
-                for column in mapper.column_attrs[name].columns if name in mapper.column_attrs else ():
-                    if column.table is table:
-                        found.add(str(column.key))
+            for heir in mapper.self_and_descendants:
+                for name in names:
+                    for column in heir.column_attrs[name].columns if name in heir.column_attrs else ():
+                        if column.table is table:
+                            found.add(str(column.key))
         return frozenset(found)
 
     @staticmethod
@@ -274,8 +275,12 @@ def plan_of(mapper_or_table: Any) -> Plan | None:
     return found if isinstance(found, Plan) else None
 
 
-def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:
-    """The attributes whose change matters to the aggregates, at one level of their chain."""
+def relevant(chain: Chain, level: int, aggregates: list[Aggregate], *, rows: bool = False) -> Iterable[str]:
+    """The attributes whose change matters to the aggregates, at one level of their chain.
+
+    `rows` asks on behalf of one who compares whole rows before and after; else, for one who sees only what the application
+    sets, every attribute matters where the UPDATE itself changes one that does.
+    """
     mapper = chain.mappers[level]
     names = set(chain.keys[level])
     joined: list[Any] = []
@@ -288,6 +293,13 @@ def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[
         names |= _attributes(mapper, [mapper.polymorphic_on])
     for aggregate in aggregates:
         names |= aggregate.reads()[level]
+    if not rows and changed_by_update(mapper, names):
+        names |= {
+            attribute.key
+            for heir in mapper.self_and_descendants
+            for attribute in heir.column_attrs
+            if isinstance(getattr(attribute.columns[0], "table", None), Table)
+        }
     yield from names
     secondary = chain.links[level - 1].secondary
     # The plain columns change only inside the flush when the application sets a relationship instead. All of the

@@ -14,7 +14,7 @@ from sqlalchemy import ClauseElement, Table, and_, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 
-from querycache.denormalize.chain import Key, key_condition, primary_keys
+from querycache.denormalize.chain import Key, changed_by_update, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
@@ -319,4 +319,8 @@ def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, 
     if not names or not changed <= {*names, *chain.reverses[level - 1]}:
         return False
     old = tuple(state.committed_state.get(name, instance.__dict__.get(name)) for name in names)
+    if changed_by_update(chain.mappers[level], relevant) and any(
+        sqlalchemy_inspect(parent).identity == old for parent in before.renamed
+    ):
+        return False
     return (chain.mappers[level - 1].base_mapper, old) in before.dead

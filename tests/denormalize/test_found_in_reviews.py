@@ -1,0 +1,229 @@
+"""What sceptical reviewers have found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Computed, Engine, ForeignKey, Integer, String
+from sqlalchemy.orm import (
+    Session,
+    declarative_base,
+    mapped_column,
+    relationship,
+)
+
+from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
+from querycache.errors import ConfigurationError
+
+Open = Callable[..., Session]
+
+
+def family(
+    name: str,
+    columns: Any,
+    child: Any = dict,
+    extra: Any = None,
+    rel: Any = lambda made: {},
+    parent: Any = dict,
+    args: Any = dict,
+) -> SimpleNamespace:
+    Base: Any = declarative_base()
+    made = SimpleNamespace(Base=Base)
+
+    class Parent(Base):
+        __tablename__ = f"{name}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        title = mapped_column(String(20))
+        locals().update(parent())
+        children = relationship("Child", back_populates="parent", **rel(made))
+        locals().update(columns())
+        __mapper_args__ = args() if args is dict else args
+
+    class Child(Base):
+        __tablename__ = f"{name}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(f"{name}_parent.id"), index=True)
+        parent = relationship("Parent", back_populates="children", **rel(made))
+        size = mapped_column(Integer)
+        message = mapped_column(String(50))
+        locals().update(child())
+
+    made.Parent, made.Child = Parent, Child
+    if extra:
+        extra(made)
+    return made
+
+
+def n() -> dict[str, Any]:
+    return {"n": count_of("children", type_=Integer), "total": sum_of("children", "size", type_=Integer)}
+
+
+def right(session: Session, m: SimpleNamespace) -> None:
+    assert [str(each) for each in verify(session, m.Base).differences] == []
+
+
+def two(session: Session, m: SimpleNamespace) -> None:
+    session.add_all([m.Parent(id=1), m.Parent(id=2)])
+    session.flush()
+    session.add_all(
+        [
+            m.Child(id=1, parent_id=1, size=5, message="abc"),
+            m.Child(id=2, parent_id=1, size=7, message="abcd"),
+        ]
+    )
+    session.commit()
+    right(session, m)
+
+
+def test_computed_column_of_the_child(opened: Open) -> None:
+    m = family(
+        "r_comp",
+        lambda: {"letters": sum_of("children", "letters", type_=Integer)},
+        lambda: {"letters": mapped_column(Integer, Computed("length(message)", persisted=True))},
+    )
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+
+
+def test_computed_column_bulk_update(opened: Open) -> None:
+    m = family(
+        "r_compb",
+        lambda: {"letters": sum_of("children", "letters", type_=Integer)},
+        lambda: {"letters": mapped_column(Integer, Computed("length(message)", persisted=True))},
+    )
+    s = opened(m)
+    two(s, m)
+    s.execute(sa.update(m.Child).values(message="abcdefgh"))
+    s.commit()
+    right(s, m)
+
+
+def test_onupdate_column_of_the_child(opened: Open) -> None:
+    m = family(
+        "r_onup",
+        lambda: {"last": sum_of("children", "rev", type_=Integer)},
+        lambda: {"rev": mapped_column(Integer, default=0, onupdate=1)},
+    )
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+
+
+def test_onupdate_sql_column_of_the_child(opened: Open) -> None:
+    m = family(
+        "r_onups",
+        lambda: {"last": sum_of("children", "rev", type_=Integer)},
+        lambda: {"rev": mapped_column(Integer, default=0, onupdate=sa.text("7"))},
+    )
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+
+
+def test_version_of_the_child(opened: Open) -> None:
+    """sum over version_id_col of the child"""
+    m = family(
+        "r_ver",
+        lambda: {"last": sum_of("children", "ver", type_=Integer)},
+        lambda: {
+            "ver": (v := mapped_column(Integer, nullable=False)),
+            "__mapper_args__": {"version_id_col": v},
+        },
+    )
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["recount", "flush", "memory", "trigger"])
+def test_onupdate_under_other_strategies(opened: Open, strategy: str) -> None:
+    try:
+        m = family(
+            f"r_st_{strategy}",
+            lambda: {"last": sum_of("children", "rev", type_=Integer, strategy=strategy)},
+            lambda: {"rev": mapped_column(Integer, default=0, onupdate=1)},
+        )
+        sa.orm.configure_mappers()
+    except ConfigurationError:
+        return
+    s = opened(m)
+    p = m.Parent(id=1)
+    s.add(p)
+    s.flush()
+    s.add(m.Child(id=1, parent=p, message="x"))
+    try:
+        s.commit()
+    except DenormalizeError:
+        s.rollback()
+        s.add(m.Child(id=1, parent=p, message="x", rev=0))
+        s.commit()
+    right(s, m)
+    try:
+        s.get_one(m.Child, 1).message = "abcdefgh"
+        s.commit()
+    except DenormalizeError:
+        s.rollback()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["recount", "flush", "memory"])
+def test_computed_under_other_strategies(opened: Open, strategy: str) -> None:
+    m = family(
+        f"r_cs_{strategy}",
+        lambda: {"last": sum_of("children", "letters", type_=Integer, strategy=strategy)},
+        lambda: {"letters": mapped_column(Integer, Computed("length(message)", persisted=True))},
+    )
+    try:
+        sa.orm.configure_mappers()
+    except ConfigurationError:
+        return
+    s = opened(m)
+    p = m.Parent(id=1)
+    s.add(p)
+    s.flush()
+    try:
+        s.add(m.Child(id=1, parent=p, message="x"))
+        s.commit()
+        len(s.get_one(m.Parent, 1).children)
+        s.get_one(m.Child, 1).message = "abcdefgh"
+        s.commit()
+    except DenormalizeError:
+        s.rollback()
+    right(s, m)
+
+
+def test_a_database_trigger_changes_the_measure(opened: Open, engine: Engine) -> None:
+    """Declared as SQLAlchemy wants it: FetchedValue as server_onupdate."""
+    if engine.dialect.name != "postgresql":
+        pytest.skip("PostgreSQL only")
+    m = family(
+        "r_fetched",
+        n,
+        lambda: {"size": mapped_column(Integer, sa.FetchedValue(), server_onupdate=sa.FetchedValue())},
+    )
+    s = opened(m)
+    two(s, m)
+    s.connection().exec_driver_sql(
+        "CREATE OR REPLACE FUNCTION r_fetched_f() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN NEW.size := length(NEW.message); RETURN NEW; END$$"
+    )
+    s.connection().exec_driver_sql(
+        "CREATE OR REPLACE TRIGGER r_fetched_t BEFORE UPDATE ON r_fetched_child"
+        " FOR EACH ROW EXECUTE FUNCTION r_fetched_f()"
+    )
+    s.get_one(m.Child, 1).message = "abcdefghi"
+    s.commit()
+    right(s, m)
