@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Table, select, update
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.images import Image, image
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
@@ -29,7 +31,7 @@ from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, mis
 from querycache.denormalize.writing import Changes, changes_between, write
 from querycache.sa_internals import checked_out
 
-__all__ = ["Keeper", "Work", "forget_classes", "keeper_of", "kept_by_images", "show"]
+__all__ = ["Keeper", "Work", "connection_written", "forget_classes", "keeper_of", "kept_by_images", "show"]
 
 _LOCKED_FROM: Final[dict[str, int | None]] = {"sqlite": None, "postgresql": 1}
 """The least level whose rows are locked before a flush that puts new rows below them; elsewhere 0."""
@@ -42,26 +44,89 @@ def kept_by_images(plan: Plan, chain: Chain) -> list[Aggregate]:
 
 
 class Work:
-    """What one flush, or one bulk statement, does to one plan."""
+    """What one flush, or one bulk statement, does to one plan.
 
-    def __init__(self, session: Session, plan: Plan, touched: Touched) -> None:
+    A Session may have several engines. Each chain is kept on the one that has its rows, which is that of the unit of work,
+    or of the bulk statement.
+
+    Args:
+        bind_arguments: by which the Session chooses the engine of a bulk statement; None in a flush.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        plan: Plan,
+        touched: Touched,
+        bind_arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         self.plan = plan
         self.touched = touched
-        self.connection: Connection = connection_of(session, plan)
-        self.locks = Locks(self.connection, plan)
         self.before: dict[Chain, Image] = {}
+        self._session = session
+        self._bind_arguments = bind_arguments
+        self._locks: dict[Connection, Locks] = {}
+        self._below: dict[Chain, Locks] = {}
+
+    @property
+    def locks(self) -> Locks:
+        """Those on the connection of the bulk statement itself."""
+        return self._locks_on(self._bind_arguments.get("mapper"))
+
+    @property
+    def connection(self) -> Connection:
+        return self.locks.connection
+
+    def locks_of(self, chain: Chain) -> Locks:
+        """Those on the connection that has the rows of a chain.
+
+        Raises:
+            DenormalizeError: if no one connection has them.
+        """
+        found = self._below.get(chain)
+        if found is None:
+            found, *others = {self._locks_on(mapper): None for mapper in chain.mappers}
+            if others:
+                names = ", ".join(dict.fromkeys(mapper.class_.__name__ for mapper in chain.mappers))
+                raise DenormalizeError(
+                    f"{', '.join(held.name for held in self.plan.by_chain[chain])}: the Session has {names} on several"
+                    " engines, and an aggregate can be kept only where all tables of its path are; bind these classes to"
+                    " one engine"
+                )
+            self._below[chain] = found
+        return found
+
+    def by_connection(self, aggregates: Iterable[Aggregate]) -> Mapping[Locks, list[Aggregate]]:
+        found: dict[Locks, list[Aggregate]] = {}
+        for aggregate in aggregates:
+            found.setdefault(self.locks_of(aggregate.chain), []).append(aggregate)
+        return found
+
+    def _locks_on(self, mapper: Mapper[Any] | None) -> Locks:
+        connection = connection_of(self._session, mapper, self._bind_arguments)
+        found = self._locks.get(connection)
+        if found is None:
+            found = self._locks[connection] = Locks(connection, self.plan)
+        return found
 
     def look_before(self, aggregates: dict[Chain, list[Aggregate]]) -> None:
         """Lock everything touched and take the images before."""
-        spread(self.locks, self.touched)
-        wanted: dict[Place, set[Key]] = {place: set(keys) for place, keys in self.touched.rows.items()}
-        for place, keys in self.touched.parents.items():
-            wanted.setdefault(place, set()).update(keys)
-        self.locks.lock(wanted, roots=self.locks.parents_first)
-        for chain, held in aggregates.items():
+        deleted: dict[Locks, dict[Table, set[Key]]] = {}
+        for table in self.touched.deleted.keys() & self.plan.edges.keys():
+            locks = self._locks_on(self.plan.mapper_of(table))
+            deleted.setdefault(locks, {})[table] = self.touched.deleted[table]
+        for locks, tables in deleted.items():
+            spread(locks, self.touched, tables)
+        wanted: dict[Locks, dict[Place, set[Key]]] = {}
+        for held in (self.touched.rows, self.touched.parents):
+            for place, keys in held.items():
+                wanted.setdefault(self.locks_of(place.chain), {}).setdefault(place, set()).update(keys)
+        for locks, places in wanted.items():
+            locks.lock(places, roots=locks.parents_first)
+        for chain, kept in aggregates.items():
             levels = _levels(self.plan, chain, self.touched.rows)
             if levels:
-                self.before[chain] = image(self.locks, chain, _measured(held), levels)
+                self.before[chain] = image(self.locks_of(chain), chain, _measured(kept), levels)
 
     def write_difference(
         self,
@@ -80,6 +145,7 @@ class Work:
         touched = {chain: levels for chain in aggregates if (levels := _levels(self.plan, chain, after))}
         concerned = [chain for chain in aggregates if chain in touched or self.before.get(chain)]
         by_root: dict[Mapper[Any], Changes] = {}
+        locks_of_root = {chain.root.base_mapper: self.locks_of(chain) for chain in concerned}
         absorbing: dict[Mapper[Any], tuple[Chain, Newcomer, Key, Key]] = {}
         for chain in concerned:
             root = chain.root.base_mapper
@@ -96,7 +162,7 @@ class Work:
         ):
             if root in absorbing:
                 chain, comes, child, above = absorbing[root]
-                if comes.absorb(self.connection, child, above):
+                if comes.absorb(locks_of_root[root].connection, child, above):
                     for aggregate in aggregates[chain]:
                         written.setdefault(aggregate, set()).add(above)
                     continue
@@ -104,7 +170,7 @@ class Work:
             for parent, outcomes in by_root[root].items():
                 for aggregate in outcomes:
                     written.setdefault(aggregate, set()).add(parent)
-            write(self.locks, by_root[root])
+            write(locks_of_root[root], by_root[root])
         return written
 
     def _newcomer(
@@ -131,11 +197,11 @@ class Work:
         levels: dict[int, set[Key]],
         renamed: dict[Any, Key],
     ) -> Changes:
-        root = chain.root.base_mapper
+        root, locks = chain.root.base_mapper, self.locks_of(chain)
         before = {renamed.get((root, key), key): parts for key, parts in self.before.get(chain, {}).items()}
         if chain.depth > 1:
-            self.locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
-        now = image(self.locks, chain, _measured(aggregates), levels)
+            locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
+        now = image(locks, chain, _measured(aggregates), levels)
         return changes_between(aggregates, before, now, lambda one: STRATEGIES[one.strategy].recounts)
 
 
@@ -147,10 +213,21 @@ def _levels(plan: Plan, chain: Chain, rows: dict[Place, set[Key]]) -> dict[int, 
     return {place.level: keys for place in plan.places[chain] if (keys := rows.get(place))}
 
 
-def connection_of(session: Session, plan: Plan) -> Connection:
-    root = plan.aggregates[0].chain.root
-    found = checked_out(session, session.get_bind(mapper=root))
-    return session.connection(bind_arguments={"mapper": root}) if found is None else found
+def connection_of(
+    session: Session, mapper: Mapper[Any] | None, bind_arguments: Mapping[str, Any] = MappingProxyType({})
+) -> Connection:
+    """The connection that a Session has for a mapper, in its flush or for the statement that `bind_arguments` tell of."""
+    if bind_arguments:
+        bind = session.get_bind(**{**bind_arguments, "mapper": mapper})
+    else:
+        bind = session.get_bind(mapper=mapper)
+    found = checked_out(session, bind)
+    return session.connection(bind_arguments={"bind": bind}) if found is None else found
+
+
+def connection_written(session: Session, root: Mapper[Any]) -> Connection:
+    """The connection on which a parent's aggregates are written; a Session may read elsewhere."""
+    return connection_of(session, root, {"clause": update(root.local_table)})
 
 
 class Keeper:
@@ -159,7 +236,7 @@ class Keeper:
     def __init__(self) -> None:
         self.works: dict[Plan, Work] = {}
         self._sorter = Sorter()
-        self._levels: dict[Plan, int | None] = {}
+        self._levels: dict[Mapper[Any], int | None] = {}
         self._stale: dict[Aggregate, set[Key]] = {}
         self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
@@ -178,18 +255,19 @@ class Keeper:
                 found[known[0]] = Touched()
         for plan, touched in found.items():
             prepared = _preparing(plan)
-            if not prepared and not touched.reads(self._locked_from(session, plan)):
+            if not prepared and not touched.reads(partial(self._locked_from, session)):
                 continue
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
             for strategy, held in prepared:
-                strategy.before_flush(session, work.locks, held, touched)
+                for locks, part in work.by_connection(held).items():
+                    strategy.before_flush(session, locks, part, touched)
 
-    def _locked_from(self, session: Session, plan: Plan) -> int | None:
-        if plan not in self._levels:
-            name = session.get_bind(mapper=plan.aggregates[0].chain.root).dialect.name
-            self._levels[plan] = _LOCKED_FROM.get(name, 0)
-        return self._levels[plan]
+    def _locked_from(self, session: Session, root: Mapper[Any]) -> int | None:
+        if root not in self._levels:
+            name = session.get_bind(mapper=root).dialect.name
+            self._levels[root] = _LOCKED_FROM.get(name, 0)
+        return self._levels[root]
 
     def after_flush(self, session: Session) -> None:
         again, objects = self._sorter.collect(session, _nowhere)
@@ -241,7 +319,7 @@ class Keeper:
         keys = None if comes is None else comes.keys(instances[0].__dict__)
         if comes is None or keys is None:
             return None
-        connection = connection_of(session, known[0])
+        connection = connection_of(session, comes.root)
         if not comes.absorb(connection, *keys):
             return False
         self._stale = {aggregate: {keys[1]} for aggregate in comes.aggregates}
@@ -277,7 +355,7 @@ class Keeper:
         self._shown.clear()
 
 
-def _nowhere(session: Session, plan: Plan) -> None:
+def _nowhere(session: Session, root: Mapper[Any]) -> None:
     """No row is to be locked."""
 
 
@@ -349,7 +427,7 @@ def _read(session: Session, root: Any, states: dict[Any, list[str]]) -> None:
     keys = [attribute.key for attribute in (root.get_property_by_column(c) for c in root.primary_key)]
     columns = attribute_columns(root.class_, keys)
     statement = select(*columns, *attribute_columns(root.class_, names)).where(key_condition(columns))
-    connection = session.connection(bind_arguments={"mapper": root})
+    connection = connection_written(session, root)
     by_key = {state.identity: state for state in states}
     for chunk in chunks(by_key):
         for row in connection.execute(statement, parameters(chunk)):

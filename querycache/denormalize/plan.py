@@ -147,6 +147,10 @@ class Plan:
             found = self._statements[key] = make()
         return found
 
+    def mapper_of(self, table: Table) -> Mapper[Any] | None:
+        """A mapper whose own table this is."""
+        return next((mapper for mapper in self._mappers if mapper.local_table is table), None)
+
     def rank(self, mapper: Mapper[Any]) -> int:
         """The place of the mapper's table in the order of locking: children before their parents."""
         return self._rank.get(mapper.base_mapper, 0)

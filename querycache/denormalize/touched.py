@@ -6,7 +6,7 @@ knows and the session does not. Taking in too much is harmless (`images.py`), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ __all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "spread"]
 Fresh = dict[type[Any], list[Any]]
 """New objects by their class."""
 
-LockedFrom = Callable[[Session, Plan], int | None]
+LockedFrom = Callable[[Session, Mapper[Any]], int | None]
+"""The least level whose rows must be locked before the flush, of the chains of a parent; None if none."""
 
 
 class Touched:
@@ -51,13 +52,16 @@ class Touched:
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
 
-    def reads(self, least: int | None) -> bool:
-        """Whether old values are to be read, or rows from level `least` on to be locked."""
+    def reads(self, locked_from: Callable[[Mapper[Any]], int | None]) -> bool:
+        """Whether old values are to be read, or rows to be locked, from the level on that `locked_from` tells."""
         return bool(
             self.rows
             or self.deleted
             or self.dead
-            or (least is not None and any(place.level >= least for place in self.parents))
+            or any(
+                (least := locked_from(place.chain.root)) is not None and place.level >= least
+                for place in self.parents
+            )
         )
 
     def gone(self, tables: Iterable[Any], key: Key) -> None:
@@ -87,7 +91,7 @@ class Sorter:
         that are to get rows (or, once the flush has run, got them).
 
         Args:
-            locked_from: the least level whose rows must be locked before the flush, for a plan; None if none.
+            locked_from: tells the least level whose rows must be locked before the flush.
         """
         found: dict[Plan, Touched] = {}
         new, dirty, deleted = unflushed(session)
@@ -100,7 +104,9 @@ class Sorter:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
-                self._dirty(instance, watch, found.setdefault(plan, Touched()), locked_from(session, plan))
+                self._dirty(
+                    instance, watch, found.setdefault(plan, Touched()), _least(session, watch, locked_from)
+                )
         return found, self._by_class(new)
 
     def expect(
@@ -112,7 +118,7 @@ class Sorter:
             if known is None:
                 continue
             plan, watch = known
-            least = locked_from(session, plan) if watch.places else None
+            least = _least(session, watch, locked_from)
             locked = [] if least is None else [place for place, _ in watch.places if place.level > least]
             if not locked and not watch.collections:
                 continue
@@ -198,6 +204,11 @@ class Sorter:
             touched.gone(state.mapper.tables, state.identity)
 
 
+def _least(session: Session, watch: Watch, locked_from: LockedFrom) -> int | None:
+    # Whatever stands on several chains has one row, on one engine.
+    return locked_from(session, watch.places[0][0].chain.root) if watch.places else None
+
+
 def _parents(instance: Any, place: Place, touched: Touched) -> None:
     """The row above `instance`, as far as its attributes in memory say."""
     upper = Place(place.chain, place.level - 1)
@@ -244,15 +255,15 @@ def _by_key(mapper: Mapper[Any], instances: Iterable[Any]) -> dict[Key, Any]:
     return {key: each for key, each in keys.items() if None not in key}
 
 
-def spread(locks: Locks, touched: Touched) -> None:
-    """Add the rows that the deletions reach through foreign keys, in the database or by ORM cascades.
+def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) -> None:
+    """Add the rows that deletions reach through foreign keys, in the database or by ORM cascades.
 
     The deleted rows are locked as their DELETE will lock them, so that nothing can be put below them meanwhile.
     """
     plan = locks.plan
-    for table in touched.deleted.keys() & plan.edges.keys():
-        locks.for_delete(table, touched.deleted[table])
-    pending = {table: set(keys) for table, keys in touched.deleted.items()}
+    for table, keys in deleted.items():
+        locks.for_delete(table, keys)
+    pending = {table: set(keys) for table, keys in deleted.items()}
     seen: dict[Table, set[Key]] = {table: set(keys) for table, keys in pending.items()}
     while pending:
         table, keys = pending.popitem()

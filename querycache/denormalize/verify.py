@@ -20,6 +20,7 @@ from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_column
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.errors import AggregateMismatch
 from querycache.denormalize.images import recount, same
+from querycache.denormalize.keeping import connection_written
 from querycache.denormalize.kinds import Merge
 from querycache.denormalize.locks import Locks, keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
@@ -102,8 +103,10 @@ def verify(
     _positive("sample", sample)
     _positive("batch", batch)
     report = Report()
-    with _connection(bind) as connection:
-        for root, chains in _by_root(target).items():
+    if isinstance(bind, Session):
+        bind.flush()
+    for root, chains in _by_root(target).items():
+        with _connection(bind, root) as connection:
             name = root.class_.__name__
             total, done = _total(connection, root), 0
             chosen = None
@@ -222,15 +225,14 @@ def verify_at_commit(session_factory: Any, target: Any) -> Callable[[], None]:
 
 
 @contextmanager
-def _connection(bind: Session | Engine | Connection) -> Iterator[Connection]:
+def _connection(bind: Session | Engine | Connection, root: Mapper[Any]) -> Iterator[Connection]:
     if isinstance(bind, Engine):
         with bind.connect() as connection:
             yield connection
     elif isinstance(bind, Connection):
         yield bind
     else:
-        bind.flush()
-        yield bind.connection()
+        yield connection_written(bind, root)
 
 
 def _by_root(target: Any) -> dict[Mapper[Any], Chains]:

@@ -148,6 +148,78 @@ def test_version_of_the_child(opened: Open) -> None:
     right(s, m)
 
 
+def test_two_engines_in_one_session(tmp_path: Any) -> None:
+    Base: Any = declarative_base()
+
+    class Album(Base):
+        __tablename__ = "r_album"
+        id = mapped_column(Integer, primary_key=True)
+        songs = relationship("Song")
+        n = count_of("songs", type_=Integer)
+
+    class Song(Base):
+        __tablename__ = "r_song"
+        id = mapped_column(Integer, primary_key=True)
+        album_id = mapped_column(ForeignKey("r_album.id"))
+
+    class Thread(Base):
+        __tablename__ = "r_thread"
+        id = mapped_column(Integer, primary_key=True)
+        posts = relationship("Post")
+        n = count_of("posts", type_=Integer)
+
+    class Post(Base):
+        __tablename__ = "r_thread_post"
+        id = mapped_column(Integer, primary_key=True)
+        thread_id = mapped_column(ForeignKey("r_thread.id"))
+
+    engines = [sa.create_engine(f"sqlite:///{tmp_path}/{name}.db") for name in "ab"]
+    for each in engines:
+        Base.metadata.create_all(each)
+    with Session(binds={Album: engines[0], Song: engines[0], Thread: engines[1], Post: engines[1]}) as s:
+        s.add_all([Album(id=1), Thread(id=1)])
+        s.commit()
+        s.add(Song(album_id=1))
+        s.commit()
+        s.add(Post(thread_id=1))
+        try:
+            s.commit()
+        except DenormalizeError:
+            s.rollback()
+        assert verify(engines[0], Album).right
+        assert verify(engines[1], Thread).right
+
+
+def test_a_session_that_reads_elsewhere(tmp_path: Any) -> None:
+    """The routing Session of SQLAlchemy's documentation; what the follower lacks is not replicated here."""
+    m = family("r_route", n)
+    leader, follower = (
+        sa.create_engine(f"sqlite:///{tmp_path}/{name}.db") for name in ("leader", "follower")
+    )
+    for each in (leader, follower):
+        m.Base.metadata.create_all(each)
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, clause: Any = None, **_: Any) -> Any:
+            return (
+                leader
+                if self._flushing or isinstance(clause, (sa.Update, sa.Delete, sa.Insert))
+                else follower
+            )
+
+    with Routing() as s:
+        s.add_all([m.Parent(id=1), m.Parent(id=2)])
+        s.flush()
+        s.add_all([m.Child(id=1, parent_id=1, size=5)])
+        s.commit()
+        assert verify(leader, m.Base).right
+        s.execute(sa.update(m.Child).values(size=9))
+        s.commit()
+    with Session(leader) as s:
+        assert s.scalars(sa.select(m.Child.size)).all() == [9]
+    assert [str(each) for each in verify(leader, m.Base).differences] == []
+
+
 @pytest.mark.parametrize("strategy", ["recount", "flush", "memory", "trigger"])
 def test_onupdate_under_other_strategies(opened: Open, strategy: str) -> None:
     try:
