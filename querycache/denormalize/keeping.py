@@ -404,12 +404,19 @@ def show(
                 held[identity] = session.identity_map.get(identity)
             if (instance := held[identity]) is not None:
                 state = sqlalchemy_inspect(instance)
-                if aggregate.key in state.dict or STRATEGIES[aggregate.strategy].expires:
+                if aggregate.key in state.dict or _is_to_load(aggregate, state):
                     by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
     for states in by_root.values():
         for state, names in states.items():
             shown.setdefault(state, set()).update(names)
     _renew(session, by_root)
+
+
+def _is_to_load(aggregate: Aggregate, state: Any) -> bool:
+    """Whether an attribute that is not loaded must be made to, since no access would: a new parent has none where NULL was
+    inserted, and the unit of work has expired what it wrote."""
+    unloaded = STRATEGIES[aggregate.strategy].expires or aggregate.key not in state.expired_attributes
+    return unloaded and state.mapper.isa(aggregate.chain.root)
 
 
 def _renew(session: Session, by_root: dict[Any, dict[Any, list[str]]], *, readable: bool = True) -> None:

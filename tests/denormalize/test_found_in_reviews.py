@@ -16,7 +16,7 @@ from sqlalchemy.orm import (
     relationship,
 )
 
-from querycache.denormalize import DenormalizeError, count_of, sum_of, verify
+from querycache.denormalize import DenormalizeError, count_of, max_of, sum_of, verify
 from querycache.errors import ConfigurationError
 
 Open = Callable[..., Session]
@@ -299,3 +299,15 @@ def test_a_database_trigger_changes_the_measure(opened: Open, engine: Engine) ->
     s.get_one(m.Child, 1).message = "abcdefghi"
     s.commit()
     right(s, m)
+
+
+def test_a_new_parent_shows_the_extreme_of_its_first_child(opened: Open) -> None:
+    m = family(
+        "r_newp",
+        lambda: {"n": count_of("children", type_=Integer), "most": max_of("children", "size", type_=Integer)},
+    )
+    s = opened(m)
+    p = m.Parent(id=1, children=[m.Child(size=4)])
+    s.add(p)
+    s.flush()
+    assert (p.n, p.most) == (1, 4)
