@@ -27,11 +27,15 @@ from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
+from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, spread
 from querycache.denormalize.writing import Changes, changes_between, write
 from querycache.sa_internals import checked_out
 
 __all__ = ["Keeper", "Work", "connection_written", "forget_classes", "keeper_of", "kept_by_images", "show"]
+
+Shown = dict[Any, set[str]]
+"""What a rollback to a savepoint takes back: the attributes by the identity of their object."""
 
 _LOCKED_FROM: Final[dict[str, int | None]] = {"sqlite": None, "postgresql": 1}
 """The least level whose rows are locked before a flush that puts new rows below them; elsewhere 0."""
@@ -238,7 +242,9 @@ class Keeper:
         self._sorter = Sorter()
         self._levels: dict[Mapper[Any], int | None] = {}
         self._stale: dict[Aggregate, set[Key]] = {}
-        self._shown: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+        self._shown: Shown = {}
+        self._triggered: set[Aggregate] = set()
+        """Those of whose parents only the database knows which it has written."""
 
     def forget_classes(self) -> None:
         """Look classes up anew, since plans have changed."""
@@ -296,6 +302,7 @@ class Keeper:
             stale = work.write_difference(_kept(plan), after, renamed, {} if alone is False else fresh)
             for strategy, held in _by_strategy(plan):
                 stale.update(strategy.after_flush(session, held))
+            self._note_triggered(stale)
             for aggregate, keys in stale.items():
                 self._stale.setdefault(aggregate, set()).update(keys)
 
@@ -335,17 +342,31 @@ class Keeper:
     def after_bulk(self, session: Session, stale: dict[Aggregate, set[Key]]) -> None:
         for strategy in STRATEGIES.values():
             strategy.forget(session)
+        self._note_triggered(stale)
         show(session, stale, self._shown)
+
+    def _note_triggered(self, stale: dict[Aggregate, set[Key]]) -> None:
+        self._triggered.update(held for held in stale if held.strategy == "trigger")
 
     def after_rollback(self, session: Session) -> None:
         """A rollback, also to a savepoint, takes back values that the ORM does not know to have changed."""
         self.works, self._stale = {}, {}
         for strategy in STRATEGIES.values():
             strategy.forget(session)
+        stale = {identity: set(names) for identity, names in self._shown.items()}
+        triggered = parents_in(session, list(self._triggered)) if self._triggered else {}
+        for aggregate, keys in triggered.items():
+            for key in keys:
+                identity = aggregate.chain.root.identity_key_from_primary_key(key)
+                stale.setdefault(identity, set()).add(aggregate.key)
         by_root: dict[Any, dict[Any, list[str]]] = {}
-        for state, names in list(self._shown.items()):
+        for identity, names in stale.items():
+            instance = session.identity_map.get(identity)
+            if instance is None:
+                continue
+            state = sqlalchemy_inspect(instance)
             # What the unit of work has written, the rollback has expired as a whole.
-            if state.session is session and state.persistent and (loaded := names & state.dict.keys()):
+            if state.persistent and (loaded := names & state.dict.keys()):
                 by_root.setdefault(state.mapper, {})[state] = sorted(loaded)
         _renew(session, by_root, readable=session.in_transaction() and session.is_active)
 
@@ -353,6 +374,7 @@ class Keeper:
         for strategy in STRATEGIES.values():
             strategy.forget(session)
         self._shown.clear()
+        self._triggered.clear()
 
 
 def _nowhere(session: Session, root: Mapper[Any]) -> None:
@@ -387,28 +409,27 @@ def _preparing(plan: Plan) -> list[tuple[Strategy, list[Aggregate]]]:
     return prepared
 
 
-def show(
-    session: Session, stale: dict[Aggregate, set[Key]], shown: weakref.WeakKeyDictionary[Any, set[str]]
-) -> None:
-    """Have the parents that are in the session see their new values.
+def show(session: Session, stale: dict[Aggregate, set[Key]], shown: Shown) -> None:
+    """Have the parents that are in the session see their new values, and note in `shown` what a rollback to the savepoint
+    would take back: also of parents that are loaded only until then.
 
     The attribute is expired, so the next access reads it; under asyncio, where an access cannot, it is read now.
     """
     by_root: dict[Any, dict[Any, list[str]]] = {}
     held: dict[Any, Any] = {}
+    nested = session.in_nested_transaction()
     for aggregate, keys in stale.items():
         root = aggregate.chain.root
         for key in keys:
             identity = root.identity_key_from_primary_key(key)
+            if nested:
+                shown.setdefault(identity, set()).add(aggregate.key)
             if identity not in held:
                 held[identity] = session.identity_map.get(identity)
             if (instance := held[identity]) is not None:
                 state = sqlalchemy_inspect(instance)
                 if aggregate.key in state.dict or _is_to_load(aggregate, state):
                     by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
-    for states in by_root.values():
-        for state, names in states.items():
-            shown.setdefault(state, set()).update(names)
     _renew(session, by_root)
 
 

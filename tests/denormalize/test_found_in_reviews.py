@@ -311,3 +311,19 @@ def test_a_new_parent_shows_the_extreme_of_its_first_child(opened: Open) -> None
     s.add(p)
     s.flush()
     assert (p.n, p.most) == (1, 4)
+
+
+@pytest.mark.parametrize("loaded", ["expired", "absent"])
+def test_a_parent_loaded_within_a_savepoint_that_is_rolled_back(opened: Open, loaded: str) -> None:
+    m = family(f"r_spl_{loaded}", n)
+    s = opened(m)
+    two(s, m)
+    p = s.get_one(m.Parent, 1) if loaded == "expired" else None
+    s.commit()
+    nested = s.begin_nested()
+    s.add(m.Child(parent_id=1, size=4))
+    s.flush()
+    p = s.get_one(m.Parent, 1)
+    assert p.n == 3
+    nested.rollback()
+    assert p.n == 2
