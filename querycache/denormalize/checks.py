@@ -11,7 +11,13 @@ from sqlalchemy import Column, Table, types
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import Aggregate, attributes_read, changed_by_update, sql_of
+from querycache.denormalize.chain import (
+    Aggregate,
+    attributes_read,
+    changed_by_update,
+    mapped_attributes,
+    sql_of,
+)
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
@@ -29,6 +35,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     """
     for aggregate in aggregates:
         _check_column(aggregate)
+        _check_joins(aggregate)
         measure = _check_expression(aggregate, aggregate.declaration.measure, "the measure")
         _check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
@@ -95,6 +102,24 @@ def _check_column(aggregate: Aggregate) -> None:
         raise ConfigurationError(f"{aggregate.name}: its column needs a default of {aggregate.kind.empty!r}")
     if column.primary_key or column.foreign_keys:
         raise ConfigurationError(f"{aggregate.name}: a key cannot be an aggregate")
+
+
+def _check_joins(aggregate: Aggregate) -> None:
+    """A join condition may read the children and what is between, as where= may: a change of the parent is not looked at."""
+    chain = aggregate.chain
+    step = chain.relationships[0]
+    joined = [
+        (table.fullname, column.name)
+        for column in step.local_columns
+        if isinstance(table := column.table, Table)
+    ]
+    read = mapped_attributes(chain.root, joined) - set(chain.keys[0])
+    if read:
+        raise ConfigurationError(
+            f"{aggregate.name}: {chain.root.class_.__name__}.{step.key} joins by more of the parent than its primary key,"
+            f" {', '.join(sorted(read))}, whose changes are not followed; take a relationship that joins by the key alone,"
+            " with where= over the children"
+        )
 
 
 def _check_expression(

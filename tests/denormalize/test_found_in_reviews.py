@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Computed, Engine, ForeignKey, Integer, String
+from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, and_
 from sqlalchemy.orm import (
     Session,
     declarative_base,
+    foreign,
     mapped_column,
     relationship,
 )
@@ -144,6 +145,28 @@ def test_version_of_the_child(opened: Open) -> None:
     s = opened(m)
     two(s, m)
     s.get_one(m.Child, 1).message = "abcdefgh"
+    s.commit()
+    right(s, m)
+
+
+def test_join_condition_reads_the_parent(opened: Open) -> None:
+    try:
+        m = family(
+            "r_pj",
+            n,
+            parent=lambda: {"least": mapped_column(Integer, default=0)},
+            rel=lambda made: {
+                "primaryjoin": lambda: and_(
+                    made.Parent.id == foreign(made.Child.parent_id), made.Child.size > made.Parent.least
+                )
+            },
+        )
+        sa.orm.configure_mappers()
+    except ConfigurationError:
+        return
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Parent, 1).least = 6
     s.commit()
     right(s, m)
 
