@@ -302,6 +302,14 @@ def missed(plan: Plan, before: Touched, again: Touched) -> None:
     Raises:
         UncoveredChange: if a row was changed that had not been announced, so that its old contribution is unknown.
     """
+    for table in again.deleted.keys() & plan.edges.keys():
+        unknown = again.deleted[table] - before.deleted.get(table, set())
+        if unknown:
+            raise UncoveredChange(
+                f"{table.fullname} {min(unknown)!r} was deleted after the aggregates were looked at that its deletion"
+                " changes, by a before_flush listener registered later or a mapper event; register that listener on the"
+                " Session class before the mappers configure"
+            )
     for place, keys in again.rows.items():
         late = {
             key

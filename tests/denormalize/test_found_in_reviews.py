@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, and_
+from sqlalchemy import Computed, Engine, ForeignKey, Integer, String, and_, event
 from sqlalchemy.orm import (
     Session,
     declarative_base,
@@ -168,6 +168,42 @@ def test_join_condition_reads_the_parent(opened: Open) -> None:
     two(s, m)
     s.get_one(m.Parent, 1).least = 6
     s.commit()
+    right(s, m)
+
+
+def test_a_later_before_flush_listener_deletes_what_takes_children_along(
+    opened: Open, engine: Engine
+) -> None:
+    def extra(made: Any) -> None:
+        class Author(made.Base):
+            __tablename__ = "r_late_author"
+            id = mapped_column(Integer, primary_key=True)
+
+        made.Author = Author
+
+    m = family(
+        "r_late",
+        n,
+        lambda: {"author_id": mapped_column(ForeignKey("r_late_author.id", ondelete="CASCADE"))},
+        extra=extra,
+    )
+    s = opened(m)
+    s.add_all([m.Author(id=1), m.Parent(id=1), m.Parent(id=2)])
+    s.flush()
+    s.add_all([m.Child(id=1, parent_id=1, author_id=1, size=4), m.Child(id=2, parent_id=1, size=4)])
+    s.commit()
+
+    def later(session: Session, *_: Any) -> None:
+        for each in session.dirty:
+            if isinstance(each, m.Parent):
+                session.delete(session.get_one(m.Author, 1))
+
+    event.listen(s, "before_flush", later)
+    s.get_one(m.Parent, 2).title = "x"
+    try:
+        s.commit()
+    except DenormalizeError:
+        s.rollback()
     right(s, m)
 
 
