@@ -9,7 +9,7 @@ when it is over     show the new values to the objects in the session
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
@@ -20,15 +20,16 @@ from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
-from querycache.denormalize.errors import DenormalizeError
+from querycache.denormalize.errors import DenormalizeError, UncoveredChange
 from querycache.denormalize.images import Image, image
+from querycache.denormalize.kinds import RECOUNT
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.strategies.trigger import parents_in
-from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, spread
+from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, replaced, spread
 from querycache.denormalize.writing import Changes, changes_between, write
 from querycache.sa_internals import checked_out
 
@@ -138,6 +139,7 @@ class Work:
         after: dict[Place, set[Key]],
         renamed: dict[Any, Key],
         new: Mapping[Place, Mapping[Key, Any]] = MappingProxyType({}),
+        anew: Mapping[Mapper[Any], set[Key]] = MappingProxyType({}),
     ) -> dict[Aggregate, set[Key]]:
         """Take the images after, and write; returns the parents written for each aggregate.
 
@@ -145,19 +147,28 @@ class Work:
             after: the touched rows by their keys now, with those that are new.
             renamed: (base mapper, key before) of parents → key now.
             new: the objects of those that are new.
+            anew: parents whose aggregates are to be counted, whatever the images say.
         """
         touched = {chain: levels for chain in aggregates if (levels := _levels(self.plan, chain, after))}
-        concerned = [chain for chain in aggregates if chain in touched or self.before.get(chain)]
+        counted = {
+            chain: keys
+            for chain in (aggregates if anew else ())
+            if (keys := {key for mapper, held in anew.items() if mapper.isa(chain.root) for key in held})
+        }
+        concerned = [
+            chain for chain in aggregates if chain in touched or chain in counted or self.before.get(chain)
+        ]
         by_root: dict[Mapper[Any], Changes] = {}
         locks_of_root = {chain.root.base_mapper: self.locks_of(chain) for chain in concerned}
         absorbing: dict[Mapper[Any], tuple[Chain, Newcomer, Key, Key]] = {}
         for chain in concerned:
             root = chain.root.base_mapper
-            alone = self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
+            alone = None if anew else self._newcomer(chain, aggregates[chain], touched.get(chain, {}), new)
             if alone and not any(one.root.base_mapper is root for one in concerned if one is not chain):
                 absorbing[root] = (chain, *alone)
                 continue
             found = self._difference(chain, aggregates[chain], touched.get(chain, {}), renamed)
+            found.update({key: dict.fromkeys(aggregates[chain], RECOUNT) for key in counted.get(chain, ())})
             for parent, outcomes in found.items():
                 by_root.setdefault(root, {}).setdefault(parent, {}).update(outcomes)
         written: dict[Aggregate, set[Key]] = {}
@@ -266,6 +277,7 @@ class Keeper:
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
             for strategy, held in prepared:
+                _refuse_replaced(strategy, held, replaced(fresh, touched, self._sorter))
                 for locks, part in work.by_connection(held).items():
                     strategy.before_flush(session, locks, part, touched)
 
@@ -299,7 +311,8 @@ class Keeper:
             fresh = new.get(plan, {})
             for place, by_key in fresh.items():
                 after.setdefault(place, set()).update(by_key)
-            stale = work.write_difference(_kept(plan), after, renamed, {} if alone is False else fresh)
+            anew = replaced(objects, work.touched, self._sorter)
+            stale = work.write_difference(_kept(plan), after, renamed, {} if alone is False else fresh, anew)
             for strategy, held in _by_strategy(plan):
                 stale.update(strategy.after_flush(session, held))
             self._note_triggered(stale)
@@ -375,6 +388,19 @@ class Keeper:
             strategy.forget(session)
         self._shown.clear()
         self._triggered.clear()
+
+
+def _refuse_replaced(
+    strategy: Strategy, aggregates: Sequence[Aggregate], anew: Mapping[Mapper[Any], set[Key]]
+) -> None:
+    for mapper, keys in anew.items():
+        held = [one.name for one in aggregates if mapper.isa(one.chain.root)]
+        if held:
+            raise UncoveredChange(
+                f"{mapper.class_.__name__} {min(keys)!r} is deleted and added in one flush, which makes one UPDATE of it;"
+                f" strategy {strategy.name!r} cannot tell what is then below it for {', '.join(held)}. flush() between the"
+                " two, or take strategy 'sql'"
+            )
 
 
 def _nowhere(session: Session, root: Mapper[Any]) -> None:

@@ -20,7 +20,7 @@ from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
 from querycache.sa_internals import unflushed
 
-__all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "spread"]
+__all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "replaced", "spread"]
 
 Fresh = dict[type[Any], list[Any]]
 """New objects by their class."""
@@ -294,6 +294,23 @@ def _edge(edge: Any, table: Table) -> Any:
         .join_from(below, above, on)
         .where(key_condition(tuple(above.c[column.key] for column in table.primary_key.columns)))
     )
+
+
+def replaced(fresh: Fresh, touched: Touched, sorter: Sorter) -> dict[Mapper[Any], set[Key]]:
+    """New parents that take the place of deleted ones under the same key, by mapper: one UPDATE of the row that is there,
+    which leaves what it holds and what may still be below it."""
+    found: dict[Mapper[Any], set[Key]] = {}
+    if not touched.dead:
+        return found
+    for cls, instances in fresh.items():
+        known = sorter.watch(cls)
+        if known is None or not known[1].roots:
+            continue
+        mapper: Mapper[Any] = sqlalchemy_inspect(cls)
+        keys = {key for key in _by_key(mapper, instances) if (mapper.base_mapper, key) in touched.dead}
+        if keys:
+            found[mapper] = keys
+    return found
 
 
 def missed(plan: Plan, before: Touched, again: Touched) -> None:

@@ -171,6 +171,31 @@ def test_join_condition_reads_the_parent(opened: Open) -> None:
     right(s, m)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_parent_in_the_place_of_one_deleted(opened: Open, loaded: bool) -> None:
+    m = family(f"r_switch{loaded:d}", n)
+    s = opened(m)
+    two(s, m)
+    p = s.get_one(m.Parent, 1)
+    if loaded:
+        len(p.children)
+    s.delete(p)
+    s.add(m.Parent(id=1))
+    s.commit()
+    right(s, m)
+
+
+def test_a_parent_in_the_place_of_one_deleted_with_children(opened: Open) -> None:
+    m = family("r_switchc", n)
+    s = opened(m)
+    two(s, m)
+    p = s.get_one(m.Parent, 1)
+    s.delete(p)
+    s.add(m.Parent(id=1, children=[m.Child(id=9, size=2)]))
+    s.commit()
+    right(s, m)
+
+
 def test_a_later_before_flush_listener_deletes_what_takes_children_along(
     opened: Open, engine: Engine
 ) -> None:
