@@ -27,7 +27,7 @@ from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.newcomer import Newcomer, newcomer, only_newcomer
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies import STRATEGIES
-from querycache.denormalize.strategies.base import Strategy
+from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Fresh, Sorter, Touched, inserted, missed, replaced, spread
 from querycache.denormalize.writing import Changes, changes_between, write
@@ -268,8 +268,13 @@ class Keeper:
         self._sorter.expect(session, fresh, found, self._locked_from)
         for cls in fresh:
             known = self._sorter.watch(cls)
-            if known is not None and known[0] not in found and _preparing(known[0]):
-                found[known[0]] = Touched()
+            if known is None:
+                continue
+            plan, watch = known
+            if watch.roots:
+                _begin_empty(fresh[cls], watch.roots)
+            if plan not in found and _preparing(plan):
+                found[plan] = Touched()
         for plan, touched in found.items():
             prepared = _preparing(plan)
             if not prepared and not touched.reads(partial(self._locked_from, session)):
@@ -388,6 +393,16 @@ class Keeper:
             strategy.forget(session)
         self._shown.clear()
         self._triggered.clear()
+
+
+def _begin_empty(instances: Iterable[Any], roots: Sequence[Aggregate]) -> None:
+    """A copy of another parent (`make_transient`) has the value of that one; what is new has no children yet."""
+    for instance in instances:
+        values = instance.__dict__
+        for aggregate in roots:
+            if aggregate.key in values and aggregate.strategy != "memory":
+                with assigning():
+                    setattr(instance, aggregate.key, aggregate.kind.empty)
 
 
 def _refuse_replaced(
