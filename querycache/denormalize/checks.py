@@ -66,7 +66,7 @@ def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
     for level, names in enumerate(_named(aggregate)):
         mapper = aggregate.chain.mappers[level]
         for name in sorted(changed_by_update(mapper, names)) if level else ():
-            column = mapper.column_attrs[name].columns[0]
+            column: Any = mapper.column_attrs[name].columns[0]
             for other in plan.columns.get(column.table, {}).values():
                 if _carries_along(other, column):
                     raise ConfigurationError(

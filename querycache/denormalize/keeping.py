@@ -242,7 +242,7 @@ def connection_of(
 
 def connection_written(session: Session, root: Mapper[Any]) -> Connection:
     """The connection on which a parent's aggregates are written; a Session may read elsewhere."""
-    return connection_of(session, root, {"clause": update(root.local_table)})
+    return connection_of(session, root, {"clause": update(root.class_)})
 
 
 class Keeper:

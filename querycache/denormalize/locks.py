@@ -57,12 +57,16 @@ def keys_of(rows: Iterable[Any], width: int) -> list[Key]:
 class Locks:
     """What one flush (or bulk statement, or repair) has locked on one connection.
 
+    Args:
+        reads_only: take no locks, also where only locking reads show the rows as they are.
+
     Raises:
         DenormalizeError: for a database whose locks are not known here.
     """
 
-    def __init__(self, connection: Connection, plan: Plan) -> None:
+    def __init__(self, connection: Connection, plan: Plan, *, reads_only: bool = False) -> None:
         self.connection = connection
+        self.reads_only = reads_only
         self.plan = plan
         self.dialect = connection.dialect.name
         if self.dialect not in ("sqlite", "postgresql", *_MYSQL):
@@ -81,7 +85,10 @@ class Locks:
 
     @property
     def snapshot(self) -> bool:
-        """Whether plain reads show the rows as they were when the transaction began, and locking reads as they are."""
+        """Whether plain reads show the rows as they were when the transaction began, and locking reads as they are; and the
+        latter are wanted."""
+        if self.reads_only:
+            return False
         return self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED"
 
     def read(self, statement: Select[Any]) -> Select[Any]:

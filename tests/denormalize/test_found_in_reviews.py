@@ -429,3 +429,21 @@ def test_a_parent_loaded_within_a_savepoint_that_is_rolled_back(opened: Open, lo
     assert p.n == 3
     nested.rollback()
     assert p.n == 2
+
+
+def test_verify_is_no_locking_read(opened: Open, engine: Engine) -> None:
+    if engine.dialect.name not in ("mysql", "mariadb"):
+        pytest.skip("MariaDB only")
+    m = family("r_vlock", n)
+    s = opened(m)
+    two(s, m)
+    s.commit()
+    verify(s, m.Base)
+    with engine.connect() as other:
+        other.exec_driver_sql("SET SESSION innodb_lock_wait_timeout = 1")
+        try:
+            other.execute(sa.update(m.Parent).where(m.Parent.id == 1).values(title="x"))
+        finally:
+            other.rollback()
+            s.rollback()
+            other.exec_driver_sql("SET SESSION innodb_lock_wait_timeout = 50")
