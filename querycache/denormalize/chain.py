@@ -308,6 +308,19 @@ class Aggregate:
         return not self.kind.measured and self.declaration.where is None
 
     @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """The parent's attributes that the UPDATE of the column may change as well: by onupdate=, or computed from it."""
+        root = self.chain.root
+        names = changed_by_update(root, [attribute.key for attribute in root.column_attrs])
+        return tuple(
+            name
+            for name in sorted(names)
+            for column in root.column_attrs[name].columns
+            # A version counts up in the unit of work only.
+            if column.table is self.table and (column is not root.version_id_col or column.server_onupdate)
+        )
+
+    @cached_property
     def absorbs(self) -> bool:
         """Whether SQL can tell what one more child does to the column without a look at the other children, and in a
         type that the column holds as it is."""

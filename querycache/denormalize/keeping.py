@@ -464,13 +464,16 @@ def show(session: Session, stale: dict[Aggregate, set[Key]], shown: Shown) -> No
         for key in keys:
             identity = root.identity_key_from_primary_key(key)
             if nested:
-                shown.setdefault(identity, set()).add(aggregate.key)
+                shown.setdefault(identity, set()).update((aggregate.key, *aggregate.carried))
             if identity not in held:
                 held[identity] = session.identity_map.get(identity)
             if (instance := held[identity]) is not None:
                 state = sqlalchemy_inspect(instance)
                 if aggregate.key in state.dict or _is_to_load(aggregate, state):
                     by_root.setdefault(root, {}).setdefault(state, []).append(aggregate.key)
+                for name in aggregate.carried:
+                    if name in state.dict and name not in state.committed_state:
+                        by_root.setdefault(root, {}).setdefault(state, []).append(name)
     _renew(session, by_root)
 
 

@@ -250,6 +250,19 @@ def test_a_later_before_flush_listener_deletes_what_takes_children_along(
     right(s, m)
 
 
+def test_onupdate_of_the_parent_shows(opened: Open) -> None:
+    m = family("r_pup", n, parent=lambda: {"rev": mapped_column(Integer, default=0, onupdate=1)})
+    s = opened(m)
+    s.add(m.Parent(id=2))
+    s.commit()
+    p = s.get_one(m.Parent, 2)
+    assert p.rev == 0
+    s.add(m.Child(parent_id=2))
+    s.flush()
+    stored = s.scalar(sa.select(m.Parent.__table__.c.rev).where(m.Parent.__table__.c.id == 2))
+    assert p.rev == stored
+
+
 def test_two_engines_in_one_session(tmp_path: Any) -> None:
     Base: Any = declarative_base()
 
