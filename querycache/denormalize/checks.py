@@ -21,7 +21,7 @@ from querycache.denormalize.chain import (
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
-from querycache.denormalize.plan import Plan
+from querycache.denormalize.plan import Place, Plan
 from querycache.errors import ConfigurationError
 
 __all__ = ["check", "check_plan"]
@@ -59,6 +59,23 @@ def check_plan(plan: Plan) -> None:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
     for aggregate in plan.aggregates:
         _check_carried_along(aggregate, plan)
+        if aggregate.strategy in ("flush", "memory"):
+            _check_other_ways(aggregate, plan)
+
+
+def _check_other_ways(aggregate: Aggregate, plan: Plan) -> None:
+    """ "flush" and "memory" learn of a child's new parent from its foreign key, the relationship of the path, and those that
+    lead back; another relationship writes the foreign key in the flush, too late for them."""
+    chain = aggregate.chain
+    place = Place(chain, 1)
+    for step in plan.relationships():
+        own = step.key == chain.relationships[0].key and step.parent.common_parent(chain.root)
+        if not own and not step.viewonly and plan.writes_link(step, place):
+            raise ConfigurationError(
+                f"{aggregate.name}: {step.parent.class_.__name__}.{step.key} too writes the foreign key of"
+                f" {chain.leaf.class_.__name__} that {chain.relationships[0]} joins by, unseen by"
+                f" strategy {aggregate.strategy!r}; make it viewonly=True, or take strategy 'sql'"
+            )
 
 
 def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:

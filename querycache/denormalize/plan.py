@@ -178,6 +178,27 @@ class Plan:
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
         return watch
 
+    def relationships(self) -> Iterable[RelationshipProperty[Any]]:
+        for mapper in self._mappers:
+            for step in mapper.relationships:
+                if step.parent is mapper:  # not inherited
+                    yield step
+
+    def writes_link(self, step: RelationshipProperty[Any], place: Place) -> bool:
+        """Whether `step` writes a foreign key by which rows of `place` point to the level above, other than from their own
+        side by the same columns."""
+        watched, link = place.chain.mappers[place.level], place.chain.links[place.level - 1]
+        if step.direction is RelationshipDirection.ONETOMANY:
+            related = step.mapper.isa(watched) or watched.isa(step.mapper)
+        elif step.direction is RelationshipDirection.MANYTOONE:
+            related = step.parent.isa(watched) or watched.isa(step.parent)
+            related = related and step.key not in place.chain.reverses[place.level - 1]
+        else:
+            return False
+        # The pairs end in the columns that hold the foreign key.
+        written = _attributes(watched, [held for _, held in step.synchronize_pairs])
+        return related and not written.isdisjoint(link.attributes)
+
     def _moves(self, step: RelationshipProperty[Any], place: Place) -> bool:
         """Whether changes of `step`, seen from its parent, change rows of `place`: they hold its foreign key, or it
         is the other side of the secondary table."""

@@ -392,6 +392,36 @@ def test_computed_under_other_strategies(opened: Open, strategy: str) -> None:
     right(s, m)
 
 
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory", "trigger"])
+def test_reparenting_by_another_relationship(opened: Open, strategy: str) -> None:
+    """A second relationship writes the same foreign key, by another column as well."""
+    try:
+        m = family(
+            f"r_again_{strategy}",
+            lambda: {"n": count_of("children", type_=Integer, strategy=strategy)},
+            extra=lambda made: setattr(
+                made.Parent, "others", relationship(made.Child, overlaps="children,parent")
+            ),
+        )
+        sa.orm.configure_mappers()
+    except ConfigurationError:
+        return
+    s = opened(m)
+    two(s, m)
+    a, b = s.get_one(m.Parent, 1), s.get_one(m.Parent, 2)
+    try:
+        b.others.append(s.get_one(m.Child, 1))
+        s.commit()
+        s.add(m.Child(id=50, size=1))
+        s.flush()
+        b.others.append(m.Child(id=51, size=1))
+        a.others.remove(s.get_one(m.Child, 2))
+        s.commit()
+    except DenormalizeError:
+        s.rollback()
+    right(s, m)
+
+
 def test_a_database_trigger_changes_the_measure(opened: Open, engine: Engine) -> None:
     """Declared as SQLAlchemy wants it: FetchedValue as server_onupdate."""
     if engine.dialect.name != "postgresql":
@@ -460,3 +490,24 @@ def test_verify_is_no_locking_read(opened: Open, engine: Engine) -> None:
             other.rollback()
             s.rollback()
             other.exec_driver_sql("SET SESSION innodb_lock_wait_timeout = 50")
+
+
+def test_one_to_one_replaced_in_memory(opened: Open) -> None:
+    m = family(
+        "r_onem",
+        lambda: {"total": sum_of("children", "size", type_=Integer, strategy="memory")},
+        rel=lambda made: {"uselist": False},
+    )
+    s = opened(m)
+    p = m.Parent(id=1, children=m.Child(id=1, size=4))
+    s.add(p)
+    assert p.total == 4
+    s.commit()
+    p.children = m.Child(id=2, size=7)
+    assert p.total == 7
+    s.commit()
+    right(s, m)
+    p.children = None
+    assert p.total == 0
+    s.commit()
+    right(s, m)
