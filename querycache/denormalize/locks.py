@@ -210,7 +210,7 @@ class Locks:
             lambda: (
                 update(table)
                 .where(key_condition(tuple(mapper.base_mapper.primary_key)))
-                .values({_harmless(table): _harmless(table)})
+                .values({column: column for column in (_harmless(table), *_on_update(table))})
             ),
         )
         self.connection.execute(statement, parameters(keys), execution_options=OWN)
@@ -226,6 +226,11 @@ class Locks:
 
 def _link(chain: Chain, level: int) -> tuple[str, ...]:
     return chain.links[level - 1].attributes if level else ()
+
+
+def _on_update(table: Table) -> list[Any]:
+    """The columns that any UPDATE changes which does not set them."""
+    return [column for column in table.columns if column.onupdate is not None]
 
 
 def _harmless(table: Table) -> Any:

@@ -474,6 +474,43 @@ def test_a_parent_loaded_within_a_savepoint_that_is_rolled_back(opened: Open, lo
     assert p.n == 2
 
 
+def test_rows_between_are_left_as_they_are(opened: Open, engine: Engine) -> None:
+    """REPEATABLE READ on PostgreSQL writes the rows that it locks; that must not run their onupdate."""
+    if engine.dialect.name != "postgresql":
+        pytest.skip("PostgreSQL only")
+    Base: Any = declarative_base()
+
+    class Forum(Base):
+        __tablename__ = "r_mid_forum"
+        id = mapped_column(Integer, primary_key=True)
+        threads = relationship("Thread")
+        n = count_of("threads.comments", type_=Integer)
+
+    class Thread(Base):
+        __tablename__ = "r_mid_thread"
+        id = mapped_column(Integer, primary_key=True)
+        forum_id = mapped_column(ForeignKey("r_mid_forum.id"))
+        edited = mapped_column(Integer, default=0, onupdate=1)
+        comments = relationship("Comment")
+
+    class Comment(Base):
+        __tablename__ = "r_mid_comment"
+        id = mapped_column(Integer, primary_key=True)
+        thread_id = mapped_column(ForeignKey("r_mid_thread.id"))
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add(Forum(id=1))
+    s.flush()
+    s.add(Thread(id=1, forum_id=1))
+    s.commit()
+    s.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+    s.add(Comment(id=1, thread_id=1))
+    s.commit()
+    right(s, m)
+    assert s.get_one(Thread, 1).edited == 0
+
+
 def test_verify_is_no_locking_read(opened: Open, engine: Engine) -> None:
     if engine.dialect.name not in ("mysql", "mariadb"):
         pytest.skip("MariaDB only")
