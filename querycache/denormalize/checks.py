@@ -298,8 +298,8 @@ def _check_index(aggregate: Aggregate) -> None:
             return
     warnings.warn(
         f"{aggregate.name}: without an index on {chain.leaf.local_table.description} ({', '.join(sought)}), each"
-        f" {aggregate.kind.name.removesuffix('_of')} that goes away reads all children of its parent, and on MariaDB and MySQL"
-        " locks them too, unless at READ COMMITTED: writers of one parent then meet deadlocks",
+        f" {aggregate.kind.name.removesuffix('_of')} that goes away reads all children of its parent, and on MariaDB and"
+        " MySQL locks them too, unless at READ COMMITTED: writers of one parent then meet deadlocks",
         DenormalizeWarning,
         stacklevel=2,
     )
