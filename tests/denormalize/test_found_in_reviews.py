@@ -19,7 +19,7 @@ from sqlalchemy.orm import (
     relationship,
 )
 
-from querycache.denormalize import DenormalizeError, count_of, max_of, sum_of, verify
+from querycache.denormalize import DenormalizeError, count_of, max_of, python, sum_of, verify
 from querycache.errors import ConfigurationError
 
 Open = Callable[..., Session]
@@ -548,3 +548,198 @@ def test_one_to_one_replaced_in_memory(opened: Open) -> None:
     assert p.total == 0
     s.commit()
     right(s, m)
+
+
+def families_on_two_engines(tmp_path: Any) -> tuple[Any, list[Engine]]:
+    Base: Any = declarative_base()
+
+    class Album(Base):
+        __tablename__ = "r_album"
+        id = mapped_column(Integer, primary_key=True)
+        songs = relationship("Song")
+        n = count_of("songs", type_=Integer)
+
+    class Song(Base):
+        __tablename__ = "r_song"
+        id = mapped_column(Integer, primary_key=True)
+        album_id = mapped_column(ForeignKey("r_album.id"))
+
+    class Thread(Base):
+        __tablename__ = "r_thread"
+        id = mapped_column(Integer, primary_key=True)
+        posts = relationship("Post", cascade="all")
+        n = count_of("posts", type_=Integer)
+
+    class Post(Base):
+        __tablename__ = "r_thread_post"
+        id = mapped_column(Integer, primary_key=True)
+        thread_id = mapped_column(ForeignKey("r_thread.id"))
+
+    engines = [sa.create_engine(f"sqlite:///{tmp_path}/{name}.db") for name in "ab"]
+    for each in engines:
+        Base.metadata.create_all(each)
+    return SimpleNamespace(Base=Base, Album=Album, Song=Song, Thread=Thread, Post=Post), engines
+
+
+def test_two_engines_in_one_flush_and_in_bulk_statements(tmp_path: Any) -> None:
+    m, (one, other) = families_on_two_engines(tmp_path)
+    binds = {m.Album: one, m.Song: one, m.Thread: other, m.Post: other}
+    with Session(binds=binds) as s:
+        s.add_all([m.Album(id=1), m.Album(id=2), m.Thread(id=1), m.Thread(id=2)])
+        s.commit()
+        s.add_all([m.Song(id=1, album_id=1), m.Post(id=1, thread_id=1), m.Post(id=2, thread_id=1)])
+        s.commit()
+        right(s, m)
+        s.get_one(m.Song, 1).album_id = 2
+        s.get_one(m.Post, 1).thread_id = 2
+        s.commit()
+        right(s, m)
+        s.execute(sa.update(m.Post).values(thread_id=2))
+        s.execute(sa.insert(m.Post), [{"thread_id": 1}])
+        s.execute(sa.delete(m.Song))
+        s.commit()
+        right(s, m)
+        s.delete(s.get_one(m.Thread, 2))
+        s.add(m.Song(album_id=1))
+        s.commit()
+        right(s, m)
+        assert [s.get_one(m.Album, n).n for n in (1, 2)] == [1, 0]
+        assert s.get_one(m.Thread, 1).n == 1
+
+
+def test_a_path_over_two_engines_is_refused(tmp_path: Any) -> None:
+    m, (one, other) = families_on_two_engines(tmp_path)
+    with Session(binds={m.Album: one, m.Song: other}) as s:
+        s.add(m.Album(id=1))
+        s.flush()
+        s.add(m.Song(album_id=1))
+        with pytest.raises(DenormalizeError, match=r"Album\.n.*several\s+engines"):
+            s.commit()
+
+
+@pytest.mark.parametrize("strategy", ["flush", "memory"])
+def test_a_parent_in_the_place_of_one_deleted_is_refused(opened: Open, strategy: str) -> None:
+    m = family(f"r_switch{strategy}", lambda: {"n": count_of("children", type_=Integer, strategy=strategy)})
+    s = opened(m)
+    p = m.Parent(id=1)
+    s.add(p)
+    s.commit()
+    s.delete(p)
+    s.add(m.Parent(id=1))
+    with pytest.raises(DenormalizeError, match=r"Parent \(1,\) is deleted and added.*Parent\.n"):
+        s.commit()
+
+
+def test_what_is_changed_along_with_an_aggregate_cannot_be_a_measure() -> None:
+    Base: Any = declarative_base()
+
+    class Forum(Base):
+        __tablename__ = "r_along_forum"
+        id = mapped_column(Integer, primary_key=True)
+        threads = relationship("Thread")
+        edits = sum_of("threads", "edited", type_=Integer)
+
+    class Thread(Base):
+        __tablename__ = "r_along_thread"
+        id = mapped_column(Integer, primary_key=True)
+        forum_id = mapped_column(ForeignKey("r_along_forum.id"))
+        edited = mapped_column(Integer, default=0, onupdate=1)
+        comments = relationship("Comment")
+        n = count_of("comments", type_=Integer)
+
+    class Comment(Base):
+        __tablename__ = "r_along_comment"
+        id = mapped_column(Integer, primary_key=True)
+        thread_id = mapped_column(ForeignKey("r_along_thread.id"))
+
+    with pytest.raises(ConfigurationError, match=r"Forum\.edits reads Thread\.edited.*Thread\.n is kept"):
+        sa.orm.configure_mappers()
+    Base.registry.dispose()
+
+
+@pytest.mark.parametrize("reads", ["message", "rev"])
+def test_python_that_does_not_say_what_it_reads(opened: Open, reads: str) -> None:
+    m = family(
+        f"r_reads_{reads}",
+        lambda: {
+            "total": sum_of(
+                "children", python(lambda c: len(str(getattr(c, reads)))), type_=Integer, strategy="flush"
+            )
+        },
+        lambda: {"rev": mapped_column(Integer, default=0, onupdate=100)},
+    )
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).message = "abcdefgh"
+    if reads == "rev":
+        with pytest.raises(DenormalizeError, match=r"Child\.rev is changed by the UPDATE itself"):
+            s.commit()
+        s.rollback()
+    else:
+        s.commit()
+    right(s, m)
+
+
+def test_triggers_and_a_parent_loaded_within_a_savepoint(opened: Open) -> None:
+    m = family("r_splt", lambda: {"n": count_of("children", type_=Integer, strategy="trigger")})
+    s = opened(m)
+    two(s, m)
+    for write in (
+        lambda: s.add(m.Child(parent_id=1, size=4)),
+        lambda: s.execute(sa.update(m.Child).values(parent_id=2)),
+    ):
+        s.expire_all()
+        nested = s.begin_nested()
+        write()
+        s.flush()
+        p = s.get_one(m.Parent, 1)
+        assert p.n != 2
+        nested.rollback()
+        assert p.n == 2
+
+
+def test_verify_in_a_transaction_that_has_written(opened: Open, engine: Engine) -> None:
+    """Its own row shows what others have added, their children do not, but in locking reads."""
+    if engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer")
+    m = family("r_verw", n)
+    s = opened(m)
+    two(s, m)
+    s.scalar(sa.select(m.Parent.n).where(m.Parent.id == 2))
+    with Session(engine) as other:
+        other.add(m.Child(parent_id=1, size=1))
+        other.commit()
+    s.add(m.Child(parent_id=1, size=2))
+    s.flush()
+    right(s, m)
+
+
+def test_the_column_of_an_heir_in_the_same_table(opened: Open) -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "r_heir_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        last = sum_of("children", "rev", type_=Integer)
+
+    class Child(Base):
+        __tablename__ = "r_heir_child"
+        id = mapped_column(Integer, primary_key=True)
+        kind = mapped_column(String(5))
+        rev = mapped_column(Integer, default=0, onupdate=1)
+        parent_id = mapped_column(ForeignKey("r_heir_parent.id"))
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "c"}
+
+    class Heir(Child):
+        wish = mapped_column(Integer)
+        __mapper_args__ = {"polymorphic_identity": "h"}
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add(Parent(id=1, children=[Heir(id=1), Child(id=2)]))
+    s.commit()
+    s.get_one(Heir, 1).wish = 4
+    s.commit()
+    right(s, m)
+    assert s.get_one(Parent, 1).last == 1
