@@ -163,6 +163,10 @@ class _Target:
             for column in mapper.column_attrs[name].columns
         }
 
+    def work(self, touched: Touched) -> Work:
+        """Work on the connection that the Session will choose for the statement."""
+        return Work(self.session, self.plan, touched, self.state.bind_arguments)
+
     @property
     def key(self) -> tuple[Any, ...]:
         if self.mapper is not None:
@@ -183,7 +187,7 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
             f" {_dependents(target)} is unknown; insert and update in two statements"
         )
     touched = Touched()
-    work = Work(target.session, target.plan, touched)
+    work = target.work(touched)
     for place in target.pairs:
         touched.rows.setdefault(place, set()).update(_pair_keys(target, statement, place))
     for place in target.places:
@@ -270,7 +274,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
             f" followed; {_dependents(target)} would be wrong. Execute it once for each set"
         )
     touched = Touched()
-    work = Work(target.session, target.plan, touched)
+    work = target.work(touched)
     restricted: Any = statement
     if target.by_key:
         keys = _row_keys(target)
@@ -338,7 +342,7 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
         query = select(*link.lower)
         if statement.whereclause is not None:
             query = query.where(statement.whereclause)
-        work = Work(target.session, target.plan, Touched())
+        work = target.work(Touched())
         result = work.connection.execute(work.locks.claim(query), target.parameters)
         return set(keys_of(result, len(names)))
     if isinstance(statement, Insert):

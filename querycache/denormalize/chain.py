@@ -48,6 +48,7 @@ __all__ = [
     "Queried",
     "attribute_columns",
     "attributes_read",
+    "changed_by_update",
     "key_condition",
     "mapped_attributes",
     "primary_keys",
@@ -130,6 +131,11 @@ class Chain:
     @cached_property
     def leaf_columns(self) -> tuple[str, ...]:
         return tuple(attribute.key for attribute in self.leaf.column_attrs if _plain(attribute))
+
+    @cached_property
+    def leaf_changed_by_update(self) -> frozenset[str]:
+        """The child's attributes that an UPDATE of others may change."""
+        return changed_by_update(self.leaf, self.leaf_columns)
 
     @cached_property
     def reverses(self) -> tuple[tuple[str, ...], ...]:
@@ -304,6 +310,19 @@ class Aggregate:
     def counts_all(self) -> bool:
         """Whether every child counts, whatever it holds."""
         return not self.kind.measured and self.declaration.where is None
+
+    @cached_property
+    def carried(self) -> tuple[str, ...]:
+        """The parent's attributes that the UPDATE of the column may change as well: by onupdate=, or computed from it."""
+        root = self.chain.root
+        names = changed_by_update(root, [attribute.key for attribute in root.column_attrs])
+        return tuple(
+            name
+            for name in sorted(names)
+            for column in root.column_attrs[name].columns
+            # A version counts up in the unit of work only.
+            if column.table is self.table and (column is not root.version_id_col or column.server_onupdate)
+        )
 
     @cached_property
     def absorbs(self) -> bool:
@@ -495,6 +514,20 @@ def mapped_attributes(mapper: Mapper[Any], columns: Iterable[tuple[str, str]]) -
         if isinstance(table := getattr(column, "table", None), Table)
         and (table.fullname, column.name) in wanted
     }
+
+
+def changed_by_update(mapper: Mapper[Any], names: Iterable[str]) -> frozenset[str]:
+    """Those of the attributes `names` that an UPDATE of other columns may change as well: by onupdate=, because the
+    database computes them, or as the version of the row."""
+    return frozenset(
+        name
+        for name in names
+        if name in mapper.column_attrs
+        for column in mapper.column_attrs[name].columns
+        if getattr(column, "onupdate", None) is not None
+        or getattr(column, "server_onupdate", None) is not None  # a Computed too
+        or column is mapper.version_id_col
+    )
 
 
 def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[str]], set[str]]:

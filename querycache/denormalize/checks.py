@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Table, types
+from sqlalchemy import Column, Table, types
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import Aggregate, attributes_read, sql_of
+from querycache.denormalize.chain import (
+    Aggregate,
+    attributes_read,
+    changed_by_update,
+    mapped_attributes,
+    sql_of,
+)
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
-from querycache.denormalize.plan import Plan
+from querycache.denormalize.plan import Place, Plan
 from querycache.errors import ConfigurationError
 
 __all__ = ["check", "check_plan"]
@@ -28,6 +35,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     """
     for aggregate in aggregates:
         _check_column(aggregate)
+        _check_joins(aggregate)
         measure = _check_expression(aggregate, aggregate.declaration.measure, "the measure")
         _check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
@@ -50,6 +58,50 @@ def check_plan(plan: Plan) -> None:
         other = seen.setdefault(aggregate.column, aggregate)
         if other is not aggregate:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
+    for aggregate in plan.aggregates:
+        _check_carried_along(aggregate, plan)
+        if aggregate.strategy in ("flush", "memory"):
+            _check_other_ways(aggregate, plan)
+
+
+def _check_other_ways(aggregate: Aggregate, plan: Plan) -> None:
+    """ "flush" and "memory" learn of a child's new parent from its foreign key, the relationship of the path, and those that
+    lead back; another relationship writes the foreign key in the flush, too late for them."""
+    chain = aggregate.chain
+    place = Place(chain, 1)
+    for step in plan.relationships():
+        own = step.key == chain.relationships[0].key and step.parent.common_parent(chain.root)
+        if not own and not step.viewonly and plan.writes_link(step, place):
+            raise ConfigurationError(
+                f"{aggregate.name}: {step.parent.class_.__name__}.{step.key} too writes the foreign key of"
+                f" {chain.leaf.class_.__name__} that {chain.relationships[0]} joins by, unseen by"
+                f" strategy {aggregate.strategy!r}; make it viewonly=True, or take strategy 'sql'"
+            )
+
+
+def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
+    """A column that is changed with every UPDATE of its row is so by that of an aggregate in the same row."""
+    for level, names in enumerate(_named(aggregate)):
+        mapper = aggregate.chain.mappers[level]
+        for name in sorted(changed_by_update(mapper, names)) if level else ():
+            column: Any = mapper.column_attrs[name].columns[0]
+            for other in plan.columns.get(column.table, {}).values():
+                if _carries_along(other, column):
+                    raise ConfigurationError(
+                        f"{aggregate.name} reads {mapper.class_.__name__}.{name}, which changes with every UPDATE of its row,"
+                        f" so also when {other.name} is kept, outside the unit of work; read a column that only the"
+                        " application sets"
+                    )
+
+
+def _carries_along(aggregate: Aggregate, column: Column[Any]) -> bool:
+    """Whether the UPDATE that keeps an aggregate changes another column of its row."""
+    if column.computed is not None:
+        computed = re.findall(r"\w+", str(column.computed.sqltext))
+        return aggregate.column.name in computed
+    if column.onupdate is not None:
+        return aggregate.strategy != "trigger"
+    return column.server_onupdate is not None
 
 
 def _check_column(aggregate: Aggregate) -> None:
@@ -80,6 +132,24 @@ def _check_column(aggregate: Aggregate) -> None:
         )
     if column.primary_key or column.foreign_keys:
         raise ConfigurationError(f"{aggregate.name}: a key cannot be an aggregate")
+
+
+def _check_joins(aggregate: Aggregate) -> None:
+    """A join condition may read the children and what is between, as where= may: a change of the parent is not looked at."""
+    chain = aggregate.chain
+    step = chain.relationships[0]
+    joined = [
+        (table.fullname, column.name)
+        for column in step.local_columns
+        if isinstance(table := column.table, Table)
+    ]
+    read = mapped_attributes(chain.root, joined) - set(chain.keys[0])
+    if read:
+        raise ConfigurationError(
+            f"{aggregate.name}: {chain.root.class_.__name__}.{step.key} joins by more of the parent than its primary key,"
+            f" {', '.join(sorted(read))}, whose changes are not followed; take a relationship that joins by the key alone,"
+            " with where= over the children"
+        )
 
 
 def _check_expression(
@@ -156,6 +226,13 @@ def _check_python(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
                 " python(…) or expression(sql=…, python=…), or take strategy 'sql'"
             )
+    late = changed_by_update(chain.leaf, _named(aggregate)[-1])
+    if late:
+        raise ConfigurationError(
+            f"{aggregate.name}: {chain.leaf.class_.__name__}.{min(late)} is changed by the UPDATE itself (onupdate=, a"
+            f" generated column, the version), too late for strategy {strategy!r}; take strategy 'sql', 'recount' or"
+            " 'trigger'"
+        )
     if chain.depth != 1 or chain.links[0].secondary is not None:
         raise ConfigurationError(
             f"{aggregate.name}: strategy {strategy!r} follows one one-to-many relationship; take strategy 'sql' for"
@@ -182,6 +259,19 @@ def _check_python(aggregate: Aggregate) -> None:
                     f" {constraint.referred_table.name}, which strategy {strategy!r} cannot see; take strategy"
                     " 'sql', 'recount' or 'trigger'"
                 )
+
+
+def _named(aggregate: Aggregate) -> list[set[str]]:
+    """For each level the attributes that the aggregate is known to read: a Python expression need not name its own."""
+    read: list[set[str]] = [set() for _ in aggregate.chain.mappers]
+    for given in (aggregate.declaration.measure, aggregate.declaration.where):
+        if given is not None:
+            for level, names in enumerate(attributes_read(Expression(sql=given.sql), aggregate.chain)[0]):
+                read[level] |= names
+            read[-1] |= set(given.columns or ())
+    if aggregate.declaration.order_by is not None:
+        read[-1].add(aggregate.declaration.order_by)
+    return read
 
 
 def _check_trigger(aggregate: Aggregate) -> None:
@@ -221,7 +311,8 @@ def _check_index(aggregate: Aggregate) -> None:
             return
     warnings.warn(
         f"{aggregate.name}: without an index on {chain.leaf.local_table.description} ({', '.join(sought)}), each"
-        f" {aggregate.kind.name.removesuffix('_of')} that goes away reads all children of its parent",
+        f" {aggregate.kind.name.removesuffix('_of')} that goes away reads all children of its parent, and on MariaDB and"
+        " MySQL locks them too, unless at READ COMMITTED: writers of one parent then meet deadlocks",
         DenormalizeWarning,
         stacklevel=2,
     )

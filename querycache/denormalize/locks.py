@@ -60,12 +60,16 @@ def keys_of(rows: Iterable[Any], width: int) -> list[Key]:
 class Locks:
     """What one flush (or bulk statement, or repair) has locked on one connection.
 
+    Args:
+        reads_only: take no locks, also where only locking reads show the rows as they are.
+
     Raises:
         DenormalizeError: for a database whose locks are not known here.
     """
 
-    def __init__(self, connection: Connection, plan: Plan) -> None:
+    def __init__(self, connection: Connection, plan: Plan, *, reads_only: bool = False) -> None:
         self.connection = connection
+        self.reads_only = reads_only
         self.plan = plan
         self.dialect = connection.dialect.name
         if self.dialect not in ("sqlite", "postgresql", *_MYSQL):
@@ -84,7 +88,10 @@ class Locks:
 
     @property
     def snapshot(self) -> bool:
-        """Whether plain reads show the rows as they were when the transaction began, and locking reads as they are."""
+        """Whether plain reads show the rows as they were when the transaction began, and locking reads as they are; and the
+        latter are wanted."""
+        if self.reads_only:
+            return False
         return self.dialect in _MYSQL and (self.isolation or "REPEATABLE-READ") != "READ-COMMITTED"
 
     def read(self, statement: Select[Any]) -> Select[Any]:
@@ -206,7 +213,7 @@ class Locks:
             lambda: (
                 update(table)
                 .where(key_condition(tuple(mapper.base_mapper.primary_key)))
-                .values({_harmless(table): _harmless(table)})
+                .values({column: column for column in (_harmless(table), *_on_update(table))})
             ),
         )
         self.connection.execute(statement, parameters(keys), execution_options=OWN)
@@ -222,6 +229,11 @@ class Locks:
 
 def _link(chain: Chain, level: int) -> tuple[str, ...]:
     return chain.links[level - 1].attributes if level else ()
+
+
+def _on_update(table: Table) -> list[Any]:
+    """The columns that any UPDATE changes which does not set them."""
+    return [column for column in table.columns if column.onupdate is not None]
 
 
 def _harmless(table: Table) -> Any:

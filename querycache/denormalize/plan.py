@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table, Tab
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.chain import Aggregate, Chain, mapped_attributes
+from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
 
 __all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "planned_table", "relevant"]
@@ -130,10 +130,11 @@ class Plan:
             mapper, secondary = place.chain.mappers[place.level], place.chain.links[place.level - 1].secondary
             if table is secondary:
                 found.update(str(column.key) for column in table.columns)
-            for name in names:
-                for column in mapper.column_attrs[name].columns if name in mapper.column_attrs else ():
-                    if column.table is table:
-                        found.add(str(column.key))
+            for heir in mapper.self_and_descendants:
+                for name in names:
+                    for column in heir.column_attrs[name].columns if name in heir.column_attrs else ():
+                        if column.table is table:
+                            found.add(str(column.key))
         return frozenset(found)
 
     @staticmethod
@@ -150,6 +151,10 @@ class Plan:
         if found is None:
             found = self._statements[key] = make()
         return found
+
+    def mapper_of(self, table: Table) -> Mapper[Any] | None:
+        """A mapper whose own table this is."""
+        return next((mapper for mapper in self._mappers if mapper.local_table is table), None)
 
     def rank(self, mapper: Mapper[Any]) -> int:
         """The place of the mapper's table in the order of locking: children before their parents."""
@@ -177,6 +182,27 @@ class Plan:
         watch.guards_deletes = any(table in self.edges for table in mapper.tables)
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
         return watch
+
+    def relationships(self) -> Iterable[RelationshipProperty[Any]]:
+        for mapper in self._mappers:
+            for step in mapper.relationships:
+                if step.parent is mapper:  # not inherited
+                    yield step
+
+    def writes_link(self, step: RelationshipProperty[Any], place: Place) -> bool:
+        """Whether `step` writes a foreign key by which rows of `place` point to the level above, other than from their own
+        side by the same columns."""
+        watched, link = place.chain.mappers[place.level], place.chain.links[place.level - 1]
+        if step.direction is RelationshipDirection.ONETOMANY:
+            related = step.mapper.isa(watched) or watched.isa(step.mapper)
+        elif step.direction is RelationshipDirection.MANYTOONE:
+            related = step.parent.isa(watched) or watched.isa(step.parent)
+            related = related and step.key not in place.chain.reverses[place.level - 1]
+        else:
+            return False
+        # The pairs end in the columns that hold the foreign key.
+        written = _attributes(watched, [held for _, held in step.synchronize_pairs])
+        return related and not written.isdisjoint(link.attributes)
 
     def _moves(self, step: RelationshipProperty[Any], place: Place) -> bool:
         """Whether changes of `step`, seen from its parent, change rows of `place`: they hold its foreign key, or it
@@ -295,8 +321,12 @@ def planned_table(selectable: Any) -> Table | None:
     return known if known is not None and plan_of(known) is not None else None
 
 
-def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[str]:
-    """The attributes whose change matters to the aggregates, at one level of their chain."""
+def relevant(chain: Chain, level: int, aggregates: list[Aggregate], *, rows: bool = False) -> Iterable[str]:
+    """The attributes whose change matters to the aggregates, at one level of their chain.
+
+    `rows` asks on behalf of one who compares whole rows before and after; else, for one who sees only what the application
+    sets, every attribute matters where the UPDATE itself changes one that does.
+    """
     mapper = chain.mappers[level]
     names = set(chain.keys[level])
     joined: list[Any] = []
@@ -309,6 +339,13 @@ def relevant(chain: Chain, level: int, aggregates: list[Aggregate]) -> Iterable[
         names |= _attributes(mapper, [mapper.polymorphic_on])
     for aggregate in aggregates:
         names |= aggregate.reads()[level]
+    if not rows and changed_by_update(mapper, names):
+        names |= {
+            attribute.key
+            for heir in mapper.self_and_descendants
+            for attribute in heir.column_attrs
+            if isinstance(getattr(attribute.columns[0], "table", None), Table)
+        }
     yield from names
     secondary = chain.links[level - 1].secondary
     # The plain columns change only inside the flush when the application sets a relationship instead. All of the

@@ -14,18 +14,19 @@ from sqlalchemy import ClauseElement, Table, and_, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 
-from querycache.denormalize.chain import Key, key_condition, primary_keys
+from querycache.denormalize.chain import Key, changed_by_update, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
 from querycache.sa_internals import unflushed
 
-__all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "spread"]
+__all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "replaced", "spread"]
 
 Fresh = dict[type[Any], list[Any]]
 """New objects by their class."""
 
-LockedFrom = Callable[[Session, Plan], int | None]
+LockedFrom = Callable[[Session, Mapper[Any]], int | None]
+"""The least level whose rows must be locked before the flush, of the chains of a parent; None if none."""
 
 
 class Touched:
@@ -53,13 +54,16 @@ class Touched:
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
 
-    def reads(self, least: int | None) -> bool:
-        """Whether old values are to be read, or rows from level `least` on to be locked."""
+    def reads(self, locked_from: Callable[[Mapper[Any]], int | None]) -> bool:
+        """Whether old values are to be read, or rows to be locked, from the level on that `locked_from` tells."""
         return bool(
             self.rows
             or self.deleted
             or self.dead
-            or (least is not None and any(place.level >= least for place in self.parents))
+            or any(
+                (least := locked_from(place.chain.root)) is not None and place.level >= least
+                for place in self.parents
+            )
         )
 
     def gone(self, tables: Iterable[Any], key: Key) -> None:
@@ -89,7 +93,7 @@ class Sorter:
         that are to get rows (or, once the flush has run, got them).
 
         Args:
-            locked_from: the least level whose rows must be locked before the flush, for a plan; None if none.
+            locked_from: tells the least level whose rows must be locked before the flush.
         """
         found: dict[Plan, Touched] = {}
         new, dirty, deleted = unflushed(session)
@@ -102,7 +106,9 @@ class Sorter:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
-                self._dirty(instance, watch, found.setdefault(plan, Touched()), locked_from(session, plan))
+                self._dirty(
+                    instance, watch, found.setdefault(plan, Touched()), _least(session, watch, locked_from)
+                )
         return found, self._by_class(new)
 
     def expect(
@@ -114,7 +120,7 @@ class Sorter:
             if known is None:
                 continue
             plan, watch = known
-            least = locked_from(session, plan) if watch.places else None
+            least = _least(session, watch, locked_from)
             locked = [] if least is None else [place for place, _ in watch.places if place.level > least]
             if not locked and not watch.collections:
                 continue
@@ -201,6 +207,11 @@ class Sorter:
             touched.gone(state.mapper.tables, state.identity)
 
 
+def _least(session: Session, watch: Watch, locked_from: LockedFrom) -> int | None:
+    # Whatever stands on several chains has one row, on one engine.
+    return locked_from(session, watch.places[0][0].chain.root) if watch.places else None
+
+
 def _parents(instance: Any, place: Place, touched: Touched) -> None:
     """The row above `instance`, as far as its attributes in memory say."""
     upper = Place(place.chain, place.level - 1)
@@ -247,15 +258,15 @@ def _by_key(mapper: Mapper[Any], instances: Iterable[Any]) -> dict[Key, Any]:
     return {key: each for key, each in keys.items() if None not in key}
 
 
-def spread(locks: Locks, touched: Touched) -> None:
-    """Add the rows that the deletions reach through foreign keys, in the database or by ORM cascades.
+def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) -> None:
+    """Add the rows that deletions reach through foreign keys, in the database or by ORM cascades.
 
     The deleted rows are locked as their DELETE will lock them, so that nothing can be put below them meanwhile.
     """
     plan = locks.plan
-    for table in touched.deleted.keys() & plan.edges.keys():
-        locks.for_delete(table, touched.deleted[table])
-    pending = {table: set(keys) for table, keys in touched.deleted.items()}
+    for table, keys in deleted.items():
+        locks.for_delete(table, keys)
+    pending = {table: set(keys) for table, keys in deleted.items()}
     seen: dict[Table, set[Key]] = {table: set(keys) for table, keys in pending.items()}
     while pending:
         table, keys = pending.popitem()
@@ -288,6 +299,23 @@ def _edge(edge: Any, table: Table) -> Any:
     )
 
 
+def replaced(fresh: Fresh, touched: Touched, sorter: Sorter) -> dict[Mapper[Any], set[Key]]:
+    """New parents that take the place of deleted ones under the same key, by mapper: one UPDATE of the row that is there,
+    which leaves what it holds and what may still be below it."""
+    found: dict[Mapper[Any], set[Key]] = {}
+    if not touched.dead:
+        return found
+    for cls, instances in fresh.items():
+        known = sorter.watch(cls)
+        if known is None or not known[1].roots:
+            continue
+        mapper: Mapper[Any] = sqlalchemy_inspect(cls)
+        keys = {key for key in _by_key(mapper, instances) if (mapper.base_mapper, key) in touched.dead}
+        if keys:
+            found[mapper] = keys
+    return found
+
+
 def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapping[Key, Any]]) -> None:
     """Compare what was collected before the flush with what shows after it.
 
@@ -298,6 +326,14 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
     Raises:
         UncoveredChange: if a row was changed that had not been announced, so that its old contribution is unknown.
     """
+    for table in again.deleted.keys() & plan.edges.keys():
+        unknown = again.deleted[table] - before.deleted.get(table, set())
+        if unknown:
+            raise UncoveredChange(
+                f"{table.fullname} {min(unknown)!r} was deleted after the aggregates were looked at that its deletion"
+                " changes, by a before_flush listener registered later or a mapper event; register that listener on the"
+                " Session class before the mappers configure"
+            )
     for place, keys in again.rows.items():
         late = {
             key
@@ -328,4 +364,8 @@ def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, 
     if not names or not changed <= {*names, *chain.reverses[level - 1]}:
         return False
     old = tuple(state.committed_state.get(name, instance.__dict__.get(name)) for name in names)
+    if changed_by_update(chain.mappers[level], relevant) and any(
+        sqlalchemy_inspect(parent).identity == old for parent in before.renamed
+    ):
+        return False
     return (chain.mappers[level - 1].base_mapper, old) in before.dead

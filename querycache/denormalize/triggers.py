@@ -166,7 +166,7 @@ class _Writer:
     def _columns(self, level: int, table: Table) -> list[str]:
         """The columns of `table` whose change matters."""
         mapper = self.chain.mappers[level]
-        names = relevant(self.chain, level, [self.aggregate])
+        names = relevant(self.chain, level, [self.aggregate], rows=True)
         return sorted(
             mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs
         )

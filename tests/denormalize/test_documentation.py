@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import (
     Boolean,
     Column,
+    Computed,
     Engine,
     ForeignKey,
     Integer,
@@ -398,6 +399,70 @@ def _(strategy: str, path: Path) -> str:
         except UncoveredChange:
             return "refused"
     assert database.stored() == 13
+    return "yes"
+
+
+def below(strategy: str, extra: str) -> Any:
+    """A parent whose children have a column of the database's, and two relationships over one foreign key with `extra`."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        if extra == "relationship":
+            others = relationship("Child", overlaps="children")
+        n = sum_of("children", {"relationship": "size"}.get(extra, extra), strategy=strategy, type_=Integer)
+
+    class Child(Base):
+        __tablename__ = "child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey("parent.id"))
+        size = mapped_column(Integer)
+        rev = mapped_column(Integer, default=0, onupdate=7)
+        twice = mapped_column(Integer, Computed("size * 2"))
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+@claim("measures that the UPDATE itself changes (`onupdate=`, `Computed`, a version)")
+def _(strategy: str, path: Path) -> str:
+    found = set()
+    for measure, value in (("rev", 7), ("twice", 10)):
+        m = below(strategy, measure)
+        try:
+            m.Base.registry.configure()
+        except ConfigurationError:
+            found.add("refused")
+            continue
+        engine = create_engine("sqlite://")
+        m.Base.metadata.create_all(engine)
+        with Session(engine) as session:
+            session.add(m.Parent(id=1, children=[m.Child(id=1, size=3)]))
+            session.commit()
+            session.get_one(m.Child, 1).size = 5
+            session.commit()
+            assert session.get_one(m.Parent, 1).n == value
+        found.add("yes")
+    return ", ".join(found)
+
+
+@claim("another relationship that writes the same foreign key")
+def _(strategy: str, path: Path) -> str:
+    m = below(strategy, "relationship")
+    try:
+        m.Base.registry.configure()
+    except ConfigurationError:
+        return "refused"
+    engine = create_engine("sqlite://")
+    m.Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add_all([m.Parent(id=1, others=[m.Child(id=1, size=3)]), m.Parent(id=2)])
+        session.commit()
+        parent = session.get_one(m.Parent, 2)
+        parent.others.append(session.get_one(m.Child, 1))
+        session.commit()
+        assert [session.get_one(m.Parent, n).n for n in (1, 2)] == [0, 3]
     return "yes"
 
 

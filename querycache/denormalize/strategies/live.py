@@ -52,6 +52,11 @@ class LiveRow:
             )
         if name in self._overlay:
             value = self._overlay[name]
+        elif name in chain.leaf_changed_by_update and self._is_updated(name):
+            raise UncoveredChange(
+                f"{chain.leaf.class_.__name__}.{name} is changed by the UPDATE itself, too late for a strategy that computes"
+                " in Python; take strategy 'sql'"
+            )
         elif name in self._instance.__dict__ or sqlalchemy_inspect(self._instance).has_identity:
             value = getattr(self._instance, name)
         else:
@@ -62,6 +67,11 @@ class LiveRow:
                 " Python cannot know; assign a value, or take strategy 'sql'"
             )
         return value
+
+    def _is_updated(self, name: str) -> bool:
+        """Whether the row is there, and the application has not said what the attribute is to be."""
+        state = sqlalchemy_inspect(self._instance)
+        return state.has_identity and name not in state.committed_state
 
     def _default(self, name: str) -> Any:
         column: Any = self._chain.leaf.column_attrs[name].columns[0]

@@ -103,6 +103,8 @@ class _Ledger:
         collection = getattr(chain.root.class_, chain.relationships[0].key)
         event.listen(collection, "append", self._on_append, propagate=True)
         event.listen(collection, "remove", self._on_remove, propagate=True)
+        if not chain.relationships[0].uselist:
+            event.listen(collection, "set", self._on_replace, propagate=True, active_history=True)
 
     def _on_set(self, name: str) -> Any:
         def changed(child: Any, value: Any, old: Any, initiator: Any) -> None:
@@ -118,6 +120,13 @@ class _Ledger:
     def _on_remove(self, parent: Any, child: Any, initiator: Any) -> None:
         if not self._within_flush() and self._now(child)[0] is parent:
             self._to(child, (None, 0))
+
+    def _on_replace(self, parent: Any, child: Any, old: Any, initiator: Any) -> None:
+        """The one child gives way to another, or to none."""
+        if old is not child and isinstance(old, self.chain.leaf.class_):
+            self._on_remove(parent, old, initiator)
+        if child is not None:
+            self._on_append(parent, child, initiator)
 
     def _on_reload(self, child: Any, names: Any) -> None:
         """The object takes back what it was changed to; so does its parent."""

@@ -40,14 +40,14 @@ class Trigger(Strategy):
 
 
 def parents_in(session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
-    """The parents that the session holds with their column loaded."""
-    stale: dict[Aggregate, set[Key]] = {}
+    """For each aggregate the parents that the session holds with their column loaded."""
+    stale: dict[Aggregate, set[Key]] = {aggregate: set() for aggregate in aggregates}
     for instance in (*session.identity_map.values(), *session.new):
         state = sqlalchemy_inspect(instance)
         for aggregate in aggregates:
             if state.mapper.isa(aggregate.chain.root) and aggregate.key in state.dict:
                 key = tuple(state.mapper.primary_key_from_instance(instance))
-                stale.setdefault(aggregate, set()).add(key)
+                stale[aggregate].add(key)
     return stale
 
 
