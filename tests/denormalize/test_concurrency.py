@@ -52,6 +52,11 @@ def test_a_recount_sees_what_was_committed_after_the_snapshot(mariadb_engine: En
 @pytest.mark.server("postgresql")
 def test_triggers_at_repeatable_read(postgresql_engine: Engine) -> None:
     url = postgresql_engine.url.render_as_string(hide_password=False)
-    met = run(url, strategy="trigger", isolation="REPEATABLE READ", operations=160, processes=4)
-    assert met["operations"] == 160
-    assert met["serialization failures"] > 0
+    failures = 0
+    for _ in range(10):  # two at once are met by chance
+        met = run(url, strategy="trigger", isolation="REPEATABLE READ", operations=160, processes=4)
+        assert met["operations"] == 160
+        failures += met["serialization failures"]
+        if failures:
+            break
+    assert failures > 0
