@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -21,65 +20,7 @@ from sqlalchemy.orm import (
 
 from querycache.denormalize import DenormalizeError, count_of, max_of, python, sum_of, verify
 from querycache.errors import ConfigurationError
-
-Open = Callable[..., Session]
-
-
-def family(
-    name: str,
-    columns: Any,
-    child: Any = dict,
-    extra: Any = None,
-    rel: Any = lambda made: {},
-    parent: Any = dict,
-    args: Any = dict,
-) -> SimpleNamespace:
-    Base: Any = declarative_base()
-    made = SimpleNamespace(Base=Base)
-
-    class Parent(Base):
-        __tablename__ = f"{name}_parent"
-        id = mapped_column(Integer, primary_key=True)
-        title = mapped_column(String(20))
-        locals().update(parent())
-        children = relationship("Child", back_populates="parent", **rel(made))
-        locals().update(columns())
-        __mapper_args__ = args() if args is dict else args
-
-    class Child(Base):
-        __tablename__ = f"{name}_child"
-        id = mapped_column(Integer, primary_key=True)
-        parent_id = mapped_column(ForeignKey(f"{name}_parent.id"), index=True)
-        parent = relationship("Parent", back_populates="children", **rel(made))
-        size = mapped_column(Integer)
-        message = mapped_column(String(50))
-        locals().update(child())
-
-    made.Parent, made.Child = Parent, Child
-    if extra:
-        extra(made)
-    return made
-
-
-def n() -> dict[str, Any]:
-    return {"n": count_of("children", type_=Integer), "total": sum_of("children", "size", type_=Integer)}
-
-
-def right(session: Session, m: SimpleNamespace) -> None:
-    assert [str(each) for each in verify(session, m.Base).differences] == []
-
-
-def two(session: Session, m: SimpleNamespace) -> None:
-    session.add_all([m.Parent(id=1), m.Parent(id=2)])
-    session.flush()
-    session.add_all(
-        [
-            m.Child(id=1, parent_id=1, size=5, message="abc"),
-            m.Child(id=2, parent_id=1, size=7, message="abcd"),
-        ]
-    )
-    session.commit()
-    right(session, m)
+from tests.denormalize.family import Open, family, n, right, two
 
 
 def test_computed_column_of_the_child(opened: Open) -> None:
