@@ -45,7 +45,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
-from querycache.functions import is_stable
+from querycache.functions import is_stable, is_system_table
 from querycache.keys import structure_digest
 from querycache.sa_internals import Plan, custom_constructs
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
@@ -221,8 +221,7 @@ class Analysis:
             {*self.tables, *self.text_tables}, key=lambda table: (table[0] or "", table[1])
         ):
             label = _label(schema, name)
-            system = _SYSTEM_NAMES.fullmatch(label) or (schema or "").lower() in _SYSTEM_SCHEMAS
-            if system and declared.sources.keys().isdisjoint(_spellings(label)):
+            if is_system_table(schema, name) and declared.sources.keys().isdisjoint(_spellings(label)):
                 return label
         return ""
 
@@ -271,18 +270,6 @@ class Analysis:
             else:
                 values.append(value)
         return values if len(values) <= MAX_PINNED_VALUES else None
-
-
-# as they are called without their schema
-_SYSTEM_NAMES = re.compile(
-    r"sqlite_(master|schema|temp_master|temp_schema|sequence|stat\d)"
-    r"|pg_(am|attribute|authid|cast|class|collation|constraint|cursors|database|depend|description|enum|extension|group"
-    r"|index|indexes|inherits|language|largeobject|locks|matviews|namespace|opclass|operator|partitioned_table|policies"
-    r"|policy|prepared_statements|prepared_xacts|proc|roles|rules|sequence|sequences|settings|shadow|tables|tablespace"
-    r"|trigger|type|user|views|(attr|available|default|event|file|foreign|hba|init|publication|replication|sec"
-    r"|shdep|shmem|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
-)
-_SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
 
 
 def _spellings(name: str) -> tuple[str, ...]:

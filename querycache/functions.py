@@ -1,4 +1,4 @@
-"""SQL functions whose answer follows from their arguments and the tables they are applied to.
+"""SQL functions whose answer follows from their arguments and the tables they are applied to; and tables that are none.
 
 An answer that calls any other function may change without a write (``now()``, ``random()``, a function of the
 application's own that reads further tables). Such a statement is only cached where it has a time to live, or
@@ -7,7 +7,9 @@ where the function was declared with ``QueryCache.depends``.
 
 from __future__ import annotations
 
-__all__ = ["is_stable"]
+import re
+
+__all__ = ["is_stable", "is_system_table"]
 
 _STABLE = frozenset(
     [
@@ -242,3 +244,22 @@ def is_stable(name: str) -> bool:
     ``date``, ``julianday``, ``strftime`` and their like are not: SQLite's take the text ``'now'``.
     """
     return name.removeprefix("pg_catalog.") in _STABLE
+
+
+# as they are called without their schema
+_SYSTEM_NAMES = re.compile(
+    r"sqlite_(master|schema|temp_master|temp_schema|sequence|stat\d)"
+    r"|pg_(am|attribute|authid|cast|class|collation|constraint|cursors|database|depend|description|enum|extension|group"
+    r"|index|indexes|inherits|language|largeobject|locks|matviews|namespace|opclass|operator|partitioned_table|policies"
+    r"|policy|prepared_statements|prepared_xacts|proc|roles|rules|sequence|sequences|settings|shadow|tables|tablespace"
+    r"|trigger|type|user|views|(attr|available|default|event|file|foreign|hba|init|publication|replication|sec"
+    r"|shdep|shmem|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
+)
+_SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
+
+
+def is_system_table(schema: str | None, name: str) -> bool:
+    """True for a table or view that the database itself writes, so that nobody can follow what changes in it."""
+    return (schema or "").lower() in _SYSTEM_SCHEMAS or (
+        schema is None and bool(_SYSTEM_NAMES.fullmatch(name.lower()))
+    )

@@ -426,8 +426,9 @@ class Writes:
 
     def _expect_old_views(self, dialect: Dialect) -> None:
         """Find out what a transaction of this dialect sees whenever one begins."""
-        self._old_views.add(dialect)
-        sa_internals.tell_of_reading(dialect)
+        if dialect not in self._old_views:
+            sa_internals.tell_of_reading(dialect)
+            self._old_views.add(dialect)  # only now: other threads go by it
 
     def _before_snapshot(self, connection: Connection) -> None:
         """What a transaction sees of the database is settled by its first statement: remember what was there before."""

@@ -5,6 +5,7 @@ Named after the line of PITFALLS E that they belong to.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from querycache.textual import commits, read_text, temporary_table
-from tests.writes.library import Book
+from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
 OF_AUTHOR = select(Book.id, Book.price).where(Book.author_id == 1).order_by(Book.id)
@@ -76,6 +77,21 @@ def test_E2_objects_from_text_that_was_told_its_columns(on_postgresql: Library) 
         columns = changed.columns(Book.id, Book.title, Book.price, Book.author_id)
         assert session.scalars(select(Book).from_statement(columns)).one().price == 99
     check(on_postgresql)
+
+
+def test_E2_text_that_is_told_what_it_writes(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its parser the library takes text for a write of everything, unless it is told."""
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    others = select(func.count()).select_from(Author)
+    raise_price = "UPDATE book SET price = price + 1"
+    for options, outcome in (({}, "stale fill"), ({"cache_tables": ["book"]}, "hit")):
+        library.fill(others, *EVERY_WAY)
+        with library.engine.begin() as connection:
+            connection.execute(text(raise_price), execution_options=options)
+        assert library.outcome(others) == outcome
+        check(library)
+    read_text.cache_clear()
 
 
 def test_E2_text_in_a_CTE(on_postgresql: Library) -> None:
