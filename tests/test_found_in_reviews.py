@@ -329,7 +329,7 @@ def test_found_a_policy_of_what_is_not_mapped() -> None:
         QueryCache(policies={int: Policy()})
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_found_a_process_forked_during_a_flight(
     Sessions: sessionmaker[Session], sqlite_engine: Engine
 ) -> None:

@@ -97,6 +97,8 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], i
 
 
 class TestMemcached(StoreContract, ServerContract):
+    waits = True
+
     @pytest.fixture
     def store(self, memcached_store_url: str) -> Iterator[MemcachedBackend]:
         store = MemcachedBackend({"url": memcached_store_url})
@@ -390,7 +392,7 @@ class TestMemcached(StoreContract, ServerContract):
                 with pytest.raises(CacheUnavailable, match="closed the connection"):
                     store.begin(["tag"])
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
     def test_a_forked_process_has_connections_of_its_own(self, store: StoreBackend) -> None:
         store.store("entry", b"parent")
         child = os.fork()

@@ -54,6 +54,8 @@ def client(redis_store_url: str) -> Iterator[redis.Redis]:
 
 
 class TestRedis(StoreContract, ServerContract):
+    waits = True
+
     @pytest.fixture
     def store(self, redis_store_url: str) -> Iterator[RedisBackend]:
         store = RedisBackend({"url": redis_store_url})
@@ -356,7 +358,7 @@ class TestRedis(StoreContract, ServerContract):
 
     # --- Processes --------------------------------------------------------------------------------
 
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
     def test_a_forked_process_has_connections_of_its_own(self, store: StoreBackend) -> None:
         store.store("entry", b"parent")
         child = os.fork()
