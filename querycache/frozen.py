@@ -79,8 +79,8 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     """What is stored under a key.
 
     Attributes:
-        created: seconds since 1970 by the clock of the process that stored it; shown to people, compared with
-            nothing.
+        created: when the main statement was asked, in seconds since 1970 by the clock of the process that did. Shown to
+            people, and counts for the time to live where the entry is completed later; no invalidation goes by it.
         main: the statement that was asked for.
         loads: the statements that came with it, by fingerprint.
         layout: what each row holds, where the entry is found without its statement; empty elsewhere.

@@ -12,7 +12,8 @@ One handler of ``do_orm_execute`` answers every select for which somebody asked 
    returns under the versions that were read *before* it was asked.
 
 SQLAlchemy completes objects by further statements (``selectinload`` …). They reach this handler while the
-first one is being loaded, which a context variable tells, and are replayed from, or frozen into, its entry.
+first one is being loaded, which a context variable tells, and are replayed from, or frozen into, its entry. Where a
+write has reached only them, the first one is replayed, and the database is asked from the first that was written on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -104,15 +106,17 @@ class _Load:
     Attributes:
         reading: versions of the tags, read before a statement that depends on them was run; None where the server
             did not answer.
-        loads: the further statements by fingerprint: those of the entry on a hit, those recorded on a miss.
-        spoiled: why nothing of this may be stored; empty while it may.
-        grown: True once a further statement was recorded.
         needed: keys of the tags that the answer depends on.
+        stored: the further statements that the entry has, by fingerprint.
+        loads: those that it is to have.
+        spoiled: why nothing of this may be stored; empty while it may.
+        grown: True once a further statement was asked of the database.
     """
 
     request: Request
     reading: Reading | None
     needed: set[str]
+    stored: Mapping[bytes, FrozenStatement] = field(default_factory=dict)
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
@@ -136,6 +140,21 @@ class _Load:
             except Unstorable as refusal:
                 self.spoiled = refusal.reason
         return frozen, prepared.replay(description, rows, rowcount)
+
+    def find(self, mark: bytes, tags: Callable[[], Sequence[str]]) -> FrozenStatement | None:
+        """A further statement that the entry has and that still stands.
+
+        None once one was asked of the database: SQLAlchemy asks them one after the other, so a later one never knows
+        less than an earlier one.
+        """
+        frozen = None if self.grown else self.stored.get(mark)
+        if frozen is not None and self.reading is not None and self.reading.fallen:
+            keys = self.request.region.tag_keys(tags())
+            if not self.reading.fallen.isdisjoint(keys):
+                return None
+            self.needed.update(keys)
+            self.loads[mark] = frozen
+        return frozen
 
     def observe(self, tags: Sequence[str]) -> None:
         """Read the versions of tags not read yet, before the statement runs that depends on them."""
@@ -487,7 +506,9 @@ class Interceptor:
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region, options = request.region, request.options
-        lookup = region.lookup(request.key, request.tag_keys, request.prepared.begin_replay)
+        lookup = region.lookup(
+            request.key, request.tag_keys, not options.exact, request.prepared.begin_replay
+        )
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if reading is not None:
             distrust = self._distrust(request, reading)
@@ -506,11 +527,11 @@ class Interceptor:
             outcome, reason, entry = "miss", "layout", None
             # valid by its own tags; those of this statement may never have been looked up
             reading = region.observe(request.tag_keys)
-        if entry is not None and reading is not None:
+        if entry is not None and reading is not None and not reading.fallen:
             try:
                 result = self._replay(request, entry, reading)
             except Corrupt as fault:
-                outcome, reason = "miss", fault.reason
+                outcome, reason, entry = "miss", fault.reason, None
             else:
                 self._telemetry.emit("hit", region.name, request.name)
                 return result
@@ -525,6 +546,9 @@ class Interceptor:
             return self._look_up(request, may_wait=False)
         self._telemetry.emit(outcome, region.name, request.name, reason)
         with self._flights.flying(flight):
+            if entry is not None:
+                with suppress(Corrupt):
+                    return self._replay(request, entry, reading)
             return self._ask_database(request, reading)
 
     @staticmethod
@@ -545,19 +569,23 @@ class Interceptor:
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
-        load = _Load(request, reading, set(reading.tags), dict(entry.loads))
+        if reading.fallen:
+            load = _Load(request, reading, set(request.tag_keys), entry.loads)
+        else:
+            load = _Load(request, reading, set(reading.tags), entry.loads, dict(entry.loads))
         sa_internals.autobegin(request.session)
         with load:
             result = merge_frozen_result(request.prepared, entry.main)
         if load.grown:
-            self._fill(load, entry.main)
+            self._fill(load, entry.main, entry.created)
         return result
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
+        created = time.time()
         with load:
             main, result = load.run(request.prepared)
-        self._fill(load, main)
+        self._fill(load, main, created)
         return result
 
     def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
@@ -575,24 +603,24 @@ class Interceptor:
             load.spoiled = str(refusal)
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
-        frozen = load.loads.get(mark)
-        if frozen is not None:
-            return merge_frozen_result(prepared, frozen)
+        stored = load.find(mark, lambda: analysis.tags(prepared.plan, self._declared))
+        if stored is not None:
+            return merge_frozen_result(prepared, stored)
         _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(analysis.tags(prepared.plan, self._declared))
         frozen, result = load.run(prepared)
+        load.grown = True
         if frozen is not None:
             load.loads[mark] = frozen
-            load.grown = True
         return result
 
-    def _fill(self, load: _Load, main: FrozenStatement | None) -> None:
+    def _fill(self, load: _Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
         outcome: Outcome = "bypass"
         reason = load.unfit or self._unfit_transaction(request, load.reading)
         if main is not None and load.reading is not None and not reason:
             shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
-            entry = Entry(time.time(), main, load.loads, shape)
+            entry = Entry(created, main, load.loads, shape)
             reading = load.reading.of(load.needed)
             reason = request.region.fill(request.key, entry, reading, request.options.ttl, request.tag_keys)
             outcome = "error" if reason else "fill"

@@ -71,6 +71,9 @@ class Reading(msgspec.Struct, frozen=True):
     stale: bool
     """Whether an entry was found that is valid no more, or that could not be read."""
 
+    fallen: frozenset[str] = frozenset()
+    """Where the entry is only valid in part: the tags under whose present versions it is not."""
+
     witness: int | None = None
     """The version of the witness, read last: it differs from one reading to the next if anybody wrote
     between."""
@@ -86,7 +89,11 @@ class Reading(msgspec.Struct, frozen=True):
             return self
         kept = [pair for pair in zip(self.tags, self.versions, strict=True) if pair[0] in tags]
         return Reading(
-            tuple(tag for tag, _ in kept), tuple(version for _, version in kept), None, False, self.witness
+            tuple(tag for tag, _ in kept),
+            tuple(version for _, version in kept),
+            None,
+            False,
+            witness=self.witness,
         )
 
     def union(self, other: Reading) -> Reading:
@@ -101,6 +108,7 @@ class Reading(msgspec.Struct, frozen=True):
             (*self.versions, *(version for _, version in more)),
             self.payload,
             self.stale,
+            self.fallen,
             self.witness if self.witness == other.witness else None,
         )
 
@@ -135,34 +143,53 @@ class Ledger:
 
     # -- readers --------------------------------------------------------------------------------------------
 
-    def lookup(self, entry: str | None, tags: Sequence[str], meanwhile: Meanwhile | None = None) -> Reading:
+    def lookup(
+        self,
+        entry: str | None,
+        tags: Sequence[str],
+        further: Sequence[str] = (),
+        *,
+        partly: bool = False,
+        meanwhile: Meanwhile | None = None,
+    ) -> Reading:
         """Read an entry together with the versions of its tags.
 
         One round trip where the tags are clean; a few more where some are missing or unclean and can be
         healed.
 
         :param entry: the key of the entry; None to read versions only.
-        :param tags: what the answer is known to depend on. An entry names its tags itself, and where it names
+        :param tags: what the answer is known to depend on.
+        :param further: what else it was seen to depend on. An entry names its tags itself, and where it names
             others (those of statements that were only met while it was loaded) they are read in a second
             round trip.
+        :param partly: give an entry for which all of ``tags`` stand, also if others do not.
         :param meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
-        blob, found = self.store.fetch(entry, [*tags, self._witness], meanwhile)
+        asked = (*tags, *further)
+        blob, found = self.store.fetch(entry, [*asked, self._witness], meanwhile)
         witness = found.pop()
-        payload = None if blob is None else _open(blob, tags, found)
-        if blob is not None and payload is None:
-            others = [tag for tag in _tags_of(blob) if tag not in tags]
-            if others:
-                tags = [*tags, *others]
-                _, found = self.store.fetch(None, [*tags, self._witness])
-                witness = found.pop()
-                payload = _open(blob, tags, found)
+        payload, fallen = None, _NONE
+        if blob is not None:
+            payload = _open(blob, asked, found)
+            if payload is None:
+                stored = _vector(blob)
+                others = [tag for tag in stored if tag not in asked]
+                if others and _fallen(stored, asked, found).isdisjoint(tags):
+                    asked = (*asked, *others)
+                    _, found = self.store.fetch(None, [*asked, self._witness])
+                    witness = found.pop()
+                fallen = _fallen(stored, asked, found)
+                main_stands = stored.keys() >= set(tags) and fallen.isdisjoint(tags)
+                if stored and (not fallen or (partly and main_stands)):
+                    payload = _payload(blob)
+                else:
+                    fallen = _NONE
         stale = blob is not None and payload is None
-        if payload is None and not all(map(versions.is_clean, found)):
-            found, witness = self._tend(tags, found, witness)
+        if (payload is None or fallen) and not all(map(versions.is_clean, found)):
+            found, witness = self._tend(asked, found, witness)
         elif self._unclean:
-            self._forget(tags)
-        return Reading(tuple(tags), tuple(found), payload, stale, witness)
+            self._forget(asked)
+        return Reading(asked, tuple(found), payload, stale, fallen, witness)
 
     def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
         """Store an answer that was read from the database after the reading was taken.
@@ -271,6 +298,7 @@ class Ledger:
 
 
 _HEADER = struct.Struct(">HI")
+_NONE: frozenset[str] = frozenset()
 
 
 def _seal(payload: bytes, reading: Reading) -> bytes:
@@ -284,36 +312,38 @@ def _header(tags: tuple[str, ...], found: tuple[int | None, ...]) -> bytes:
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
 
 
-def _open(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
-    """The payload of an entry, if all its tags are among those found, with the versions it was stored under.
-
-    (Only clean versions are ever stored.)
-    """
-    if None not in found:
-        header = _header(tuple(tags), tuple(found))
-        if blob.startswith(header):
-            return blob[len(header) :]
-    stored = _tags_of(blob)
-    if not stored:
+def _open(blob: bytes, tags: tuple[str, ...], found: Sequence[int | None]) -> bytes | None:
+    """The payload of an entry that was stored under just these versions: the usual case, and the quickest."""
+    if None in found:
         return None
-    known = dict(zip(tags, found, strict=True))
-    now = [known.get(tag) for tag in stored]
-    if None in now:
-        return None
-    header = _header(tuple(stored), tuple(now))
+    header = _header(tags, tuple(found))
     return blob[len(header) :] if blob.startswith(header) else None
 
 
-def _tags_of(blob: bytes) -> list[str]:
-    """The tags that an entry names; none where the bytes are no entry."""
+def _fallen(stored: Mapping[str, int], tags: Sequence[str], found: Sequence[int | None]) -> frozenset[str]:
+    """Those of the tags whose version is not the one that was stored. (Only clean ones ever are.)"""
+    now = dict(zip(tags, found, strict=True))
+    return frozenset(tag for tag, version in stored.items() if tag in now and now[tag] != version)
+
+
+def _vector(blob: bytes) -> dict[str, int]:
+    """The tags that an entry names, with the versions it was stored under; empty where the bytes are no entry."""
     if len(blob) < _HEADER.size:
-        return []
+        return {}
     count, length = _HEADER.unpack_from(blob)
     start = _HEADER.size + 8 * count
     if count == 0 or start + length > len(blob):
-        return []
+        return {}
     try:
         names = blob[start : start + length].decode("utf-8", "surrogatepass").split("\0")
     except UnicodeDecodeError:
-        return []
-    return names if len(names) == count else []
+        return {}
+    if len(names) != count:
+        return {}
+    return dict(zip(names, struct.unpack_from(f">{count}Q", blob, _HEADER.size), strict=True))
+
+
+def _payload(blob: bytes) -> bytes:
+    """What comes after the header of an entry."""
+    count, length = _HEADER.unpack_from(blob)
+    return blob[_HEADER.size + 8 * count + length :]

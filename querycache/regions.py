@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -76,7 +77,8 @@ class Lookup(msgspec.Struct, frozen=True):
     """What a region knows of a key.
 
     Attributes:
-        entry: the answer, where there is one and every version it was stored under still stands.
+        entry: the answer, where there is one and every version it was stored under still stands; or, with the
+            outcome "stale", where those of the statement itself stand, but not all of those that complete it.
         outcome: "hit", "miss", "stale" or "error".
         reason: why, in a word or two; may be empty.
         reading: the versions that were read; what is asked of the database from now on may be stored under
@@ -132,28 +134,31 @@ class Region:
         prefix = self._tags
         return tuple(prefix + tag for tag in tags)
 
-    def lookup(self, key: str, tag_keys: tuple[str, ...], meanwhile: Meanwhile | None = None) -> Lookup:
+    def lookup(
+        self, key: str, tag_keys: tuple[str, ...], partly: bool = False, meanwhile: Meanwhile | None = None
+    ) -> Lookup:
         """Find an answer, and the versions of its tags, in one round trip.
 
         Statements that complete its objects have tags of their own, which the entry names. They are remembered,
         so that only a process that has not seen the entry needs a second round trip.
 
         Args:
+            partly: give an answer, too, of which the statement itself is valid, but not all that completes it.
             meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
-        further = self._further.get(key)
-        if further is not None:
-            tag_keys += further
+        further = self._further.get(key, ())
         try:
-            reading = self.ledger.lookup(key, tag_keys, meanwhile)
+            reading = self.ledger.lookup(key, tag_keys, further, partly=partly, meanwhile=meanwhile)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:
             return Lookup(None, "stale" if reading.stale else "miss", "", reading)
-        if len(reading.tags) > len(tag_keys):
-            self._remember(key, reading.tags[len(tag_keys) :])
+        known = len(tag_keys) + len(further)
+        if len(reading.tags) > known:
+            self._remember(key, reading.tags[known:])
+        outcome, reason = ("stale", "in part") if reading.fallen else ("hit", "")
         try:
-            return Lookup(self._decode(key, reading.payload), "hit", "", reading)
+            return Lookup(self._decode(key, reading.payload), outcome, reason, reading)
         except Corrupt as fault:
             return Lookup(None, "miss", fault.reason, reading)
 
@@ -196,6 +201,8 @@ class Region:
     ) -> str:
         """Store an answer under the versions read before the database was asked.
 
+        The time to live counts from when the entry was created: it may have been found, and only completed since.
+
         Args:
             ttl: seconds until it expires; None for the region's own.
             tag_keys: those that the next lookup will ask for by itself.
@@ -205,6 +212,9 @@ class Region:
         seconds = self.ttl if ttl is None else ttl
         if seconds is not None:
             seconds *= 1 - _JITTER * random.random()
+            seconds -= max(0.0, time.time() - entry.created)
+            if seconds <= 0:
+                return "expired"
         further = tuple(tag for tag in reading.tags if tag not in tag_keys)
         if further or key in self._further:
             self._further.pop(key, None)
