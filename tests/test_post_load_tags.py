@@ -200,9 +200,7 @@ def test_only_what_was_written_is_asked_again(engine: Engine, store: CacheRegion
     assert family(factory) == after and not asked
 
 
-def test_what_comes_after_it_is_asked_again_too(
-    engine: Engine, store: CacheRegion, asked: list[str]
-) -> None:
+def test_what_comes_after_it_is_asked_again_too(engine: Engine, store: CacheRegion, asked: list[str]) -> None:
     """The database shows a later statement no less than an earlier one, so toys are never older than children."""
     cache, factory = attached(engine, store)
     family(factory)
