@@ -156,11 +156,13 @@ class Region:
         known = len(tag_keys) + len(further)
         if len(reading.tags) > known:
             self._remember(key, reading.tags[known:])
-        outcome, reason = ("stale", "in part") if reading.fallen else ("hit", "")
         try:
-            return Lookup(self._decode(key, reading.payload), outcome, reason, reading)
+            entry = self._decode(key, reading.payload)
         except Corrupt as fault:
             return Lookup(None, "miss", fault.reason, reading)
+        if reading.fallen:
+            return Lookup(entry, "stale", "in part", reading)
+        return Lookup(entry, "hit", "", reading)
 
     def _remember(self, key: str, further: tuple[str, ...]) -> None:
         if len(self._further) >= _REMEMBERED:
