@@ -38,7 +38,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import Alias, BindParameter, Column, ColumnElement, ForeignKey, Integer, Select, Table, Uuid
+from sqlalchemy import (
+    Alias,
+    BindParameter,
+    Column,
+    ColumnElement,
+    ForeignKey,
+    Integer,
+    Select,
+    String,
+    Table,
+    Uuid,
+)
 from sqlalchemy.exc import NoReferenceError
 from sqlalchemy.schema import UniqueConstraint
 from sqlalchemy.sql import operators
@@ -208,11 +219,16 @@ class Analysis:
     locks: bool = False
     writes: bool = False
 
-    def unstable(self, declared: Declarations) -> str:
+    def unstable(self, plan: Plan, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""
         for name in sorted(self.functions):
             if not is_stable(name) and declared.sources.keys().isdisjoint(_spellings(name)):
                 return name
+        for name, value in plan.values.items():
+            if type(value) is str and value.strip().lower() in _MOMENTS:
+                bind = plan.compiled.binds.get(name)
+                if bind is None or not isinstance(bind.type, String):
+                    return repr(value)
         return ""
 
     def system_table(self, declared: Declarations) -> str:
@@ -353,8 +369,11 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
-_CLOCK = re.compile(r"'\s*(now|today|tomorrow|yesterday)\s*'", re.IGNORECASE)
+_MOMENTS = frozenset({"now", "today", "tomorrow", "yesterday"})
 """What PostgreSQL, and SQLite's functions of time, take for a moment."""
+_CLOCK = re.compile(rf"'\s*({'|'.join(sorted(_MOMENTS))})\s*'", re.IGNORECASE)
+_OF_MYSQL = re.compile(r"""(?<![\w'"`@.])(@@?[\w`]+|utc_(date|time|timestamp)\b)""", re.IGNORECASE)
+"""What is neither a column nor called: its variables, of the connection or of the server, and its clocks."""
 _NILADIC = re.compile(
     r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
     re.IGNORECASE,
@@ -387,6 +406,8 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
         analysis.functions |= {f"'{match.group(1).lower()}'" for match in _CLOCK.finditer(text)}
+        if dialect in ("mysql", "mariadb"):
+            analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
         if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
             "select",
             "with",

@@ -449,7 +449,7 @@ class Interceptor:
             raise _Bypass("not a select")
         if options.ttl is not None:
             return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
-        unstable = analysis.unstable(self._declared)
+        unstable = analysis.unstable(plan, self._declared)
         if unstable:
             raise _Bypass(f"function {unstable}")
         system = analysis.system_table(self._declared)

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 from sqlalchemy import (
     Column,
+    DateTime,
     Engine,
     ForeignKey,
     Integer,
     MetaData,
     String,
     Table,
+    cast,
     column,
     create_engine,
     event,
@@ -406,6 +408,31 @@ def test_found_a_literal_that_is_the_clock(postgresql_engine: Engine, cache: Que
         cache.attach(db)
         statement = select(Item.id, literal_column(words)).execution_options(cache_key=True)
         assert not cache.explain(db, statement).cacheable
+
+
+def test_found_a_parameter_that_is_the_clock(postgresql_engine: Engine, cache: QueryCache) -> None:
+    """PostgreSQL takes the text for a moment where a moment is wanted, and for itself where a text is."""
+    _fill(postgresql_engine)
+    with Session(postgresql_engine) as db:
+        cache.attach(db)
+        moment = select(Item.id, cast(" Now", DateTime)).execution_options(cache_key=True)
+        word = select(Item.id).where(literal("now") != "then").execution_options(cache_key=True)
+        assert [cache.explain(db, each).cacheable for each in (moment, word)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("words", "stable"),
+    [("@counter", False), ("@@timestamp", False), ("utc_timestamp", False), ("'me@example.org'", True)],
+)
+def test_found_variables_and_clocks_of_mariadb(
+    mariadb_engine: Engine, cache: QueryCache, words: str, stable: bool
+) -> None:
+    _fill(mariadb_engine)
+    with Session(mariadb_engine) as db:
+        cache.attach(db)
+        piece = select(Item.id, literal_column(words)).execution_options(cache_key=True)
+        whole = text(f"SELECT {words} FROM found_item").columns(column("a")).execution_options(cache_key=True)
+        assert [cache.explain(db, each).cacheable for each in (piece, whole)] == [stable, stable]
 
 
 def test_found_a_catalog_that_ddl_changes(Sessions: sessionmaker[Session], cache: QueryCache) -> None:
