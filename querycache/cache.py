@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 from dogpile.cache import CacheRegion
+from dogpile.util import coerce_string_conf
 from sqlalchemy import event, inspect
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
@@ -63,7 +64,9 @@ class QueryCache:
             when a cache server cannot be told of it. With "available" it is told as soon as it can be reached; until
             then this process does not use it, but others that reach it may be answered from before the commit.
         lease: seconds after which a writer that was killed is taken for dead; longer than any COMMIT takes.
-        slots: how finely writes of single rows are told apart: the number of slots of each tracked column.
+        slots: how finely writes of single rows are told apart: the number of slots of each tracked column. All
+            processes that share a store and a namespace must give the same number; for another number, take another
+            namespace.
         signing_key: at least 16 random bytes. Entries are signed with it, and entries that are not are misses.
     Raises:
         ConfigurationError: an argument cannot be used; the message names it, its value and the remedy.
@@ -190,9 +193,13 @@ class QueryCache:
             for name, listener in listeners.items():
                 event.listen(target, name, listener)
         sa_internals.load_in_order()
-        bind = target.kw.get("bind") if isinstance(target, sessionmaker) else getattr(target, "bind", None)
-        if isinstance(bind, (Engine, Connection)):
-            self._writes.watch(bind.engine)
+        if isinstance(target, sessionmaker):
+            binds = [target.kw.get("bind"), *(target.kw.get("binds") or {}).values()]
+        else:
+            binds = [getattr(target, "bind", None)]
+        for bind in binds:
+            if isinstance(bind, (Engine, Connection)):
+                self._writes.watch(bind.engine)
         return self
 
     def detach(self, target: Any) -> QueryCache:
@@ -247,7 +254,7 @@ class QueryCache:
         statement: Any = None,
         region: str | None = None,
         everything: Literal[True] | None = None,
-        session: Session | None = None,
+        session: Session | scoped_session[Any] | None = None,
     ) -> None:
         """Make answers invalid, in every process that shares the store.
 
@@ -304,7 +311,11 @@ class QueryCache:
             raise ConfigurationError(
                 f"invalidate(region={region!r}, session=…): name the region alone, or leave it out"
             )
+        if isinstance(session, scoped_session):
+            session = session()
         if session is not None:
+            if not isinstance(session, Session):
+                raise ConfigurationError(f"invalidate(session={session!r}): give a Session, or leave it out")
             self._writes.note(session, named)
             return
         for each in self._regions if chosen is None else [chosen]:
@@ -352,6 +363,8 @@ def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
             f"configuration: cannot use {name!r}; write cache.REGION.backend, cache.REGION.expiration_time or "
             "cache.REGION.arguments.NAME"
         )
+    # files of other formats than TOML have texts only, and dogpile takes them for what they look like
+    [value] = coerce_string_conf({name: value}).values() if isinstance(value, str) else [value]
     region = table.setdefault("regions", {}).setdefault(parts[1], {})
     if parts[2] == "arguments" and len(parts) == 4:
         region.setdefault("arguments", {})[parts[3]] = value

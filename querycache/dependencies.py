@@ -57,7 +57,7 @@ from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
 from querycache.functions import is_stable, is_system_table
-from querycache.keys import structure_digest
+from querycache.keys import canonical, digest, structure_digest
 from querycache.sa_internals import Plan, custom_constructs
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 from querycache.textual import read_text
@@ -101,12 +101,22 @@ class Declarations:
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
     slots: int = DEFAULT_SLOTS
     temporary: set[str] = field(default_factory=set)
+    _digest: tuple[int, bytes] | None = None
+
+    def digest(self) -> bytes:
+        """16 bytes that are the same in every process that has declared the same."""
+        triggers = sum(map(len, _by_triggers.values()))  # others may have declared some
+        if self._digest is None or self._digest[0] != triggers:
+            parts = map(canonical, (self.sources, _by_triggers, self.slots))
+            self._digest = triggers, digest(parts, size=16)
+        return self._digest[1]
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""
         self.sources[name.lower()] = self.sources.get(name.lower(), frozenset()) | {
             each.lower() for each in on
         }
+        self._digest = None
 
     def made_from(self, names: Iterable[str]) -> set[str]:
         """All that the names are made from, step by step; with a name itself only if it is made from itself."""

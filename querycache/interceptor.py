@@ -21,7 +21,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -74,6 +73,10 @@ class _Refresh(_Bypass):
     """The statement refreshes an object."""
 
 
+class _Torn(Exception):
+    """The database shows something later than what was replayed already, and by this transaction it must not."""
+
+
 @dataclass(slots=True)
 class Request:
     """A statement that asks for the cache, with all that is known before it is looked up.
@@ -107,7 +110,9 @@ class _Load:
         reading: versions of the tags, read before a statement that depends on them was run; None where the server
             did not answer.
         needed: keys of the tags that the answer depends on.
+        replays: True where the entry has the statement itself, at least.
         stored: the further statements that the entry has, by fingerprint.
+        fallen: keys of the tags under whose present versions they may not stand any more.
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once a further statement was asked of the database.
@@ -116,7 +121,9 @@ class _Load:
     request: Request
     reading: Reading | None
     needed: set[str]
+    replays: bool = False
     stored: Mapping[bytes, FrozenStatement] = field(default_factory=dict)
+    fallen: frozenset[str] = frozenset()
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
@@ -148,9 +155,9 @@ class _Load:
         less than an earlier one.
         """
         frozen = None if self.grown else self.stored.get(mark)
-        if frozen is not None and self.reading is not None and self.reading.fallen:
+        if frozen is not None and self.fallen:
             keys = self.request.region.tag_keys(tags())
-            if not self.reading.fallen.isdisjoint(keys):
+            if not self.fallen.isdisjoint(keys):
                 return None
             self.needed.update(keys)
             self.loads[mark] = frozen
@@ -184,6 +191,9 @@ class _Explained(Exception):
 
 _explaining: ContextVar[bool] = ContextVar("querycache_explaining", default=False)
 
+
+_MOST_LOADS = 64
+"""Where an entry grows by what handlers add to further statements alone, it starts anew at so many of them."""
 
 # The load that runs around the current statement, in this thread or task.
 _loading: ContextVar[_Load | None] = ContextVar("querycache_loading", default=None)
@@ -225,7 +235,8 @@ class Interceptor:
         if load is not None and load.request.session is state.session:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
-            return self._complete(load, state)
+            if sa_internals.completes(state):
+                return self._complete(load, state)
         options = self._wanted(state)
         if options is None and not _explaining.get():
             return None
@@ -250,7 +261,7 @@ class Interceptor:
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
         load = _loading.get()
-        if load is not None and load.request.session is state.session:
+        if load is not None and load.request.session is state.session and sa_internals.completes(state):
             result = self._complete(load, state)
         else:
             result = self._answer(state, self._wanted(state))
@@ -294,17 +305,17 @@ class Interceptor:
             request = self._decide(state, region, options)
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             return Explanation(False, str(refusal), region.name)
-        lookup = region.lookup(request.key, request.tag_keys)
+        lookup = region.lookup(request.key, request.tag_keys, request.options.exact)
         distrust = "" if lookup.reading is None else self._distrust(request, lookup.reading)
-        stored = lookup.entry is not None
+        entry = lookup.entry if lookup.outcome == "hit" else None
         return Explanation(
             cacheable=not distrust,
             reason=distrust or lookup.reason or lookup.outcome,
             region=region.name,
             key=request.key,
             tags=tuple(request.tags),
-            stored=stored,
-            age=None if lookup.entry is None else max(0.0, time.time() - lookup.entry.created),
+            stored=entry is not None,
+            age=None if entry is None else max(0.0, time.time() - entry.created),
             promise=region.promise,
         )
 
@@ -374,7 +385,7 @@ class Interceptor:
         self._writes.watch(plan.engine)
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
-        memo = (self, region, options, scope)
+        memo = (self, region, options, scope, self._declared.digest())
         derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
         if derived is None:
             derived = self._derive(region, options, plan, scope)
@@ -465,12 +476,13 @@ class Interceptor:
             raise _Bypass("temporary table")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
+        declared = self._declared.digest()
         if options.exact:
             schemas = canonical(dict(plan.schema_translate_map))
             identity = bind_identity(plan.engine)
-            return region.entry_key(digest((region.name, options.name, scope, identity, schemas)))
+            return region.entry_key(digest((region.name, options.name, scope, identity, schemas, declared)))
         # Parameters apart, all of it is the same for a statement that is built anew for each execution.
-        memo = (self, region, options, scope, plan.engine, plan.sql)
+        memo = (self, region, options, scope, plan.engine, plan.sql, declared)
         begun: blake2b | None = plan.shared_memo.get(memo)
         if begun is None:
             parts = (
@@ -485,6 +497,8 @@ class Interceptor:
                 canonical(frozenset(options.tables)),
                 # Who asks for a short time must not be given what was stored for a long one.
                 canonical(options.ttl),
+                # What was stored by who knew less of views and triggers may not have the tags that it needs.
+                declared,
             )
             begun = hashed(parts, blake2b(digest_size=20))
             if len(plan.shared_memo) > 64:
@@ -506,9 +520,8 @@ class Interceptor:
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region, options = request.region, request.options
-        lookup = region.lookup(
-            request.key, request.tag_keys, not options.exact, request.prepared.begin_replay
-        )
+        before = sa_internals.loads_so_far()
+        lookup = region.lookup(request.key, request.tag_keys, options.exact, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if reading is not None:
             distrust = self._distrust(request, reading)
@@ -530,6 +543,8 @@ class Interceptor:
         if entry is not None and reading is not None and not reading.fallen:
             try:
                 result = self._replay(request, entry, reading)
+            except _Torn:
+                return self._start_anew(request, before)
             except Corrupt as fault:
                 outcome, reason, entry = "miss", fault.reason, None
             else:
@@ -547,8 +562,12 @@ class Interceptor:
         self._telemetry.emit(outcome, region.name, request.name, reason)
         with self._flights.flying(flight):
             if entry is not None:
-                with suppress(Corrupt):
+                try:
                     return self._replay(request, entry, reading)
+                except _Torn:
+                    return self._start_anew(request, before)
+                except Corrupt:
+                    pass
             return self._ask_database(request, reading)
 
     @staticmethod
@@ -569,16 +588,21 @@ class Interceptor:
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
-        if reading.fallen:
-            load = _Load(request, reading, set(request.tag_keys), entry.loads)
-        else:
-            load = _Load(request, reading, set(reading.tags), entry.loads, dict(entry.loads))
+        load = _Load(request, reading, set(request.tag_keys), True, entry.loads, reading.fallen)
         sa_internals.autobegin(request.session)
         with load:
             result = merge_frozen_result(request.prepared, entry.main)
         if load.grown:
+            if not reading.fallen and len(entry.loads) + len(load.loads) <= _MOST_LOADS:
+                load.loads = {**entry.loads, **load.loads}
+                load.needed.update(reading.tags)
             self._fill(load, entry.main, entry.created)
         return result
+
+    def _start_anew(self, request: Request, before: int) -> None:
+        """Leave a statement to the database that was answered in part already."""
+        sa_internals.expire_loaded_since(request.session, before)
+        self._leave(request.region, request.options, "snapshot")
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
@@ -593,6 +617,7 @@ class Interceptor:
         try:
             self._refuse(state, within=True)
             prepared = sa_internals.prepare(Invocation.take(state))
+            self._writes.watch(prepared.plan.engine)
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
             self._refuse_temporary(prepared.plan)
@@ -608,21 +633,37 @@ class Interceptor:
             return merge_frozen_result(prepared, stored)
         _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(analysis.tags(prepared.plan, self._declared))
-        frozen, result = load.run(prepared)
         load.grown = True
+        frozen, result = load.run(prepared)
+        if load.replays and self._is_torn(load):
+            raise _Torn
         if frozen is not None:
             load.loads[mark] = frozen
         return result
+
+    def _is_torn(self, load: _Load) -> bool:
+        """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
+        request, reading = load.request, load.reading
+        before = request.transactions
+        request.transactions = self._writes.transactions(request.session)
+        for transaction in request.transactions:
+            if transaction.snapshot is not None and not any(transaction is each for each in before):
+                witness = request.region.ledger.quiet()
+                return witness is None or reading is None or witness != reading.witness
+        return False
 
     def _fill(self, load: _Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
         outcome: Outcome = "bypass"
         reason = load.unfit or self._unfit_transaction(request, load.reading)
+        seconds = request.region.seconds_left(request.options.ttl, created)
+        if seconds == 0 and not reason:
+            reason = "expired"
         if main is not None and load.reading is not None and not reason:
             shape = layout(request.prepared.invocation.statement) if request.options.exact else ""
             entry = Entry(created, main, load.loads, shape)
             reading = load.reading.of(load.needed)
-            reason = request.region.fill(request.key, entry, reading, request.options.ttl, request.tag_keys)
+            reason = request.region.fill(request.key, entry, reading, seconds, request.tag_keys)
             outcome = "error" if reason else "fill"
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 

@@ -38,10 +38,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
 
 import msgspec
 
 from querycache import versions
+from querycache.errors import CacheUnavailable
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading"]
@@ -149,7 +151,7 @@ class Ledger:
         tags: Sequence[str],
         further: Sequence[str] = (),
         *,
-        partly: bool = False,
+        exact: bool = False,
         meanwhile: Meanwhile | None = None,
     ) -> Reading:
         """Read an entry together with the versions of its tags.
@@ -158,11 +160,14 @@ class Ledger:
         healed.
 
         :param entry: the key of the entry; None to read versions only.
-        :param tags: what the answer is known to depend on.
-        :param further: what else it was seen to depend on. An entry names its tags itself, and where it names
-            others (those of statements that were only met while it was loaded) they are read in a second
-            round trip.
-        :param partly: give an entry for which all of ``tags`` stand, also if others do not.
+        An entry names its tags itself. It is valid if they all stand, and valid in part if those do that were asked
+        for.
+
+        :param tags: what the answer is known to depend on; an entry that does not name them all is not valid.
+        :param further: what else it was seen to depend on. Where an entry names others (those of statements that
+            were only met while it was loaded) they are read in a second round trip.
+        :param exact: the entry may be the answer to something that depends on other tags; it is valid as a whole or
+            not at all.
         :param meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
         asked = (*tags, *further)
@@ -171,17 +176,18 @@ class Ledger:
         payload, fallen = None, _NONE
         if blob is not None:
             payload = _open(blob, asked, found)
-            if payload is None:
-                stored = _vector(blob)
+            if payload is None and (stored := _vector(blob)):
                 others = [tag for tag in stored if tag not in asked]
                 if others and _fallen(stored, asked, found).isdisjoint(tags):
                     asked = (*asked, *others)
                     _, found = self.store.fetch(None, [*asked, self._witness])
                     witness = found.pop()
                 fallen = _fallen(stored, asked, found)
-                main_stands = stored.keys() >= set(tags) and fallen.isdisjoint(tags)
-                if stored and (not fallen or (partly and main_stands)):
+                if not fallen if exact else fallen.isdisjoint(tags) and stored.keys() >= set(tags):
                     payload = _payload(blob)
+                    # what it was once seen to depend on, it need not depend on now
+                    kept = [tag in stored or tag in tags for tag in asked]
+                    asked, found = tuple(compress(asked, kept)), list(compress(found, kept))
                 else:
                     fallen = _NONE
         stale = blob is not None and payload is None
@@ -190,6 +196,18 @@ class Ledger:
         elif self._unclean:
             self._forget(asked)
         return Reading(asked, tuple(found), payload, stale, fallen, witness)
+
+    def quiet(self) -> int | None:
+        """The version of the witness; None where a writer is at work, and where the server does not answer.
+
+        As long as it is the same, the database has not changed. Of a writer at work nobody knows whether it has
+        committed, and its mark may still be on the witness when its tags have their new versions.
+        """
+        try:
+            witness = self.lookup(None, ()).witness
+        except CacheUnavailable:
+            return None
+        return witness if versions.is_clean(witness) else None
 
     def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
         """Store an answer that was read from the database after the reading was taken.

@@ -2,7 +2,7 @@
 
 A region is a dogpile.cache region whose backend is a :class:`~querycache.store.StoreBackend`, together with the
 ledger of its store, the codec of its entries and its default time to live. It is configured by a URL
-(``redis://localhost:6379/0?ttl=300``), by a mapping, or by a dogpile region that exists already.
+(``redis://localhost:6379/0``), by a mapping, or by a dogpile region that exists already.
 
 A fault of the cache server never leaves this module as an exception on the read path: a lookup that fails is
 a miss that is not filled, a fill that fails is counted.
@@ -135,7 +135,7 @@ class Region:
         return tuple(prefix + tag for tag in tags)
 
     def lookup(
-        self, key: str, tag_keys: tuple[str, ...], partly: bool = False, meanwhile: Meanwhile | None = None
+        self, key: str, tag_keys: tuple[str, ...], exact: bool = False, meanwhile: Meanwhile | None = None
     ) -> Lookup:
         """Find an answer, and the versions of its tags, in one round trip.
 
@@ -143,19 +143,19 @@ class Region:
         so that only a process that has not seen the entry needs a second round trip.
 
         Args:
-            partly: give an answer, too, of which the statement itself is valid, but not all that completes it.
+            exact: it may be the answer to another statement, with other tags.
             meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         """
         further = self._further.get(key, ())
         try:
-            reading = self.ledger.lookup(key, tag_keys, further, partly=partly, meanwhile=meanwhile)
+            reading = self.ledger.lookup(key, tag_keys, further, exact=exact, meanwhile=meanwhile)
         except CacheUnavailable:
             return Lookup(None, "error", "unavailable")
         if reading.payload is None:
             return Lookup(None, "stale" if reading.stale else "miss", "", reading)
-        known = len(tag_keys) + len(further)
-        if len(reading.tags) > known:
-            self._remember(key, reading.tags[known:])
+        now = reading.tags[len(tag_keys) :]
+        if now != further:
+            self._remember(key, now)
         try:
             entry = self._decode(key, reading.payload)
         except Corrupt as fault:
@@ -167,7 +167,7 @@ class Region:
     def _remember(self, key: str, further: tuple[str, ...]) -> None:
         if len(self._further) >= _REMEMBERED:
             self._further.clear()
-        self._further[key] = self._further.get(key, ()) + further
+        self._further[key] = further
 
     def _decode(self, key: str, payload: bytes) -> Entry:
         recent = self._recent.get(key)
@@ -198,28 +198,35 @@ class Region:
         except CacheUnavailable:
             return None
 
+    def seconds_left(self, ttl: float | None, created: float) -> float | None:
+        """How long an answer may be kept that was created then; None for as long as there is room.
+
+        It may have been found, and only completed since. By a clock that disagrees with the one it was created by, it
+        is kept no longer.
+
+        Args:
+            ttl: seconds that an answer of this statement is kept; None for the region's own.
+            created: seconds since 1970.
+        """
+        seconds = self.ttl if ttl is None else ttl
+        if seconds is None:
+            return None
+        age = time.time() - created
+        return max(0.0, seconds * (1 - _JITTER * random.random()) - age) if age >= 0 else 0.0
+
     def fill(
-        self, key: str, entry: Entry, reading: Reading, ttl: float | None, tag_keys: tuple[str, ...]
+        self, key: str, entry: Entry, reading: Reading, seconds: float | None, tag_keys: tuple[str, ...]
     ) -> str:
         """Store an answer under the versions read before the database was asked.
 
-        The time to live counts from when the entry was created: it may have been found, and only completed since.
-
         Args:
-            ttl: seconds until it expires; None for the region's own.
+            seconds: until it expires; None for never.
             tag_keys: those that the next lookup will ask for by itself.
         Returns:
             Why it was not stored, in a word or two; empty where it was.
         """
-        seconds = self.ttl if ttl is None else ttl
-        if seconds is not None:
-            seconds *= 1 - _JITTER * random.random()
-            seconds -= max(0.0, time.time() - entry.created)
-            if seconds <= 0:
-                return "expired"
         further = tuple(tag for tag in reading.tags if tag not in tag_keys)
         if further or key in self._further:
-            self._further.pop(key, None)
             self._remember(key, further)
         try:
             payload = self._codec.encode(entry, context=key.encode())

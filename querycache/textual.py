@@ -6,7 +6,9 @@ so, and is then taken for a statement that may read or write anything.
 
 from __future__ import annotations
 
+import logging
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -191,10 +193,13 @@ def _parsed(text: str, dialect: str) -> TextStatement:
         from sqlglot import errors, exp
     except ImportError:
         return _ANYTHING
+    token = _parsing.set(True)
     try:
         statements = sqlglot.parse(text, dialect=dialect or None)
     except (errors.SqlglotError, RecursionError):
         return _ANYTHING
+    finally:
+        _parsing.reset(token)
     reads: set[TableName] = set()
     writes: set[TableName] = set()
     functions: set[str] = set()
@@ -215,6 +220,12 @@ def _parsed(text: str, dialect: str) -> TextStatement:
                 reads.add(name)
         functions.update(_function_name(each, exp) for each in statement.find_all(exp.Func))
     return TextStatement(True, frozenset(reads), frozenset(writes), frozenset(functions))
+
+
+_parsing: ContextVar[bool] = ContextVar("querycache_parsing", default=False)
+
+# It warns of what it does not understand. Here that is nobody's fault, and has been provided for.
+logging.getLogger("sqlglot").addFilter(lambda record: not _parsing.get())
 
 
 def _targets(statement: Any, exp: Any) -> list[Any] | None:

@@ -30,9 +30,10 @@ from typing import Any, Literal
 
 from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
+from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
-from querycache import sa_internals, versions
+from querycache import sa_internals
 from querycache.dependencies import (
     Declarations,
     TableName,
@@ -40,7 +41,7 @@ from querycache.dependencies import (
     row_write_tags,
     set_write_tags,
 )
-from querycache.errors import CacheUnavailable
+from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.events import Telemetry
 from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
 from querycache.ledger import Ledger, Marks
@@ -205,8 +206,22 @@ class Writes:
         return bool(left)
 
     def note(self, session: Session, tags: Iterable[str]) -> None:
-        """Make tags part of what a Session's transaction writes: they change when it commits."""
-        self._note(session.connection(), tags)
+        """Make tags part of what a Session's transaction writes: they change when it commits.
+
+        Raises:
+            ConfigurationError: the Session has several databases, and is connected to none of them yet.
+        """
+        connection = next(iter(sa_internals.connections(session)), None)
+        if connection is None:
+            try:
+                connection = session.connection()
+            except (UnboundExecutionError, AssertionError) as error:
+                raise ConfigurationError(
+                    f"session={session!r}: it is connected to no database yet, and does not say to which it belongs; call "
+                    "session.connection(bind_arguments=…) before"
+                ) from error
+        self.watch(connection.engine)
+        self._note(connection, tags)
 
     # --- statements ----------------------------------------------------------------------------------
 
@@ -438,7 +453,7 @@ class Writes:
         if connection.info.get(self._isolation_key):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         elif self._takes_snapshots(connection):
-            self._ensure(connection).snapshot = {ledger: _witness(ledger) for ledger in self._regions.ledgers}
+            self._ensure(connection).snapshot = {ledger: ledger.quiet() for ledger in self._regions.ledgers}
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":
@@ -521,19 +536,6 @@ class Writes:
                     self._owed.setdefault(ledger, set()).update(keys)
                 if self.owes(ledger):
                     self._telemetry.emit("error", "", "", "unavailable at commit")
-
-
-def _witness(ledger: Ledger) -> int | None:
-    """The version of the ledger's witness; None where a writer is at work.
-
-    Of such a writer the snapshot does not show what it commits, and its mark may still be on the witness when its tags
-    have their new versions.
-    """
-    try:
-        witness = ledger.lookup(None, ()).witness
-    except CacheUnavailable:
-        return None
-    return witness if versions.is_clean(witness) else None
 
 
 def _told(sql: str, context: Any) -> TextStatement | None:

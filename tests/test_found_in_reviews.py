@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlglot
+from dogpile.cache import make_region
 from sqlalchemy import (
     Column,
     DateTime,
@@ -32,16 +34,19 @@ from sqlalchemy import (
     literal,
     literal_column,
     select,
+    table,
     text,
     update,
 )
 from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Session,
     mapped_column,
     relationship,
+    scoped_session,
     selectinload,
     sessionmaker,
 )
@@ -50,6 +55,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from querycache import ConfigurationError, QueryCache
+from querycache.textual import read_text
 
 _shift: ContextVar[int] = ContextVar("shift", default=0)
 
@@ -463,3 +469,117 @@ def test_found_a_replay_begun_before_the_session_was_emptied(
         assert len(db.scalars(statement).all()) == 5
     with made() as db:
         assert len(db.scalars(cached).all()) == 5
+
+
+def test_found_an_answer_from_before_a_view_was_declared(sqlite_engine: Engine) -> None:
+    """What was stored by who did not know what the view is made of does not have the tags that it needs."""
+    _fill(sqlite_engine)
+    with sqlite_engine.begin() as connection:
+        connection.execute(text("CREATE VIEW found_view AS SELECT count(*) AS n FROM found_part"))
+    store = make_region().configure("querycache.memory")
+    view = table("found_view", column("n"))
+    kept = select(view.c.n).execution_options(cache_key="view")
+
+    def process() -> tuple[QueryCache, sessionmaker[Session]]:
+        cache, made = QueryCache(store), sessionmaker(sqlite_engine)
+        cache.attach(made)
+        return cache, made
+
+    def look(made: sessionmaker[Session], statement: Any) -> Any:
+        with made() as db:
+            return db.scalar(statement)
+
+    cache, made = process()
+    try:
+        assert look(made, kept) == 5
+        cache.depends("found_view", on=["found_part"])
+        with made.begin() as db:
+            db.add(Part(id=6, item_id=1))
+        assert look(made, kept) == look(made, select(view.c.n).execution_options(cache_key="view")) == 6
+        later, made = process()
+        later.depends("found_view", on=["found_part"])
+        with made.begin() as db:
+            db.add(Part(id=7, item_id=1))
+        assert look(made, kept) == 7
+    finally:
+        with sqlite_engine.begin() as connection:
+            connection.execute(text("DROP VIEW found_view"))
+
+
+def test_found_another_number_of_slots_after_a_restart(sqlite_engine: Engine) -> None:
+    _fill(sqlite_engine)
+    with Session(sqlite_engine) as db, db.begin():
+        db.add(Special(id=2000, name="new"))
+    store = make_region().configure("querycache.memory")
+    statement = select(Item.name).where(Item.id == 2000).execution_options(cache_key=True)
+    for slots, name in ((1024, "first"), (4096, "second")):
+        cache, made = QueryCache(store, slots=slots), sessionmaker(sqlite_engine)
+        cache.attach(made)
+        with made.begin() as db:
+            db.get_one(Item, 2000).name = name
+        with made() as db:
+            assert [db.scalar(statement) for _ in range(2)] == [name, name]
+
+
+def test_found_invalidate_with_a_session_that_nobody_watches(
+    Sessions: sessionmaker[Session], cache: QueryCache, tmp_path: Path
+) -> None:
+    statement = select(Part.amount).where(Part.id == 1).execution_options(cache_key="k")
+
+    def look() -> str:
+        with Sessions() as db, cache.recording() as events:
+            db.scalars(statement).all()
+        return events[0].outcome
+
+    assert [look(), look()] == ["miss", "hit"]
+    with Session(create_engine(f"sqlite:///{tmp_path}/other.db")) as other, other.begin():
+        cache.invalidate(key="k", session=other)
+        assert look() == "hit"
+    assert look() == "stale"
+
+
+def test_found_invalidate_with_a_session_that_cannot_tell_its_database(
+    Sessions: sessionmaker[Session], cache: QueryCache, sqlite_engine: Engine
+) -> None:
+    def choose(*arguments: Any, **named: Any) -> str:
+        return "a"
+
+    sharded = ShardedSession(
+        shards={"a": sqlite_engine},
+        shard_chooser=choose,
+        identity_chooser=lambda *arguments, **named: ["a"],
+        execute_chooser=lambda state: ["a"],
+    )
+    for session in (sharded, Session(binds={Part: sqlite_engine}), Session()):
+        with session, pytest.raises(ConfigurationError, match=r"connection\(bind_arguments=…\)"):
+            cache.invalidate(key="k", session=session)
+    with pytest.raises(ConfigurationError, match="give a Session"):
+        cache.invalidate(key="k", session="x")  # type: ignore[arg-type]
+    statement = select(Part.amount).where(Part.id == 1).execution_options(cache_key="k")
+    with Session(binds={Part: sqlite_engine}) as db:
+        cache.attach(db)
+        db.scalars(statement).all()
+        cache.invalidate(key="k", session=db)
+        db.commit()
+        with cache.recording() as events:
+            db.scalars(statement).all()
+    assert events[0].outcome in ("stale", "miss")
+    scoped = scoped_session(Sessions)
+    cache.invalidate(key="k", session=scoped)
+    scoped.remove()
+
+
+def test_found_texts_in_the_style_of_dogpile() -> None:
+    """Its configure_from_config takes what an .ini file has, which is texts."""
+    cache = QueryCache.from_config(
+        {"cache.a.backend": "querycache.memory", "cache.a.expiration_time": "60"}, lease=1.0
+    )
+    assert cache._regions.get("a").ttl == 60
+
+
+def test_found_a_parser_that_speaks_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        read_text("ALTER TABLE found_item ENGINE = InnoDB, ALGORITHM = WHATEVER, LOCK", "mysql")
+    assert not caplog.records
+    sqlglot.parse("ALTER TABLE found_item ENGINE = InnoDB, ALGORITHM = WHATEVER, LOCK", dialect="mysql")
+    assert caplog.records

@@ -427,13 +427,29 @@ def test_an_entry_names_further_tags_that_it_depends_on(ledger: Ledger, other: L
     assert ledger.lookup("entry", ["a"]).payload == b"payload"
     other.bump(["b"])
     found = ledger.lookup("entry", ["a"])
+    assert found.payload == b"payload" and not found.stale and found.fallen == {"b"}
+    found = ledger.lookup("entry", ["a"], exact=True)
+    assert found.payload is None and found.stale and not found.fallen
+    found = ledger.lookup("entry", ["a", "b"])
+    assert found.payload is None and found.stale and not found.fallen
+    other.bump(["a"])
+    found = ledger.lookup("entry", ["a"])
+    assert found.payload is None and found.stale and not found.fallen
+    assert found.tags == ("a",) and found.fillable
+
+
+def test_an_entry_must_name_all_tags_that_are_asked_for(ledger: Ledger) -> None:
+    """Who stored it may have known of fewer."""
+    assert ledger.fill("entry", ledger.lookup(None, ["a", "b"]), b"payload")
+    assert ledger.lookup("entry", ["a", "b"]).payload == b"payload"
+    found = ledger.lookup("entry", ["a", "b", "c"])
     assert found.payload is None and found.stale
-    assert found.tags == ("a", "b") and found.fillable
+    assert ledger.lookup("entry", ["a", "c"], exact=True).payload == b"payload"
 
 
-def test_an_entry_that_was_stored_with_fewer_tags_is_still_valid(ledger: Ledger) -> None:
-    filled(ledger, tags=["a"])
-    assert ledger.lookup("entry", ["b", "a"]).payload == b"payload"
+def test_further_tags_that_an_entry_does_not_name_are_left_out(ledger: Ledger) -> None:
+    assert ledger.fill("entry", ledger.lookup(None, ["a", "b"]), b"payload")
+    assert ledger.lookup("entry", ["a"], ["c", "d"]).tags == ("a", "b")
 
 
 @given(blob=st.one_of(st.binary(), st.binary(min_size=6).map(lambda rest: b"\0\2\0\0\0\2" + rest)))

@@ -8,17 +8,20 @@ from typing import Any, cast
 
 from sqlalchemy import util
 from sqlalchemy.engine import Result
-from sqlalchemy.orm import ORMExecuteState
+from sqlalchemy.orm import ORMExecuteState, Session, loading
 from sqlalchemy.orm.interfaces import UserDefinedOption
 from sqlalchemy.sql.elements import TextClause
 
 __all__ = [
     "StatementOption",
+    "completes",
     "effective_options",
+    "expire_loaded_since",
     "given_options",
     "is_textual",
     "later_handlers",
     "load_options",
+    "loads_so_far",
     "run_later_handlers",
     "run_statement",
     "uninterpreted_options",
@@ -126,6 +129,36 @@ def uninterpreted_options(state: ORMExecuteState) -> Mapping[str, Any]:
 
 # the execution options that QueryContext.default_load_options is made from
 _INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_existing", "yield_per"})
+
+
+def completes(state: ORMExecuteState) -> bool:
+    """True for a statement by which SQLAlchemy completes objects that it loads, as their loaders ask for.
+
+    Of those for subclasses (``selectin_polymorphic``) only the parameter tells.
+    """
+    return (
+        state.is_relationship_load
+        or state.is_column_load
+        or (isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters)
+    )
+
+
+def loads_so_far() -> int:
+    """A number that grows with each result that the ORM loads in this process."""
+    number: int = loading._new_runid()
+    return number
+
+
+def expire_loaded_since(session: Session, before: int) -> None:
+    """Forget what a Session's objects were given by results loaded since then.
+
+    Objects with changes of the application are left alone: none were made by loading.
+    """
+    for state in session.identity_map.all_states():
+        if state.runid is not None and state.runid > before and not state.modified:
+            instance = state.obj()
+            if instance is not None:
+                session.expire(instance)
 
 
 def is_textual(statement: Any) -> bool:

@@ -1,0 +1,606 @@
+"""The statements that complete objects: their tags, and answers of which nothing else has fallen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dogpile.cache import CacheRegion, make_region
+from sqlalchemy import Engine, ForeignKey, String, create_engine, event, func, select, text, update
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    immediateload,
+    mapped_column,
+    relationship,
+    selectin_polymorphic,
+    selectinload,
+    sessionmaker,
+    subqueryload,
+    with_loader_criteria,
+)
+from sqlalchemy.pool import StaticPool
+
+from querycache import CacheMiss, QueryCache
+from querycache.backends.memory import MemoryBackend
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "family_parents"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20), default="")
+    children: Mapped[list[Child]] = relationship(order_by="Child.id", back_populates="parent")
+
+
+class Child(Base):
+    __tablename__ = "family_children"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20), default="")
+    parent_id: Mapped[int] = mapped_column(ForeignKey(Parent.id))
+    parent: Mapped[Parent] = relationship(back_populates="children")
+    toys: Mapped[list[Toy]] = relationship(order_by="Toy.id")
+
+
+class Toy(Base):
+    __tablename__ = "family_toys"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20), default="")
+    child_id: Mapped[int] = mapped_column(ForeignKey(Child.id))
+
+
+def fill(engine: Engine) -> None:
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    with sessionmaker(engine).begin() as session:
+        session.add_all([Parent(children=[Child(toys=[Toy()]), Child()]) for _ in range(40)])
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    fill(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def fetches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of versions that each round trip to the store has read."""
+    counts: list[int] = []
+    fetch = MemoryBackend.fetch
+
+    def counted(self: MemoryBackend, key: str | None, counters: Sequence[str] = (), *rest: Any) -> Any:
+        counts.append(len(counters))
+        return fetch(self, key, counters, *rest)
+
+    monkeypatch.setattr(MemoryBackend, "fetch", counted)
+    return counts
+
+
+@pytest.fixture
+def store() -> CacheRegion:
+    return make_region().configure("querycache.memory")
+
+
+def attached(engine: Engine, store: CacheRegion) -> tuple[QueryCache, Any]:
+    """What a process has: a cache on a store that it shares with others, and a factory of sessions."""
+    cache = QueryCache(store, lease=0.1)
+    factory = sessionmaker(engine)
+    cache.attach(factory)
+    return cache, factory
+
+
+def ask(cache: QueryCache, factory: Any, number: int) -> str:
+    statement = (
+        select(Parent)
+        .where(Parent.id == number)
+        .options(selectinload(Parent.children).selectinload(Child.toys))
+        .execution_options(cache_key="parent")
+    )
+    with cache.recording() as events, factory() as session:
+        session.scalars(statement).one()
+    return events[0].outcome
+
+
+def test_the_tags_of_one_answer_are_not_those_of_another(
+    engine: Engine, store: CacheRegion, fetches: list[int]
+) -> None:
+    cache, factory = attached(engine, store)
+    lookups = []
+    for number in range(1, 41):
+        fetches.clear()
+        assert ask(cache, factory, number) == "miss"
+        lookups.append(fetches[0])
+    assert len(set(lookups)) == 1
+    hits = []
+    for number in range(1, 41):
+        fetches.clear()
+        assert ask(cache, factory, number) == "hit"
+        hits.append(list(fetches))
+    assert all(hit == hits[0] and len(hit) == 1 for hit in hits)
+
+
+def test_a_write_below_one_parent_leaves_the_others(engine: Engine, store: CacheRegion) -> None:
+    cache, factory = attached(engine, store)
+    for number in range(1, 6):
+        ask(cache, factory, number)
+    with factory.begin() as session:
+        session.add(Child(parent_id=2))
+    assert [ask(cache, factory, number) for number in range(1, 6)] == ["hit", "stale", "hit", "hit", "hit"]
+    with factory.begin() as session:
+        session.add(Toy(child_id=session.scalars(select(Child.id).where(Child.parent_id == 4)).first()))
+    assert [ask(cache, factory, number) for number in range(1, 6)] == ["hit", "hit", "hit", "stale", "hit"]
+
+
+def test_another_process_learns_them_with_its_first_hit(
+    engine: Engine, store: CacheRegion, fetches: list[int]
+) -> None:
+    ask(*attached(engine, store), 1)
+    other = attached(engine, store)
+    fetches.clear()
+    assert ask(*other, 1) == "hit"
+    assert len(fetches) == 2
+    fetches.clear()
+    assert ask(*other, 1) == "hit"
+    assert len(fetches) == 1
+
+
+def test_an_answer_forgets_the_tags_of_what_it_no_longer_loads(
+    engine: Engine, store: CacheRegion, fetches: list[int]
+) -> None:
+    cache, factory = attached(engine, store)
+    sizes = []
+    for _ in range(10):
+        # another child each time, so other toys to load
+        with factory.begin() as session:
+            for child in session.scalars(select(Child).where(Child.parent_id == 1)):
+                child.parent_id = 2
+            session.add(Child(parent_id=1))
+        assert ask(cache, factory, 1) in ("miss", "stale")
+        fetches.clear()
+        assert ask(cache, factory, 1) == "hit"
+        sizes.append(fetches[0])
+    assert len(set(sizes)) == 1
+
+
+@pytest.fixture
+def asked(engine: Engine) -> Iterator[list[str]]:
+    """The tables that the database was asked for."""
+    tables: list[str] = []
+
+    def note(connection: object, cursor: object, sql: str, *rest: object) -> None:
+        if sql.startswith("SELECT"):
+            tables.append(sql.split("FROM family_")[1].split()[0])
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield tables
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def family(factory: Any, number: int = 1) -> list[list[int]]:
+    """The toys of each child, as the session shows them."""
+    with factory() as session:
+        parent = session.scalars(whole_family(number)).one()
+        return [[toy.id for toy in child.toys] for child in parent.children]
+
+
+def whole_family(number: int, **options: Any) -> Any:
+    return (
+        select(Parent)
+        .where(Parent.id == number)
+        .options(selectinload(Parent.children).selectinload(Child.toys))
+        .execution_options(cache_key="parent", **options)
+    )
+
+
+def test_only_what_was_written_is_asked_again(engine: Engine, store: CacheRegion, asked: list[str]) -> None:
+    cache, factory = attached(engine, store)
+    ask(cache, factory, 1)
+    before = family(factory)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    asked.clear()
+    with cache.recording() as events:
+        after = family(factory)
+    assert asked == ["toys"]
+    assert [(each.outcome, each.reason) for each in events] == [("stale", "in part"), ("fill", "")]
+    assert [len(toys) for toys in after] == [len(before[0]), len(before[1]) + 1]
+    asked.clear()
+    assert ask(cache, factory, 1) == "hit"
+    assert family(factory) == after and not asked
+
+
+def test_what_comes_after_it_is_asked_again_too(engine: Engine, store: CacheRegion, asked: list[str]) -> None:
+    """The database shows a later statement no less than an earlier one, so toys are never older than children."""
+    cache, factory = attached(engine, store)
+    family(factory)
+    with factory.begin() as session:
+        session.get_one(Child, 2).name = "Zoe"
+    asked.clear()
+    family(factory)
+    assert asked == ["children", "toys"]
+    assert ask(cache, factory, 1) == "hit"
+
+
+def test_the_statement_itself_was_written_so_all_is_asked_again(
+    engine: Engine, store: CacheRegion, asked: list[str]
+) -> None:
+    cache, factory = attached(engine, store)
+    family(factory)
+    with factory.begin() as session:
+        session.get_one(Parent, 1).name = "Ann"
+    asked.clear()
+    family(factory)
+    assert asked == ["parents", "children", "toys"]
+    assert ask(cache, factory, 1) == "hit"
+
+
+def test_what_was_kept_is_still_followed(engine: Engine, store: CacheRegion) -> None:
+    _, factory = attached(engine, store)
+    family(factory)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    family(factory)  # the children are kept, the toys asked again
+    with factory.begin() as session:
+        session.add(Child(parent_id=1))
+    assert len(family(factory)) == 3
+
+
+def test_the_rest_of_an_answer_lives_no_longer_for_that(
+    engine: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is filled in later must not give another time to live to what was read long ago."""
+    _, factory = attached(engine, store)
+    kept: list[float | None] = []
+    fill = MemoryBackend.store
+
+    def noted(self: MemoryBackend, key: str, payload: bytes, ttl: float | None = None) -> bool:
+        kept.append(ttl)
+        return fill(self, key, payload, ttl)
+
+    monkeypatch.setattr(MemoryBackend, "store", noted)
+    with factory() as session:
+        session.scalars(whole_family(1, cache_ttl=1000)).one()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 800)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    for _ in range(2):
+        with factory() as session:
+            session.scalars(whole_family(1, cache_ttl=1000)).one()
+    monkeypatch.setattr(time, "time", lambda: now + 1000)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    with factory() as session:
+        session.scalars(whole_family(1, cache_ttl=1000)).one()
+    first, second = (seconds for seconds in kept if seconds is not None)
+    assert first >= 900 and 0 < second <= 200
+
+
+def test_what_is_only_valid_in_part_is_no_hit(engine: Engine, store: CacheRegion) -> None:
+    cache, factory = attached(engine, store)
+    family(factory)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    with factory() as session:
+        assert not cache.explain(session, whole_family(1)).stored
+        with pytest.raises(CacheMiss):
+            session.scalars(whole_family(1, cache_mode="only")).one()
+
+
+def test_a_string_alone_finds_no_answer_that_is_valid_in_part(
+    engine: Engine, store: CacheRegion, asked: list[str]
+) -> None:
+    _, factory = attached(engine, store)
+    with factory() as session:
+        session.scalars(whole_family(1, cache_exact=True)).one()
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    asked.clear()
+    with factory() as session:
+        session.scalars(whole_family(1, cache_exact=True)).one()
+    assert asked == ["parents", "children", "toys"]
+
+
+def test_a_part_that_is_being_written_is_not_stored(engine: Engine, store: CacheRegion) -> None:
+    cache, factory = attached(engine, store)
+    family(factory)
+    ledger = next(iter(cache._regions)).ledger
+    tags = [tag for tag in store.backend._counters if "family_toys" in tag]
+    marks = ledger.begin(tags)
+    for _ in range(2):
+        with cache.recording() as events:
+            family(factory)
+        assert [(each.outcome, each.reason) for each in events] == [
+            ("stale", "in part"),
+            ("bypass", "pending"),
+        ]
+    ledger.end(marks)
+    assert [ask(cache, factory, 1) for _ in range(2)] == ["stale", "hit"]
+
+
+class Place(Base):
+    __tablename__ = "family_places"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "place"}
+
+
+class House(Place):
+    __tablename__ = "family_houses"
+
+    id: Mapped[int] = mapped_column(ForeignKey(Place.id), primary_key=True)
+    floors: Mapped[int]
+    rooms: Mapped[list[Room]] = relationship(order_by="Room.id")
+    __mapper_args__ = {"polymorphic_identity": "house"}
+
+
+class Room(Base):
+    __tablename__ = "family_rooms"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(20))
+    house_id: Mapped[int] = mapped_column(ForeignKey(House.id))
+
+
+def once(engine: Engine, part: str, act: Any) -> None:
+    """Do something just before the next statement with this text in it."""
+
+    todo = [act]
+
+    def before(connection: object, cursor: object, sql: str, *rest: object) -> None:
+        if todo and sql.startswith("SELECT") and part in sql:
+            todo.pop()()
+
+    event.listen(engine, "before_cursor_execute", before)
+
+
+def test_what_is_loaded_within_another_load_is_no_older(engine: Engine, store: CacheRegion) -> None:
+    """SQLAlchemy loads the rooms while it still loads the houses."""
+    _, factory = attached(engine, store)
+    with factory.begin() as session:
+        session.add(House(id=1, floors=1, rooms=[Room(name="1")]))
+
+    def look() -> tuple[int, str]:
+        statement = select(Place).options(selectin_polymorphic(Place, [House]), selectinload(House.rooms))
+        with factory() as session:
+            house = session.scalars(statement.execution_options(cache_key="places")).one()
+            assert isinstance(house, House)
+            return house.floors, house.rooms[0].name
+
+    def write(number: int, *tables: Any) -> None:
+        with factory.begin() as session:
+            for table, values in tables:
+                session.execute(update(table).values(values))
+
+    houses, rooms = House.__table__, Room.__table__
+    look()
+    write(2, (houses, {"floors": 2}))
+    once(engine, "JOIN family_houses", lambda: write(3, (houses, {"floors": 3}), (rooms, {"name": "3"})))
+    assert look() == (3, "3")
+
+
+@pytest.mark.parametrize("below", [selectinload, immediateload])
+def test_nor_is_it_within_a_subquery_load(
+    engine: Engine, store: CacheRegion, asked: list[str], below: Any
+) -> None:
+    _, factory = attached(engine, store)
+    statement = (
+        select(Parent).where(Parent.id == 1).options(subqueryload(Parent.children).options(below(Child.toys)))
+    )
+
+    def look() -> list[str]:
+        with factory() as session:
+            return [
+                each.name
+                for each in session.scalars(statement.execution_options(cache_key="p")).one().children
+            ]
+
+    look()
+    with factory.begin() as session:
+        session.get_one(Child, 1).name = "Zoe"
+    asked.clear()
+    assert look() == ["Zoe", ""]
+    assert "toys" in asked
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def snapshots(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A database whose transactions see one state of it."""
+    engine: Engine = request.getfixturevalue(f"{request.param}_engine")
+    fill(engine)
+    yield engine.execution_options(isolation_level="REPEATABLE READ")
+
+
+@pytest.fixture(params=["memory", "redis"])
+def any_store(request: pytest.FixtureRequest, store: CacheRegion) -> CacheRegion:
+    if request.param == "memory":
+        return store
+    url = request.getfixturevalue("redis_store_url")
+    return make_region().configure("querycache.redis", arguments={"url": url})
+
+
+def until_hit(cache: QueryCache, factory: Any) -> None:
+    deadline = time.monotonic() + 10
+    while ask(cache, factory, 1) != "hit":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def names(session: Session, statement: Any) -> list[str]:
+    parent = session.scalars(statement).one()
+    child = parent.children[0]
+    return [parent.name, child.name, child.toys[0].name]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_snapshot_shows_one_state(snapshots: Engine, any_store: CacheRegion, cached: bool) -> None:
+    """What was stored is from before the snapshot begins, with the first statement that completes it."""
+    cache, factory = attached(snapshots, any_store)
+    statement = whole_family(1) if cached else whole_family(1).execution_options(cache_key=None)
+    until_hit(cache, factory)
+
+    def rename(name: str) -> None:
+        with factory.begin() as session:
+            for each in (Parent, Child, Toy):
+                session.get_one(each, 1).name = name
+
+    with factory.begin() as session:
+        session.get_one(Toy, 1).name = "old"
+    once(snapshots, "FROM family_toys", lambda: rename("new"))
+    with factory() as session, cache.recording() as events:
+        found = names(session, statement)
+    assert found in (["", "", "old"], ["new", "new", "new"])
+    if cached:
+        assert [(each.outcome, each.reason) for each in events][:2] == [
+            ("stale", "in part"),
+            ("bypass", "snapshot"),
+        ]
+
+
+def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(
+    snapshots: Engine, any_store: CacheRegion
+) -> None:
+    cache, factory = attached(snapshots, any_store)
+    until_hit(cache, factory)  # now the history of the store is known
+    statement = select(Child).where(Child.id == 1).options(immediateload(Child.parent))
+    cached = statement.execution_options(cache_key="child")
+    with factory() as session:
+        keep = session.get_one(Parent, 1)
+        session.scalars(cached).one()
+        assert keep.id == 1
+
+    def rename() -> None:
+        with factory.begin() as session:
+            session.get_one(Parent, 1).name = session.get_one(Child, 1).name = "new"
+
+    once(snapshots, "FROM family_parents", rename)
+    with factory() as session, cache.recording() as events:
+        child = session.scalars(cached).one()
+        assert child.name == child.parent.name == "new"
+    assert [(each.outcome, each.reason) for each in events][:1] == [("bypass", "snapshot")]
+
+
+def test_statements_of_the_application_within_a_load_are_its_own(
+    engine: Engine, store: CacheRegion, asked: list[str]
+) -> None:
+    """A listener may ask what no entry should hold, or ask not to be answered from the cache."""
+    _, factory = attached(engine, store)
+    numbers = []
+
+    def loaded(child: Child, context: Any) -> None:
+        number = context.session.scalar(select(func.random()).select_from(Parent).limit(1))
+        context.session.execute(text("SELECT 1 FROM family_parents"))
+        numbers.append(number)
+
+    event.listen(Child, "load", loaded)
+    try:
+        family(factory)
+        asked.clear()
+        family(factory)
+    finally:
+        event.remove(Child, "load", loaded)
+    assert len(set(numbers)) == 4
+    assert asked == ["parents"] * 4
+
+
+def test_writes_to_another_database_of_an_answer_are_followed(tmp_path: Path, store: CacheRegion) -> None:
+    """A process that was only ever answered from the cache writes through the engine of the children."""
+
+    def process() -> tuple[QueryCache, sessionmaker[Session], Engine]:
+        parents, others = (create_engine(f"sqlite:///{tmp_path}/{name}.db") for name in ("parents", "others"))
+        for each in (parents, others):
+            Base.metadata.create_all(each)
+
+        class Routed(Session):
+            def get_bind(self, mapper: Any = None, **arguments: Any) -> Any:
+                return parents if mapper is not None and mapper.class_ is Parent else others
+
+        cache = QueryCache(store)
+        factory = sessionmaker(class_=Routed)
+        cache.attach(factory)
+        return cache, factory, others
+
+    statement = select(Parent).options(selectinload(Parent.children)).execution_options(cache_key="p")
+
+    def look(factory: sessionmaker[Session]) -> list[str]:
+        with factory() as session:
+            return [each.name for each in session.scalars(statement).one().children]
+
+    _, first, _ = process()
+    with first.begin() as session:
+        session.add(Parent(id=1))
+        session.flush()
+        session.add(Child(id=1, parent_id=1, name="old"))
+    assert look(first) == look(first) == ["old"]
+    _, second, others = process()
+    assert look(second) == ["old"]
+    with others.begin() as connection:
+        connection.execute(update(Child).values(name="new"))
+    assert look(second) == look(first) == ["new"]
+
+
+def test_a_process_that_only_hits_forgets_tags_too(
+    engine: Engine, store: CacheRegion, fetches: list[int]
+) -> None:
+    writer, reader = attached(engine, store), attached(engine, store)
+    sizes = []
+    for _ in range(10):
+        with writer[1].begin() as session:
+            for child in session.scalars(select(Child).where(Child.parent_id == 1)):
+                child.parent_id = 2
+            session.add(Child(parent_id=1))
+        ask(*writer, 1)
+        assert ask(*reader, 1) == "hit"
+        fetches.clear()
+        assert ask(*reader, 1) == "hit"
+        sizes.append(tuple(fetches))
+    assert len(set(sizes)) == 1 and len(sizes[0]) == 1
+
+
+def test_an_entry_does_not_grow_for_ever(engine: Engine, store: CacheRegion) -> None:
+    """Handlers may add to the further statements alone, each time something else."""
+    _, factory = attached(engine, store)
+    numbers = iter(range(1000))
+
+    def window(state: Any) -> None:
+        if state.is_relationship_load:
+            state.statement = state.statement.options(with_loader_criteria(Child, Child.id > -next(numbers)))
+
+    event.listen(factory, "do_orm_execute", window)
+    sizes = []
+    for _ in range(150):
+        family(factory)
+        [(payload, _, _)] = store.backend._entries.values()
+        sizes.append(len(payload))
+    assert max(sizes[100:]) <= max(sizes[:100])
+
+
+@pytest.mark.parametrize("ahead", [3600.0, -3600.0])
+def test_clocks_that_disagree_do_not_keep_an_answer_longer(
+    engine: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    cache, factory = attached(engine, store)
+    now = time.time()
+    statement = whole_family(1, cache_ttl=1000)
+    monkeypatch.setattr(time, "time", lambda: now + ahead)
+    with factory() as session:
+        session.scalars(statement).one()
+    monkeypatch.setattr(time, "time", lambda: now)
+    with factory.begin() as session:
+        session.add(Toy(child_id=2))
+    with factory() as session, cache.recording() as events:
+        session.scalars(statement).one()
+    assert [(each.outcome, each.reason) for each in events] == [("stale", "in part"), ("bypass", "expired")]
