@@ -364,7 +364,7 @@ def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
             "cache.REGION.arguments.NAME"
         )
     # files of other formats than TOML have texts only, and dogpile takes them for what they look like
-    [value] = coerce_string_conf({name: value}).values() if isinstance(value, str) else [value]
+    value = coerce_string_conf({name: value})[name]  # type: ignore[no-untyped-call]
     region = table.setdefault("regions", {}).setdefault(parts[1], {})
     if parts[2] == "arguments" and len(parts) == 4:
         region.setdefault("arguments", {})[parts[3]] = value

@@ -544,7 +544,8 @@ class Interceptor:
             try:
                 result = self._replay(request, entry, reading)
             except _Torn:
-                return self._start_anew(request, before)
+                self._start_anew(request, before)
+                return None
             except Corrupt as fault:
                 outcome, reason, entry = "miss", fault.reason, None
             else:
@@ -565,7 +566,8 @@ class Interceptor:
                 try:
                     return self._replay(request, entry, reading)
                 except _Torn:
-                    return self._start_anew(request, before)
+                    self._start_anew(request, before)
+                    return None
                 except Corrupt:
                     pass
             return self._ask_database(request, reading)

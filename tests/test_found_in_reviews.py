@@ -513,7 +513,8 @@ def test_found_another_number_of_slots_after_a_restart(sqlite_engine: Engine) ->
     store = make_region().configure("querycache.memory")
     statement = select(Item.name).where(Item.id == 2000).execution_options(cache_key=True)
     for slots, name in ((1024, "first"), (4096, "second")):
-        cache, made = QueryCache(store, slots=slots), sessionmaker(sqlite_engine)
+        engine = create_engine(sqlite_engine.url)  # as another process has
+        cache, made = QueryCache(store, slots=slots), sessionmaker(engine)
         cache.attach(made)
         with made.begin() as db:
             db.get_one(Item, 2000).name = name
