@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -115,7 +116,7 @@ class _Load:
         fallen: keys of the tags under whose present versions they may not stand any more.
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
-        grown: True once a further statement was asked of the database.
+        grown: True once the database was asked for a further statement.
     """
 
     request: Request
@@ -278,7 +279,13 @@ class Interceptor:
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
             self._leave(region, options, str(refusal))
             return None
-        return self._look_up(request)
+        before = sa_internals.loads_so_far()
+        try:
+            return self._look_up(request)
+        except _Torn:
+            sa_internals.expire_loaded_since(request.session, before)
+            self._leave(region, options, "snapshot")
+            return None
 
     def _leave(self, region: Region, options: CacheOptions, reason: str) -> None:
         """Leave a statement to the database, where that may be asked."""
@@ -520,7 +527,6 @@ class Interceptor:
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region, options = request.region, request.options
-        before = sa_internals.loads_so_far()
         lookup = region.lookup(request.key, request.tag_keys, options.exact, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if reading is not None:
@@ -543,9 +549,6 @@ class Interceptor:
         if entry is not None and reading is not None and not reading.fallen:
             try:
                 result = self._replay(request, entry, reading)
-            except _Torn:
-                self._start_anew(request, before)
-                return None
             except Corrupt as fault:
                 outcome, reason, entry = "miss", fault.reason, None
             else:
@@ -563,13 +566,8 @@ class Interceptor:
         self._telemetry.emit(outcome, region.name, request.name, reason)
         with self._flights.flying(flight):
             if entry is not None:
-                try:
+                with suppress(Corrupt):
                     return self._replay(request, entry, reading)
-                except _Torn:
-                    self._start_anew(request, before)
-                    return None
-                except Corrupt:
-                    pass
             return self._ask_database(request, reading)
 
     @staticmethod
@@ -601,11 +599,6 @@ class Interceptor:
             self._fill(load, entry.main, entry.created)
         return result
 
-    def _start_anew(self, request: Request, before: int) -> None:
-        """Leave a statement to the database that was answered in part already."""
-        sa_internals.expire_loaded_since(request.session, before)
-        self._leave(request.region, request.options, "snapshot")
-
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
         created = time.time()
@@ -627,7 +620,7 @@ class Interceptor:
         except _Refresh:
             return None  # not part of the answer, but of what the application does with it
         except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
-            load.spoiled = str(refusal)
+            load.spoiled, load.grown = str(refusal), True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
         stored = load.find(mark, lambda: analysis.tags(prepared.plan, self._declared))
