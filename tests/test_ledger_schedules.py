@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from querycache import versions
+from querycache import ledger, versions
 from querycache.backends import memcached
 from querycache.backends.memcached import MemcachedBackend
 from querycache.backends.memory import MemoryBackend
@@ -103,7 +103,7 @@ class Run:
         self.committed = dict.fromkeys(TAGS, 0)
         self.at_work: dict[greenlet, float] = {}
         self.doomed: set[greenlet] = set()
-        self.hits = self.fills = 0
+        self.hits = self.parts = self.fills = 0
         self.main = getcurrent()
         self.processes: list[greenlet] = []
         self.store: Any = None
@@ -187,15 +187,29 @@ class Run:
             tags = list(TAGS) if self.random.random() < 0.5 else ["a"]
             entry = "entry-" + "-".join(tags)
             required = [self.committed[tag] for tag in tags]
-            reading = ledger.lookup(entry, tags)
+            # of some tags the reader knows by itself, of the others from an entry or not at all
+            known = tags[: self.random.randint(1, len(tags))]
+            reading = ledger.lookup(entry, known, tags[len(known) :] if self.random.random() < 0.5 else ())
+            found: list[int] = []
             if reading.payload is not None:
-                self.hits += 1
                 found = [int(number) for number in reading.payload.split(b",")]
-                if any(have < must for have, must in zip(found, required, strict=True)):
-                    raise Stale(f"{entry}: {found}, committed were {required}")
-            elif reading.fillable:
+                self.hits += not reading.fallen
+                self.parts += bool(reading.fallen)
+                for tag, have, must in zip(tags, found, required, strict=True):
+                    if tag not in reading.fallen and have < must:
+                        raise Stale(f"{entry}: {tag} is {have}, committed were {required}")
+                if not reading.fallen:
+                    continue
+            others = [tag for tag in tags if tag not in reading.tags]
+            if others:
+                reading = reading.union(ledger.lookup(None, others))
+            if reading.fillable:
                 self.pause()
-                payload = b",".join(b"%d" % self.committed[tag] for tag in tags)
+                # what stands is kept, the rest is asked of the database
+                kept = {
+                    tag: have for tag, have in zip(tags, found, strict=False) if tag not in reading.fallen
+                }
+                payload = b",".join(b"%d" % kept.get(tag, self.committed[tag]) for tag in tags)
                 self.pause()
                 self.fills += ledger.fill(entry, reading, payload)
 
@@ -251,6 +265,7 @@ def test_no_schedule_gives_a_stale_hit(store: str, monkeypatch: pytest.MonkeyPat
     # And not for want of answers.
     assert sum(run.fills for run in runs) > 1_000
     assert sum(run.hits for run in runs) > 2_000
+    assert sum(run.parts for run in runs) > 100
 
 
 def end_unmarks_whatever_it_finds(version: int, incarnation: int) -> int:
@@ -277,6 +292,13 @@ def test_a_broken_step_gives_a_stale_hit(
             run = on_memcached(seed, monkeypatch)
             run.loss_rate = 0.01
             run.go(STEPS)
+
+
+def test_keeping_what_has_fallen_gives_a_stale_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_fallen", lambda *arguments: frozenset())
+    with pytest.raises(Stale):
+        for seed in range(400):
+            on_memcached(seed, monkeypatch).go(STEPS)
 
 
 def test_a_lease_shorter_than_a_commit_gives_a_stale_hit(monkeypatch: pytest.MonkeyPatch) -> None:
