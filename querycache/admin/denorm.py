@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import sys
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, make_url
+from sqlalchemy import Engine, MetaData, TypeDecorator, create_engine, make_url
 from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.types import TypeEngine
 
 from querycache.admin.application import load
 from querycache.denormalize import Report, aggregates_of, repair, trigger_sql, verify
@@ -127,15 +129,19 @@ def _typed(base: Any, after: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]
         if name not in roots or len(key) != len(roots[name].primary_key):
             raise ConfigurationError(f"--after: {name}: {key} is no key of {', '.join(sorted(roots))}")
         found[name] = tuple(
-            _value(part, column.type.python_type)
-            for part, column in zip(key, roots[name].primary_key, strict=True)
+            _value(part, column.type) for part, column in zip(key, roots[name].primary_key, strict=True)
         )
     return found
 
 
-def _value(part: Any, python: type[Any]) -> Any:
+def _value(part: Any, type_: TypeEngine[Any]) -> Any:
+    if isinstance(type_, TypeDecorator):  # which tells no class of its values
+        return part
+    python = type_.python_type
     if isinstance(part, python):
         return part
+    if issubclass(python, enum.Enum):
+        return next((each for each in python if part in (each.name, each.value)), part)
     return python.fromisoformat(part) if hasattr(python, "fromisoformat") else python(part)
 
 
@@ -150,7 +156,11 @@ def _bar(entity: str, done: int, total: int, report: Report) -> None:
 
 
 def _last(report: Report) -> str:
-    return json.dumps({name: list(key) for name, key in report.last.items()}, default=str)
+    return json.dumps({name: list(key) for name, key in report.last.items()}, default=_shown)
+
+
+def _shown(part: Any) -> str:
+    return part.name if isinstance(part, enum.Enum) else str(part)
 
 
 def _tell(report: Report, for_programs: bool) -> int:
@@ -170,7 +180,7 @@ def _tell(report: Report, for_programs: bool) -> int:
             ],
             "last": {name: list(key) for name, key in report.last.items()},
         }
-        print(json.dumps(answer, indent=2, default=str))
+        print(json.dumps(answer, indent=2, default=_shown))
     else:
         for difference in report.differences:
             print(difference)

@@ -9,7 +9,9 @@ forward: the *images* (`images.py`). The same join, outer and restricted to some
 
 from __future__ import annotations
 
+import datetime
 import inspect as python_inspect
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -49,6 +51,7 @@ __all__ = [
     "attribute_columns",
     "attributes_read",
     "changed_by_update",
+    "in_order",
     "key_condition",
     "mapped_attributes",
     "primary_keys",
@@ -68,6 +71,34 @@ def primary_keys(mapper: Mapper[Any]) -> tuple[str, ...]:
 
 def attribute_columns(entity: Any, names: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     return tuple(getattr(entity, name) for name in names)
+
+
+_ORDERED: Final = (
+    str,
+    int,
+    float,
+    bytes,
+    Decimal,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+)
+
+
+def in_order(keys: Iterable[Key]) -> list[Key]:
+    """Keys in the order in which every transaction locks and writes their rows.
+
+    Members of an Enum and the values of other types may have no order of their own, and are taken as text.
+    """
+    found = list(keys)
+    if all(isinstance(part, _ORDERED) for part in (found[0] if found else ())):
+        return sorted(found)
+    return sorted(found, key=_as_ordered)
+
+
+def _as_ordered(key: Key) -> Key:
+    return tuple(part if isinstance(part, _ORDERED) else str(part) for part in key)
 
 
 def key_condition(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[bool]:
