@@ -21,7 +21,7 @@ from querycache.denormalize.chain import (
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
-from querycache.denormalize.plan import Place, Plan
+from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError
 
 __all__ = ["check", "check_plan"]
@@ -60,6 +60,9 @@ def check_plan(plan: Plan) -> None:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
     for aggregate in plan.aggregates:
         _check_carried_along(aggregate, plan)
+        if aggregate.strategy != "trigger":
+            _check_association(aggregate, plan)
+            _check_on_update(aggregate)
         if aggregate.strategy in ("flush", "memory"):
             _check_other_ways(aggregate, plan)
 
@@ -77,6 +80,36 @@ def _check_other_ways(aggregate: Aggregate, plan: Plan) -> None:
                 f" {chain.leaf.class_.__name__} that {chain.relationships[0]} joins by, unseen by"
                 f" strategy {aggregate.strategy!r}; make it viewonly=True, or take strategy 'sql'"
             )
+
+
+def _check_association(aggregate: Aggregate, plan: Plan) -> None:
+    """Objects of a class that is mapped to the secondary table change its rows too, and are no rows of the path."""
+    for step, link in zip(aggregate.chain.relationships, aggregate.chain.links, strict=True):
+        for mapper in plan.mapped_to(link.secondary) if link.secondary is not None else ():
+            raise ConfigurationError(
+                f"{aggregate.name}: {mapper.class_.__name__} is mapped to {link.secondary}, the secondary table of {step},"
+                f" whose rows change unseen with its objects; aggregate over the objects of {mapper.class_.__name__}, by a"
+                " one-to-many relationship to them, or take strategy 'trigger'"
+            )
+
+
+def _check_on_update(aggregate: Aggregate) -> None:
+    """What ON UPDATE does to the children of a row whose key changes is not looked at; but for the path's own foreign keys,
+    which follow their parent's key."""
+    chain = aggregate.chain
+    for level, read in enumerate(aggregate.reads()):
+        mapper, link = chain.mappers[level], chain.links[level - 1].attributes
+        for constraint in foreign_keys(mapper) if level else ():
+            rule = (constraint.onupdate or "").upper()
+            held = mapped_attributes(mapper, [(c.table.fullname, c.name) for c in constraint.columns])
+            own = held == set(link)
+            harmful = ("SET NULL", "SET DEFAULT") if own else ("CASCADE", "SET NULL", "SET DEFAULT")
+            if rule in harmful and (own or held & read):
+                raise ConfigurationError(
+                    f"{aggregate.name}: {mapper.class_.__name__}.{', '.join(sorted(held))} changes by ON UPDATE {rule} of"
+                    f" {constraint.referred_table.name}, unseen; refer to a key that does not change, read other columns"
+                    " (a Python expression says by columns= which), or take strategy 'trigger'"
+                )
 
 
 def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
@@ -253,7 +286,8 @@ def _check_python(aggregate: Aggregate) -> None:
             continue
         for constraint in table.foreign_key_constraints:
             hides = (constraint.ondelete or "").upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
-            if hides and constraint.referred_table not in (*chain.root.tables, *chain.leaf.tables):
+            own = constraint.referred_table in (*chain.root.tables, *chain.leaf.tables)
+            if hides and (not own or (constraint.ondelete or "").upper() == "SET DEFAULT"):
                 raise ConfigurationError(
                     f"{aggregate.name}: {table.name} rows change by ON DELETE {constraint.ondelete} of"
                     f" {constraint.referred_table.name}, which strategy {strategy!r} cannot see; take strategy"

@@ -12,8 +12,9 @@ from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
 
-from querycache.denormalize.chain import Chain, Key
+from querycache.denormalize.chain import Chain, Key, in_order
 from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.touched import Touched
 
 __all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
 
@@ -87,15 +88,15 @@ class LiveRow:
         return None
 
 
-def goes(session: Session, child: Any) -> bool:
-    """Whether the flush will delete `child`.
+def goes(session: Session, child: Any, touched: Touched) -> bool:
+    """Whether the flush will delete `child`: it was marked as deleted, or is an orphan.
 
     An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
     the unit of work takes the deletion back.
     """
-    if child not in session.deleted:
-        return False
     state = sqlalchemy_inspect(child)
+    if child not in session.deleted and state not in touched.orphans:
+        return False
     for step in state.mapper.relationships:
         parent = state.dict.get(step.key) if step.key in state.committed_state else None
         if (
@@ -159,7 +160,7 @@ def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, An
     found: dict[Key, Any] = {}
     pending: dict[Key, Any] | None = None
     names = chain.keys[0]
-    for key in sorted(keys):
+    for key in in_order(keys):
         parent = find_parent(session, chain, key)
         if parent is None:
             if pending is None:
