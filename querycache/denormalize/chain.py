@@ -30,6 +30,7 @@ from sqlalchemy import (
     case,
     select,
     tuple_,
+    type_coerce,
     types,
 )
 from sqlalchemy import inspect as sqlalchemy_inspect
@@ -39,6 +40,7 @@ from sqlalchemy.sql import visitors
 from querycache.denormalize.declare import Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.kinds import Parts
+from querycache.denormalize.places import type_with_places
 from querycache.errors import ConfigurationError
 
 __all__ = [
@@ -389,7 +391,12 @@ class Aggregate:
         return tuple(self.table.primary_key.columns)
 
     def measure(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
-        return sql_of(self.declaration.measure, entities)
+        built = sql_of(self.declaration.measure, entities)
+        if built is None:
+            return None
+        # SQLite gives a float, which SQLAlchemy rounds as the type says.
+        type_ = type_with_places(built)
+        return built if type_ is built.type else type_coerce(built, type_)
 
     def condition(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
         return sql_of(self.declaration.where, entities)
@@ -425,7 +432,7 @@ class Aggregate:
         """`value`, or a difference of values, as the column's type holds it.
 
         Raises:
-            DenormalizeError: if an integer column cannot hold it.
+            DenormalizeError: if an integer column cannot hold it, or a sum would have to be rounded.
         """
         type_ = self.column.type
         if value is None:
@@ -436,15 +443,23 @@ class Aggregate:
             return int(value)
         if isinstance(type_, types.Float) or (isinstance(type_, types.Numeric) and not type_.asdecimal):
             return float(value)
-        if isinstance(type_, types.Numeric) and isinstance(value, (int, Decimal)):
-            number = Decimal(value)
-            # Databases round halves away from zero when they store a Numeric.
-            return (
-                number
-                if type_.scale is None
-                else number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
-            )
+        if isinstance(type_, types.Numeric) and isinstance(value, (int, float, Decimal)):
+            return self._rounded(value, type_)
         return value
+
+    def _rounded(self, value: Any, type_: types.Numeric[Any]) -> Decimal:
+        # SQLite computes in floats, whose last digits are noise.
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+        if type_.scale is None:
+            return number
+        # Databases round halves away from zero when they store a Numeric.
+        rounded = number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
+        if self.kind.additive and rounded != number and not isinstance(value, float):
+            raise DenormalizeError(
+                f"{self.name}: {value!r} has more decimal places than its column of type {type_!r}, and a sum that is"
+                " rounded with each change drifts; round the measure"
+            )
+        return rounded
 
     def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
         """The column's value in SQL over all rows of an inner join."""

@@ -21,6 +21,7 @@ from querycache.denormalize.chain import (
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
+from querycache.denormalize.places import type_with_places
 from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError
 
@@ -225,7 +226,7 @@ def _check_expression(
             f"{aggregate.name}: {role} reads columns of the parent, {', '.join(sorted(read[0]))}; it may read the"
             " children and what is between"
         )
-    return built.type  # type: ignore[no-any-return]
+    return type_with_places(built)
 
 
 def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
