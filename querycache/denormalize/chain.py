@@ -517,7 +517,7 @@ class Aggregate:
         if self.kind.ordered:
             name = self.declaration.order_by
             assert name is not None
-            key = tuple(getattr(row, part) for part in self.chain.keys[-1])
+            key = tuple(getattr(row, part, None) for part in self.chain.keys[-1])
             # The key decides by itself; the one that the database is still to generate is not NULL, but the greatest.
             order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
             return (order, key, value)

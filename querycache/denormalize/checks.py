@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Column, Table, types
@@ -25,7 +25,7 @@ from querycache.denormalize.places import type_with_places
 from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError
 
-__all__ = ["check", "check_plan"]
+__all__ = ["changed_by_keys", "check", "check_plan"]
 
 
 def check(aggregates: Sequence[Aggregate]) -> None:
@@ -95,8 +95,17 @@ def _check_association(aggregate: Aggregate, plan: Plan) -> None:
 
 
 def _check_on_update(aggregate: Aggregate) -> None:
-    """What ON UPDATE does to the children of a row whose key changes is not looked at; but for the path's own foreign keys,
-    which follow their parent's key."""
+    for mapper, names, rule in changed_by_keys(aggregate):
+        raise ConfigurationError(
+            f"{aggregate.name}: {mapper.class_.__name__}.{', '.join(sorted(names))} changes by {rule}, unseen; refer to a"
+            " key that does not change, read other columns (a Python expression says by columns= which), or take strategy"
+            " 'trigger'"
+        )
+
+
+def changed_by_keys(aggregate: Aggregate) -> Iterator[tuple[Mapper[Any], set[str], str]]:
+    """The attributes on the path that the database changes when a row elsewhere takes another key, and by which rule; but for
+    the path's own foreign keys that follow their parent."""
     chain = aggregate.chain
     for level, read in enumerate(aggregate.reads()):
         mapper, link = chain.mappers[level], chain.links[level - 1].attributes
@@ -106,11 +115,7 @@ def _check_on_update(aggregate: Aggregate) -> None:
             own = held == set(link)
             harmful = ("SET NULL", "SET DEFAULT") if own else ("CASCADE", "SET NULL", "SET DEFAULT")
             if rule in harmful and (own or held & read):
-                raise ConfigurationError(
-                    f"{aggregate.name}: {mapper.class_.__name__}.{', '.join(sorted(held))} changes by ON UPDATE {rule} of"
-                    f" {constraint.referred_table.name}, unseen; refer to a key that does not change, read other columns"
-                    " (a Python expression says by columns= which), or take strategy 'trigger'"
-                )
+                yield mapper, held, f"ON UPDATE {rule} of {constraint.referred_table.name}"
 
 
 def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:

@@ -11,16 +11,27 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine, ForeignKey, ForeignKeyConstraint, Integer, Numeric, String, Uuid
+from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session, configure_mappers, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import DenormalizeError, count_of, repair, verify
+from querycache.denormalize import (
+    DenormalizeError,
+    count_of,
+    expression,
+    max_of,
+    python,
+    repair,
+    sum_of,
+    trigger_sql,
+    verify,
+)
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right
 
 STRATEGIES = ["sql", "recount", "flush", "memory", "trigger"]
 
 
-def forum(name: str, strategy: str, key: Any = None) -> SimpleNamespace:
+def forum(name: str, strategy: str) -> SimpleNamespace:
     """Threads that a forum deletes as orphans, and their comments, which they leave behind."""
     Base: Any = declarative_base()
 
@@ -509,8 +520,12 @@ def test_on_update_that_takes_children_away_is_refused() -> None:
 
 
 def test_on_update_of_what_is_read_under_trigger(kept_sqlite: Engine) -> None:
-    """The database runs the triggers for what it changes by itself."""
+    """The database runs the triggers for what it changes by itself; MariaDB does not."""
     m = labelled("k_onup_trigger", "CASCADE", lambda c: c.label == "spam", "trigger")
+    with pytest.raises(
+        ConfigurationError, match=r"run no triggers for ON UPDATE CASCADE of k_onup_trigger_label"
+    ):
+        trigger_sql(m.Base, mysql.dialect())
     m.Base.metadata.create_all(kept_sqlite)
     with Session(kept_sqlite) as s:
         s.add_all([m.Parent(id="a"), m.Label(word="spam")])
@@ -520,3 +535,91 @@ def test_on_update_of_what_is_read_under_trigger(kept_sqlite: Engine) -> None:
         s.get_one(m.Label, "spam").word = "junk"
         s.commit()
         right(s, m)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_parent_takes_another_key(opened: Open, strategy: str, width: int) -> None:
+    """Its children follow, in the database; they are no new ones of it."""
+    Base: Any = declarative_base()
+    name = f"k_rename_{strategy}_{width}"
+    number = {"number": mapped_column(Integer, primary_key=True, autoincrement=False)} if width == 2 else {}
+
+    class Parent(Base):
+        __tablename__ = f"{name}_parent"
+        locals().update(number)
+        word = mapped_column(String(9), primary_key=True)
+        children = relationship("Child")
+        n = count_of("children", strategy=strategy, type_=Integer)
+        if strategy != "memory":
+            best = max_of(
+                "children",
+                expression(sql=lambda c: c.size, python=lambda c: c.size, columns=("size",)),
+                strategy=strategy,
+                type_=Integer,
+            )
+
+    class Child(Base):
+        __tablename__ = f"{name}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_number = mapped_column(Integer)
+        parent_word = mapped_column(String(9))
+        size = mapped_column(Integer)
+        __table_args__ = (
+            ForeignKeyConstraint(
+                ["parent_number", "parent_word"][-width:],
+                [f"{name}_parent.number", f"{name}_parent.word"][-width:],
+                onupdate="CASCADE",
+            ),
+            sa.Index(f"{name}_i", *["parent_number", "parent_word"][-width:], "size"),
+        )
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    of = {"number": 1} if width == 2 else {}
+    s.add_all([Parent(word="a", **of), Parent(word="other", **of)])
+    s.flush()
+    s.add_all([Child(id=i, parent_word="a", parent_number=1, size=i) for i in (1, 2, 3)])
+    s.commit()
+    parent = s.scalars(sa.select(Parent).where(Parent.word == "a")).one()
+    assert parent.n == 3
+    parent.word = "b"
+    s.commit()
+    assert parent.n == 3
+    right(s, m)
+    parent.word = "c"
+    s.add(Child(id=4, parent_word="c", parent_number=1, size=9))
+    s.commit()
+    right(s, m)
+    parent.word = "d"
+    s.get_one(Child, 4).parent_word = "other"
+    s.commit()
+    right(s, m)
+    parent.word = "e"
+    s.delete(s.get_one(Child, 3))
+    s.commit()
+    assert parent.n == 2
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["flush", "memory"])
+def test_a_key_that_the_database_is_to_generate(opened: Open, strategy: str) -> None:
+    """The object has none when these strategies compute."""
+    of_key = python(lambda c: c.id, columns=("id",))
+    kind = max_of if strategy == "flush" else sum_of
+    m = family(
+        f"k_generated_{strategy}",
+        lambda: {"of_key": kind("children", of_key, strategy=strategy, type_=Integer)},
+    )
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.commit()
+    parent = s.get_one(m.Parent, 1)
+    s.add(m.Child(id=7, parent=parent))
+    s.commit()
+    right(s, m)
+    with pytest.raises(DenormalizeError, match=r"Child\.id is generated"):
+        s.add(m.Child(parent=parent))
+        s.flush()
+    s.rollback()
+    right(s, m)

@@ -23,6 +23,10 @@ class NotYet(Exception):
     """The object is being made, and what an expression reads is still to be set."""
 
 
+class NotGenerated(UncoveredChange, AttributeError):
+    """A key that the database is still to generate."""
+
+
 class LiveRow:
     """An object as a row, for expressions in Python.
 
@@ -83,6 +87,11 @@ class LiveRow:
         if column.default is not None or column.server_default is not None:
             raise UncoveredChange(
                 f"{self._chain.leaf.class_.__name__}.{name} gets its default when it is inserted, too late for a strategy"
+                " that computes in Python; set it, or take strategy 'sql'"
+            )
+        if column.primary_key and column is column.table.autoincrement_column:
+            raise NotGenerated(
+                f"{self._chain.leaf.class_.__name__}.{name} is generated when the row is inserted, too late for a strategy"
                 " that computes in Python; set it, or take strategy 'sql'"
             )
         return None
@@ -155,8 +164,8 @@ def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
 
 
 def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, Any]:
-    """The parents of those keys, new ones too, loaded where the session does not hold them; without those that do not
-    exist."""
+    """The parents of those keys, new ones and those that are about to get them too, loaded where the session does not hold
+    them; without those that do not exist."""
     found: dict[Key, Any] = {}
     pending: dict[Key, Any] | None = None
     names = chain.keys[0]
@@ -166,7 +175,7 @@ def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, An
             if pending is None:
                 pending = {
                     tuple([each.__dict__.get(name) for name in names]): each
-                    for each in session.new
+                    for each in (*session.dirty, *session.new)
                     if sqlalchemy_inspect(each).mapper.isa(chain.root)
                 }
             parent = pending.get(key)
