@@ -13,16 +13,18 @@ import argparse
 import enum
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, MetaData, TypeDecorator, create_engine, make_url
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from sqlalchemy.types import TypeEngine
 
 from querycache.admin.application import load
 from querycache.denormalize import Report, aggregates_of, repair, trigger_sql, verify
-from querycache.errors import ConfigurationError
+from querycache.errors import ConfigurationError, QueryCacheError
 
 __all__ = ["add"]
 
@@ -64,13 +66,13 @@ def _after(text: str) -> dict[str, list[Any]]:
 
 def _check(given: argparse.Namespace) -> int:
     base = _base(given.app)
-    report = verify(_engine(given.url), base, sample=given.sample, batch=given.batch, progress=_bar)
+    with _asked(given.url) as engine:
+        report = verify(engine, base, sample=given.sample, batch=given.batch, progress=_bar)
     return _tell(report, given.json)
 
 
 def _repair(given: argparse.Namespace) -> int:
     base = _base(given.app)
-    engine = _engine(given.url)
     after = _typed(base, given.after)
     so_far = Report(last=dict(after))
 
@@ -80,11 +82,16 @@ def _repair(given: argparse.Namespace) -> int:
         _bar(entity, done, total, report)
 
     try:
-        report = repair(engine, base, batch=given.batch, after=after, progress=progress)
+        with _asked(given.url) as engine:
+            report = repair(engine, base, batch=given.batch, after=after, progress=progress)
     except KeyboardInterrupt:
         _tell(so_far, given.json)
         print(f"interrupted; go on with --after '{_last(so_far)}'", file=sys.stderr)
         return 130
+    except QueryCacheError:
+        if so_far.checked:
+            print(f"stopped; go on with --after '{_last(so_far)}'", file=sys.stderr)
+        raise
     return _tell(report, given.json)
 
 
@@ -119,6 +126,23 @@ def _engine(url: str) -> Engine:
         return create_engine(url)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
         raise ConfigurationError(f"--url {url}: {error}") from error
+
+
+@contextmanager
+def _asked(url: str) -> Iterator[Engine]:
+    """An engine to ask.
+
+    Raises:
+        QueryCacheError: if the database does not answer, or not the question: then nothing is known to be right or wrong.
+    """
+    engine = _engine(url)
+    try:
+        yield engine
+    except DBAPIError as error:
+        shown = engine.url.render_as_string(hide_password=True)
+        raise QueryCacheError(f"--url {shown}: the database says: {error.orig}") from error
+    finally:
+        engine.dispose()
 
 
 def _typed(base: Any, after: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]:

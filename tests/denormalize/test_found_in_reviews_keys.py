@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import enum
-import uuid
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine, ForeignKey, ForeignKeyConstraint, Integer, Numeric, String, Uuid
+from sqlalchemy import Engine, ForeignKey, ForeignKeyConstraint, Integer, String
 from sqlalchemy.dialects import mysql
 from sqlalchemy.orm import Session, configure_mappers, declarative_base, mapped_column, relationship
 
@@ -27,6 +25,7 @@ from querycache.denormalize import (
 )
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right
+from tests.denormalize.keyed import KEYS, keyed
 
 STRATEGIES = ["sql", "recount", "flush", "memory", "trigger"]
 
@@ -197,77 +196,6 @@ def test_what_goes_with_an_orphan(opened: Open, strategy: str, over: str, how: s
     else:
         assert s.scalar(sa.select(sa.func.count(File.id))) == (2 if how == "replace" else 1)
     right(s, SimpleNamespace(Base=Base))
-
-
-class Language(enum.Enum):
-    """Declared in another order than that of the names."""
-
-    FR = "fr"
-    EN = "en"
-    DE = "de"
-    ES = "es"
-
-
-class Letter(str, enum.Enum):
-    Z = "a"
-    Y = "b"
-    X = "c"
-    W = "d"
-
-
-class Code(sa.TypeDecorator[int]):
-    """A number, held as text."""
-
-    impl = String(20)
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: Any) -> Any:
-        return None if value is None else f"k-{value:05}"
-
-    def process_result_value(self, value: Any, dialect: Any) -> Any:
-        return None if value is None else int(value[2:])
-
-
-KEYS: dict[str, tuple[Any, list[Any]]] = {
-    "uuid": (Uuid(), [uuid.UUID(int=i) for i in (7, 3, 5, 9)]),
-    "text_uuid": (Uuid(as_uuid=False), [str(uuid.UUID(int=i)) for i in (7, 3, 5, 9)]),
-    "other_uuid": (Uuid(native_uuid=False), [uuid.UUID(int=i) for i in (7, 3, 5, 9)]),
-    "decorator": (Code(), [7, 3, 5, 9]),
-    "numeric": (Numeric(10, 2), [Decimal("0.1"), Decimal("7.33"), Decimal(5), Decimal("10.01")]),
-    "enum": (sa.Enum(Language, name="k_language"), list(Language)),
-    "text_enum": (sa.Enum(Letter, name="k_letter"), list(Letter)),
-    "text": (String(9), ["b", "a", "d", "c"]),
-}
-
-
-def keyed(name: str, kind: str, strategy: str, composite: bool) -> SimpleNamespace:
-    """Parents and children whose keys have a type that converts."""
-    Base: Any = declarative_base()
-    type_, made = KEYS[kind]
-    if isinstance(type_, sa.Enum):
-        type_ = sa.Enum(type_.enum_class, name=f"{type_.name}_{name}", metadata=Base.metadata)
-
-    class Parent(Base):
-        __tablename__ = f"{name}_parent"
-        if composite:
-            number = mapped_column(Integer, primary_key=True, autoincrement=False)
-        key = mapped_column(type_, primary_key=True, autoincrement=False)
-        children = relationship("Child")
-        n = count_of("children", strategy=strategy, type_=Integer)
-
-    class Child(Base):
-        __tablename__ = f"{name}_child"
-        key = mapped_column(type_, primary_key=True, autoincrement=False)
-        parent_number = mapped_column(Integer, primary_key=True, autoincrement=False)
-        parent_key = mapped_column(type_)
-        if composite:
-            __table_args__ = (
-                ForeignKeyConstraint(["parent_number", "parent_key"], [Parent.number, Parent.key]),
-            )
-        else:
-            __table_args__ = (ForeignKeyConstraint(["parent_key"], [Parent.key]),)
-
-    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child, made=made)
 
 
 @pytest.mark.parametrize("composite", [False, True])
