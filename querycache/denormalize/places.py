@@ -51,7 +51,7 @@ def _places(expression: Any) -> float | None:
             repr(expression.value) if isinstance(expression.value, float) else expression.value
         )
         return max(0, -int(exponent.normalize().as_tuple().exponent))
-    type_ = getattr(expression, "type", None)
+    type_: Any = getattr(expression, "type", None)
     if isinstance(type_, (types.Integer, types.Boolean)):
         return 0
     known = isinstance(type_, types.Numeric) and not isinstance(type_, types.Float)

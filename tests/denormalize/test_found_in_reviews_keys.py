@@ -92,7 +92,7 @@ def test_one_that_only_changes_its_parent_is_no_orphan(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("how", ["remove", "clear", "none"])
+@pytest.mark.parametrize("how", ["remove", "clear", "none", "remove_and_move"])
 def test_an_orphan_of_another_parent(opened: Open, strategy: str, how: str) -> None:
     def extra(made: Any) -> None:
         class Other(made.Base):
@@ -123,8 +123,21 @@ def test_an_orphan_of_another_parent(opened: Open, strategy: str, how: str) -> N
         other.children.remove(child)
     elif how == "clear":
         other.children = []
-    else:
+    elif how == "none":
         child.other = None
+    else:  # SQLAlchemy deletes it or not, as it comes
+        other.children.remove(child)
+        second = m.Parent(id=2, children=[])
+        s.add(second)
+        second.children.append(child)
+        if strategy in ("flush", "memory"):
+            with pytest.raises(DenormalizeError, match="may delete it or not"):
+                s.flush()
+            s.rollback()
+        else:
+            s.commit()
+        right(s, m)
+        return
     s.commit()
     assert parent.n == 0
     right(s, m)

@@ -102,6 +102,9 @@ def goes(session: Session, child: Any, touched: Touched) -> bool:
 
     An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
     the unit of work takes the deletion back.
+
+    Raises:
+        UncoveredChange: for an orphan that has been put there, of which the unit of work decides by chance.
     """
     state = sqlalchemy_inspect(child)
     if child not in session.deleted and state not in touched.orphans:
@@ -117,6 +120,12 @@ def goes(session: Session, child: Any, touched: Touched) -> bool:
         above = sqlalchemy_inspect(parent)
         for back in above.mapper.relationships:
             if back.key in above.committed_state and state.mapper.isa(back.mapper):
+                if state in touched.orphans:
+                    raise UncoveredChange(
+                        f"{state.mapper.class_.__name__} {state.identity!r} has left a parent whose orphans are deleted,"
+                        f" and been put into {back} in one flush, which may delete it or not; flush() between the two, or"
+                        " take strategy 'sql'"
+                    )
                 return False
     return True
 
