@@ -14,7 +14,7 @@ import inspect as python_inspect
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -40,7 +40,7 @@ from sqlalchemy.sql import visitors
 from querycache.denormalize.declare import Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.kinds import Parts
-from querycache.denormalize.places import type_with_places
+from querycache.denormalize.places import rounded, type_with_places
 from querycache.errors import ConfigurationError
 
 __all__ = [
@@ -450,16 +450,13 @@ class Aggregate:
     def _rounded(self, value: Any, type_: types.Numeric[Any]) -> Decimal:
         # SQLite computes in floats, whose last digits are noise.
         number = Decimal(repr(value) if isinstance(value, float) else value)
-        if type_.scale is None:
-            return number
-        # Databases round halves away from zero when they store a Numeric.
-        rounded = number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
-        if self.kind.additive and rounded != number and not isinstance(value, float):
+        held: Decimal = rounded(number, type_)
+        if self.kind.additive and held != number and not isinstance(value, float):
             raise DenormalizeError(
                 f"{self.name}: {value!r} has more decimal places than its column of type {type_!r}, and a sum that is"
                 " rounded with each change drifts; round the measure"
             )
-        return rounded
+        return held
 
     def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
         """The column's value in SQL over all rows of an inner join."""

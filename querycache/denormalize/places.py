@@ -7,7 +7,7 @@ rounded to these, since each rounding would stay in the sum.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from decimal import Decimal
+from decimal import ROUND_HALF_UP, Decimal
 from math import inf
 from typing import Any, Final
 
@@ -16,10 +16,17 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.elements import BinaryExpression, ExpressionClauseList, Grouping, Label, UnaryExpression
 from sqlalchemy.sql.functions import FunctionElement
 
-__all__ = ["type_with_places"]
+__all__ = ["rounded", "type_with_places"]
 
 _ONE_OF: Final = ("coalesce", "nullif", "least", "greatest", "abs")
 """Functions whose result has the places of an argument."""
+
+
+def rounded(value: Any, type_: types.TypeEngine[Any]) -> Any:
+    """A Decimal as a column of a type holds it; databases round halves away from zero when they store a Numeric."""
+    if not isinstance(type_, types.Numeric) or isinstance(type_, types.Float) or type_.scale is None:
+        return value
+    return value.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
 
 
 def type_with_places(expression: ColumnElement[Any]) -> types.TypeEngine[Any]:

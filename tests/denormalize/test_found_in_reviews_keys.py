@@ -74,6 +74,39 @@ def test_an_orphan_leaves_its_children_behind(opened: Open, strategy: str, how: 
     right(s, m)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_another_in_the_place_of_an_orphan(opened: Open, strategy: str) -> None:
+    """Under its key, so its row stays, and what is below it."""
+    m = forum(f"k_place_{strategy}", strategy)
+    s = opened(m)
+    s.add(m.Forum(id=1, threads=[m.Thread(id=1, comments=[m.Comment(), m.Comment()])]))
+    s.commit()
+    held = s.get_one(m.Forum, 1)
+    held.threads = [m.Thread(id=1)]
+    try:
+        s.commit()
+    except DenormalizeError:
+        assert strategy in ("flush", "memory")
+        s.rollback()
+    right(s, m)
+
+
+def test_late_changes_are_no_matter_to_triggers(opened: Open) -> None:
+    m = forum("k_late", "trigger")
+    s = opened(m)
+    s.add(m.Forum(id=1, threads=[m.Thread(id=1, comments=[m.Comment(id=1)]), m.Thread(id=2)]))
+    s.commit()
+
+    def later(session: Session, *_: Any) -> None:
+        s.get_one(m.Comment, 1).thread_id = 2
+
+    sa.event.listen(s, "before_flush", later)
+    s.add(m.Comment(thread_id=1))
+    s.commit()
+    assert s.get_one(m.Thread, 2).n == 1
+    right(s, m)
+
+
 def test_one_that_only_changes_its_parent_is_no_orphan(opened: Open) -> None:
     """A change of its children that comes too late is refused as ever."""
     m = forum("k_moved", "sql")

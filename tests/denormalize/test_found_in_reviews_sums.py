@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Numeric, case, func
-from sqlalchemy.orm import configure_mappers, mapped_column
+from sqlalchemy import Engine, Numeric, case, func
+from sqlalchemy.orm import Session, configure_mappers, mapped_column
 
 from querycache.denormalize import DenormalizeError, expression, max_of, python, sum_of
 from querycache.errors import ConfigurationError
@@ -128,3 +128,22 @@ def test_both_languages(opened: Open) -> None:
         s.add(m.Child(id=number, parent_id=1, price=Decimal("0.10"), rate=Decimal("0.05")))
         s.commit()
     right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory"])
+@pytest.mark.server("postgresql")
+def test_what_the_database_rounds_when_it_is_stored(kept_postgresql: Engine, strategy: str) -> None:
+    m = priced(f"ks_stored_{strategy}", python(lambda c: c.price, columns=("price",)), strategy=strategy)
+    m.Base.metadata.create_all(kept_postgresql)
+    with Session(kept_postgresql) as s:
+        s.add(m.Parent(id=1))
+        s.commit()
+        parent = s.get_one(m.Parent, 1)
+        for number in (1, 2):
+            s.add(m.Child(id=number, parent_id=1, price=Decimal(number) / 3))
+            s.commit()
+        parent.children[0].price = Decimal("0.125")
+        s.add(m.Child(id=3, parent_id=1, price=Decimal("0.125")))
+        s.commit()
+        assert parent.total == Decimal("0.93")
+        right(s, m)

@@ -6,6 +6,7 @@ attribute will be that nobody has set yet, and refuse where only the database kn
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ClauseElement
@@ -14,6 +15,7 @@ from sqlalchemy.orm import RelationshipDirection, Session
 
 from querycache.denormalize.chain import Chain, Key, in_order
 from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.places import rounded
 from querycache.denormalize.touched import Touched
 
 __all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
@@ -71,6 +73,8 @@ class LiveRow:
                 f"{chain.leaf.class_.__name__}.{name} was given as a SQL expression, whose value a strategy that computes in"
                 " Python cannot know; assign a value, or take strategy 'sql'"
             )
+        if isinstance(value, Decimal):
+            return rounded(value, chain.leaf.column_attrs[name].columns[0].type)
         return value
 
     def _is_updated(self, name: str) -> bool:
