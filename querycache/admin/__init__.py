@@ -1,8 +1,8 @@
 """The command line: `querycache --app MODULE:ATTRIBUTE COMMAND …`, or `python -m querycache.admin`.
 
 Each command is a module of this package with a function `add(commands)`, which adds its parser and sets `run`: a
-function of the parsed arguments that returns the exit status. 0: all is well; 1: something is, or was, not; 2: the
-command line itself is wrong, said on stderr; 130: interrupted.
+function of the parsed arguments that returns the exit status. 0: all is well; 1: something is, or was, not; 2: it could
+not be found out, since the command line is wrong or the database fails, said on stderr; 130: interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit status.
 
     Raises:
-        SystemExit: with status 2, if the command line is wrong.
+        SystemExit: with status 2, if the command line is wrong or the database fails.
     """
     parser = argparse.ArgumentParser(prog="querycache", description="Look after what querycache keeps.")
     parser.add_argument(

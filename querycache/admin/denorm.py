@@ -10,17 +10,21 @@
 from __future__ import annotations
 
 import argparse
+import enum
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, MetaData, create_engine, make_url
+from sqlalchemy import Engine, MetaData, TypeDecorator, create_engine, make_url
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
+from sqlalchemy.types import TypeEngine
 
 from querycache.admin.application import load
 from querycache.denormalize import Report, aggregates_of, repair, trigger_sql, verify
-from querycache.errors import ConfigurationError
+from querycache.errors import ConfigurationError, QueryCacheError
 
 __all__ = ["add"]
 
@@ -62,13 +66,13 @@ def _after(text: str) -> dict[str, list[Any]]:
 
 def _check(given: argparse.Namespace) -> int:
     base = _base(given.app)
-    report = verify(_engine(given.url), base, sample=given.sample, batch=given.batch, progress=_bar)
+    with _asked(given.url) as engine:
+        report = verify(engine, base, sample=given.sample, batch=given.batch, progress=_bar)
     return _tell(report, given.json)
 
 
 def _repair(given: argparse.Namespace) -> int:
     base = _base(given.app)
-    engine = _engine(given.url)
     after = _typed(base, given.after)
     so_far = Report(last=dict(after))
 
@@ -78,11 +82,16 @@ def _repair(given: argparse.Namespace) -> int:
         _bar(entity, done, total, report)
 
     try:
-        report = repair(engine, base, batch=given.batch, after=after, progress=progress)
+        with _asked(given.url) as engine:
+            report = repair(engine, base, batch=given.batch, after=after, progress=progress)
     except KeyboardInterrupt:
         _tell(so_far, given.json)
         print(f"interrupted; go on with --after '{_last(so_far)}'", file=sys.stderr)
         return 130
+    except QueryCacheError:
+        if so_far.checked:
+            print(f"stopped; go on with --after '{_last(so_far)}'", file=sys.stderr)
+        raise
     return _tell(report, given.json)
 
 
@@ -119,6 +128,23 @@ def _engine(url: str) -> Engine:
         raise ConfigurationError(f"--url {url}: {error}") from error
 
 
+@contextmanager
+def _asked(url: str) -> Iterator[Engine]:
+    """An engine to ask.
+
+    Raises:
+        QueryCacheError: if the database does not answer, or not the question: then nothing is known to be right or wrong.
+    """
+    engine = _engine(url)
+    try:
+        yield engine
+    except DBAPIError as error:
+        shown = engine.url.render_as_string(hide_password=True)
+        raise QueryCacheError(f"--url {shown}: the database says: {error.orig}") from error
+    finally:
+        engine.dispose()
+
+
 def _typed(base: Any, after: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
     """Keys as the database knows them: JSON has no dates, numbers with digits or UUIDs."""
     roots = {held.chain.root.class_.__name__: held.chain.root for held in aggregates_of(base)}
@@ -127,15 +153,19 @@ def _typed(base: Any, after: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]
         if name not in roots or len(key) != len(roots[name].primary_key):
             raise ConfigurationError(f"--after: {name}: {key} is no key of {', '.join(sorted(roots))}")
         found[name] = tuple(
-            _value(part, column.type.python_type)
-            for part, column in zip(key, roots[name].primary_key, strict=True)
+            _value(part, column.type) for part, column in zip(key, roots[name].primary_key, strict=True)
         )
     return found
 
 
-def _value(part: Any, python: type[Any]) -> Any:
+def _value(part: Any, type_: TypeEngine[Any]) -> Any:
+    if isinstance(type_, TypeDecorator):  # which tells no class of its values
+        return part
+    python = type_.python_type
     if isinstance(part, python):
         return part
+    if issubclass(python, enum.Enum):
+        return next((each for each in python if part in (each.name, each.value)), part)
     return python.fromisoformat(part) if hasattr(python, "fromisoformat") else python(part)
 
 
@@ -150,7 +180,11 @@ def _bar(entity: str, done: int, total: int, report: Report) -> None:
 
 
 def _last(report: Report) -> str:
-    return json.dumps({name: list(key) for name, key in report.last.items()}, default=str)
+    return json.dumps({name: list(key) for name, key in report.last.items()}, default=_shown)
+
+
+def _shown(part: Any) -> str:
+    return part.name if isinstance(part, enum.Enum) else str(part)
 
 
 def _tell(report: Report, for_programs: bool) -> int:
@@ -170,7 +204,7 @@ def _tell(report: Report, for_programs: bool) -> int:
             ],
             "last": {name: list(key) for name, key in report.last.items()},
         }
-        print(json.dumps(answer, indent=2, default=str))
+        print(json.dumps(answer, indent=2, default=_shown))
     else:
         for difference in report.differences:
             print(difference)

@@ -15,7 +15,7 @@ from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, lit
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, in_order, primary_keys
 from querycache.denormalize.dml import columns_written, is_upsert, literal_rows
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.keeping import Work, keeper_of
@@ -316,7 +316,7 @@ def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Ke
 
 
 def _among(columns: Sequence[Any], keys: Iterable[Key]) -> Any:
-    ordered = sorted(keys)
+    ordered = in_order(keys)
     if not ordered:
         return literal(1) == literal(0)
     if len(columns) == 1:

@@ -9,10 +9,12 @@ forward: the *images* (`images.py`). The same join, outer and restricted to some
 
 from __future__ import annotations
 
+import datetime
 import inspect as python_inspect
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from functools import cached_property
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +30,7 @@ from sqlalchemy import (
     case,
     select,
     tuple_,
+    type_coerce,
     types,
 )
 from sqlalchemy import inspect as sqlalchemy_inspect
@@ -37,6 +40,7 @@ from sqlalchemy.sql import visitors
 from querycache.denormalize.declare import Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.kinds import Parts
+from querycache.denormalize.places import rounded, type_with_places
 from querycache.errors import ConfigurationError
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "attribute_columns",
     "attributes_read",
     "changed_by_update",
+    "in_order",
     "key_condition",
     "mapped_attributes",
     "primary_keys",
@@ -68,6 +73,34 @@ def primary_keys(mapper: Mapper[Any]) -> tuple[str, ...]:
 
 def attribute_columns(entity: Any, names: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
     return tuple(getattr(entity, name) for name in names)
+
+
+_ORDERED: Final = (
+    str,
+    int,
+    float,
+    bytes,
+    Decimal,
+    datetime.date,
+    datetime.time,
+    datetime.timedelta,
+    uuid.UUID,
+)
+
+
+def in_order(keys: Iterable[Key]) -> list[Key]:
+    """Keys in the order in which every transaction locks and writes their rows.
+
+    Members of an Enum and the values of other types may have no order of their own, and are taken as text.
+    """
+    found = list(keys)
+    if all(isinstance(part, _ORDERED) for part in (found[0] if found else ())):
+        return sorted(found)
+    return sorted(found, key=_as_ordered)
+
+
+def _as_ordered(key: Key) -> Key:
+    return tuple(part if isinstance(part, _ORDERED) else str(part) for part in key)
 
 
 def key_condition(columns: Sequence[ColumnElement[Any]]) -> ColumnElement[bool]:
@@ -358,7 +391,12 @@ class Aggregate:
         return tuple(self.table.primary_key.columns)
 
     def measure(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
-        return sql_of(self.declaration.measure, entities)
+        built = sql_of(self.declaration.measure, entities)
+        if built is None:
+            return None
+        # SQLite gives a float, which SQLAlchemy rounds as the type says.
+        type_ = type_with_places(built)
+        return built if type_ is built.type else type_coerce(built, type_)
 
     def condition(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
         return sql_of(self.declaration.where, entities)
@@ -394,7 +432,7 @@ class Aggregate:
         """`value`, or a difference of values, as the column's type holds it.
 
         Raises:
-            DenormalizeError: if an integer column cannot hold it.
+            DenormalizeError: if an integer column cannot hold it, or a sum would have to be rounded.
         """
         type_ = self.column.type
         if value is None:
@@ -405,15 +443,20 @@ class Aggregate:
             return int(value)
         if isinstance(type_, types.Float) or (isinstance(type_, types.Numeric) and not type_.asdecimal):
             return float(value)
-        if isinstance(type_, types.Numeric) and isinstance(value, (int, Decimal)):
-            number = Decimal(value)
-            # Databases round halves away from zero when they store a Numeric.
-            return (
-                number
-                if type_.scale is None
-                else number.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
-            )
+        if isinstance(type_, types.Numeric) and isinstance(value, (int, float, Decimal)):
+            return self._rounded(value, type_)
         return value
+
+    def _rounded(self, value: Any, type_: types.Numeric[Any]) -> Decimal:
+        # SQLite computes in floats, whose last digits are noise.
+        number = Decimal(repr(value) if isinstance(value, float) else value)
+        held: Decimal = rounded(number, type_)
+        if self.kind.additive and held != number and not isinstance(value, float):
+            raise DenormalizeError(
+                f"{self.name}: {value!r} has more decimal places than its column of type {type_!r}, and a sum that is"
+                " rounded with each change drifts; round the measure"
+            )
+        return held
 
     def whole(self, entities: tuple[Any, ...]) -> ColumnElement[Any]:
         """The column's value in SQL over all rows of an inner join."""
@@ -471,7 +514,7 @@ class Aggregate:
         if self.kind.ordered:
             name = self.declaration.order_by
             assert name is not None
-            key = tuple(getattr(row, part) for part in self.chain.keys[-1])
+            key = tuple(getattr(row, part, None) for part in self.chain.keys[-1])
             # The key decides by itself; the one that the database is still to generate is not NULL, but the greatest.
             order = True if self.chain.keys[-1] == (name,) else getattr(row, name)
             return (order, key, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Column, Table, types
@@ -21,10 +21,11 @@ from querycache.denormalize.chain import (
 from querycache.denormalize.declare import INFO_KEY, Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
-from querycache.denormalize.plan import Place, Plan
+from querycache.denormalize.places import type_with_places
+from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError
 
-__all__ = ["check", "check_plan"]
+__all__ = ["changed_by_keys", "check", "check_plan"]
 
 
 def check(aggregates: Sequence[Aggregate]) -> None:
@@ -60,6 +61,9 @@ def check_plan(plan: Plan) -> None:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
     for aggregate in plan.aggregates:
         _check_carried_along(aggregate, plan)
+        if aggregate.strategy != "trigger":
+            _check_association(aggregate, plan)
+            _check_on_update(aggregate)
         if aggregate.strategy in ("flush", "memory"):
             _check_other_ways(aggregate, plan)
 
@@ -77,6 +81,41 @@ def _check_other_ways(aggregate: Aggregate, plan: Plan) -> None:
                 f" {chain.leaf.class_.__name__} that {chain.relationships[0]} joins by, unseen by"
                 f" strategy {aggregate.strategy!r}; make it viewonly=True, or take strategy 'sql'"
             )
+
+
+def _check_association(aggregate: Aggregate, plan: Plan) -> None:
+    """Objects of a class that is mapped to the secondary table change its rows too, and are no rows of the path."""
+    for step, link in zip(aggregate.chain.relationships, aggregate.chain.links, strict=True):
+        for mapper in plan.mapped_to(link.secondary) if link.secondary is not None else ():
+            raise ConfigurationError(
+                f"{aggregate.name}: {mapper.class_.__name__} is mapped to {link.secondary}, the secondary table of {step},"
+                f" whose rows change unseen with its objects; aggregate over the objects of {mapper.class_.__name__}, by a"
+                " one-to-many relationship to them, or take strategy 'trigger'"
+            )
+
+
+def _check_on_update(aggregate: Aggregate) -> None:
+    for mapper, names, rule in changed_by_keys(aggregate):
+        raise ConfigurationError(
+            f"{aggregate.name}: {mapper.class_.__name__}.{', '.join(sorted(names))} changes by {rule}, unseen; refer to a"
+            " key that does not change, read other columns (a Python expression says by columns= which), or take strategy"
+            " 'trigger'"
+        )
+
+
+def changed_by_keys(aggregate: Aggregate) -> Iterator[tuple[Mapper[Any], set[str], str]]:
+    """The attributes on the path that the database changes when a row elsewhere takes another key, and by which rule; but for
+    the path's own foreign keys that follow their parent."""
+    chain = aggregate.chain
+    for level, read in enumerate(aggregate.reads()):
+        mapper, link = chain.mappers[level], chain.links[level - 1].attributes
+        for constraint in foreign_keys(mapper) if level else ():
+            rule = (constraint.onupdate or "").upper()
+            held = mapped_attributes(mapper, [(c.table.fullname, c.name) for c in constraint.columns])
+            own = held == set(link)
+            harmful = ("SET NULL", "SET DEFAULT") if own else ("CASCADE", "SET NULL", "SET DEFAULT")
+            if rule in harmful and (own or held & read):
+                yield mapper, held, f"ON UPDATE {rule} of {constraint.referred_table.name}"
 
 
 def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
@@ -192,7 +231,7 @@ def _check_expression(
             f"{aggregate.name}: {role} reads columns of the parent, {', '.join(sorted(read[0]))}; it may read the"
             " children and what is between"
         )
-    return built.type  # type: ignore[no-any-return]
+    return type_with_places(built)
 
 
 def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
@@ -253,7 +292,8 @@ def _check_python(aggregate: Aggregate) -> None:
             continue
         for constraint in table.foreign_key_constraints:
             hides = (constraint.ondelete or "").upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
-            if hides and constraint.referred_table not in (*chain.root.tables, *chain.leaf.tables):
+            own = constraint.referred_table in (*chain.root.tables, *chain.leaf.tables)
+            if hides and (not own or (constraint.ondelete or "").upper() == "SET DEFAULT"):
                 raise ConfigurationError(
                     f"{aggregate.name}: {table.name} rows change by ON DELETE {constraint.ondelete} of"
                     f" {constraint.referred_table.name}, which strategy {strategy!r} cannot see; take strategy"

@@ -19,7 +19,7 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, in_order, key_condition
 from querycache.denormalize.errors import DenormalizeError, UncoveredChange
 from querycache.denormalize.images import Image, image
 from querycache.denormalize.kinds import RECOUNT
@@ -412,9 +412,9 @@ def _refuse_replaced(
         held = [one.name for one in aggregates if mapper.isa(one.chain.root)]
         if held:
             raise UncoveredChange(
-                f"{mapper.class_.__name__} {min(keys)!r} is deleted and added in one flush, which makes one UPDATE of it;"
-                f" strategy {strategy.name!r} cannot tell what is then below it for {', '.join(held)}. flush() between the"
-                " two, or take strategy 'sql'"
+                f"{mapper.class_.__name__} {in_order(keys)[0]!r} is deleted and added in one flush, which makes one UPDATE"
+                f" of it; strategy {strategy.name!r} cannot tell what is then below it for {', '.join(held)}. flush() between"
+                " the two, or take strategy 'sql'"
             )
 
 

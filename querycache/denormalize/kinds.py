@@ -441,7 +441,10 @@ def _other_family(column: types.TypeEngine[Any], measure: types.TypeEngine[Any] 
 
 def _narrower(column: Any, measure: Any) -> str | None:
     if column.scale is not None and (measure.scale is None or measure.scale > column.scale):
-        return f"{column!r} has fewer decimal places than the measure's {measure!r}"
+        return (
+            f"{column!r} has fewer decimal places than the measure's {measure!r}; give it as many, or round the measure,"
+            f" func.round(…, {column.scale}, type_={column!r})"
+        )
     return None
 
 

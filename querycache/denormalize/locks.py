@@ -23,7 +23,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, Table, false, func, literal_column, select, update
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import KEYS, Chain, Key, attribute_columns, key_condition
+from querycache.denormalize.chain import KEYS, Chain, Key, attribute_columns, in_order, key_condition
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.plan import Place, Plan
 
@@ -43,7 +43,7 @@ _MYSQL = ("mysql", "mariadb")
 
 def chunks(keys: Iterable[Key]) -> Iterator[list[Key]]:
     """`keys` in order, in lists of at most CHUNK."""
-    ordered = sorted(keys)
+    ordered = in_order(keys)
     for start in range(0, len(ordered), CHUNK):
         yield ordered[start : start + CHUNK]
 

@@ -19,7 +19,7 @@ from sqlalchemy.sql import visitors
 from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
 
-__all__ = ["Edge", "Place", "Plan", "Watch", "plan_of", "planned_table", "relevant"]
+__all__ = ["Edge", "Place", "Plan", "Watch", "foreign_keys", "plan_of", "planned_table", "relevant"]
 
 _by_name: weakref.WeakValueDictionary[str, Table] = weakref.WeakValueDictionary()
 """The tables of plans by their full names."""
@@ -41,6 +41,7 @@ class Watch:
         places: where its rows stand, each with the attributes whose change matters there.
         collections: its relationships whose history names rows of other places.
         orphans: its relationships with delete-orphan: what leaves them may be deleted in the flush.
+        owners: the relationships with delete-orphan that its instances may leave, by class and name.
         guards_deletes: whether a database or ORM cascade from its tables can reach rows of a place.
         roots: aggregates held in its rows.
     """
@@ -48,22 +49,24 @@ class Watch:
     places: list[tuple[Place, frozenset[str]]] = field(default_factory=list)
     collections: list[tuple[str, Place]] = field(default_factory=list)
     orphans: list[str] = field(default_factory=list)
+    owners: list[tuple[type[Any], str]] = field(default_factory=list)
     guards_deletes: bool = False
     roots: list[Aggregate] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.places or self.collections or self.orphans or self.guards_deletes)
+        return bool(self.places or self.collections or self.orphans or self.owners or self.guards_deletes)
 
 
 @dataclass(frozen=True)
 class Edge:
-    """A foreign key by which the deletion of a row changes rows of `table`: the places that see it, and whether the
-    rows go away too, so that the deletion spreads."""
+    """A foreign key by which the deletion of a row changes rows of `table`: the places that see it, the columns that hold
+    the keys of their rows, and whether the rows of the table go away too, so that the deletion spreads."""
 
     table: Table
     joins: tuple[tuple[ColumnElement[Any], ColumnElement[Any]], ...]
     places: tuple[Place, ...]
     spreads: bool
+    keys: tuple[ColumnElement[Any], ...]
 
 
 class Plan:
@@ -156,6 +159,10 @@ class Plan:
         """A mapper whose own table this is."""
         return next((mapper for mapper in self._mappers if mapper.local_table is table), None)
 
+    def mapped_to(self, table: Table) -> Iterable[Mapper[Any]]:
+        """The mappers that have `table` among theirs."""
+        return (mapper for mapper in self._mappers if table in mapper.tables)
+
     def rank(self, mapper: Mapper[Any]) -> int:
         """The place of the mapper's table in the order of locking: children before their parents."""
         return self._rank.get(mapper.base_mapper, 0)
@@ -177,11 +184,34 @@ class Plan:
                 if not step.viewonly and self._moves(step, place):
                     watch.collections.append((step.key, place))
         watch.orphans = [
-            step.key for step in mapper.relationships if step.cascade.delete_orphan and not step.viewonly
+            step.key
+            for step in mapper.relationships
+            if step.cascade.delete_orphan and not step.viewonly and self._matters(step.mapper)
+        ]
+        watch.owners = [
+            (step.parent.class_, step.key)
+            for step in self.relationships()
+            if step.cascade.delete_orphan and mapper.isa(step.mapper) and self._matters(mapper)
         ]
         watch.guards_deletes = any(table in self.edges for table in mapper.tables)
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
         return watch
+
+    def _matters(self, mapper: Mapper[Any]) -> bool:
+        """Whether the deletion of an instance can change rows of a place: its own, those below it, or those of what the ORM
+        deletes with it."""
+        pending, seen = [mapper], set()
+        while pending:
+            for each in pending.pop().self_and_descendants:
+                if each in seen:
+                    continue
+                seen.add(each)
+                if any(table in self.edges for table in each.tables) or any(
+                    each.isa(held) for chain in self.by_chain for held in chain.mappers
+                ):
+                    return True
+                pending.extend(step.mapper for step in each.relationships if step.cascade.delete)
+        return False
 
     def relationships(self) -> Iterable[RelationshipProperty[Any]]:
         for mapper in self._mappers:
@@ -221,9 +251,7 @@ class Plan:
         found: dict[Table, list[Edge]] = {}
         for table in self.metadata.tables.values():
             for constraint in table.foreign_key_constraints:
-                edge = self._edge(table, constraint)
-                if edge is not None and (edge.places or edge.spreads):
-                    found.setdefault(constraint.referred_table, []).append(edge)
+                found.setdefault(constraint.referred_table, []).extend(self._by_constraint(table, constraint))
         for mapper in self._mappers:
             for step in mapper.relationships:
                 edge = self._orm_edge(step)
@@ -245,12 +273,20 @@ class Plan:
             if table in useful
         }
 
-    def _edge(self, table: Table, constraint: ForeignKeyConstraint) -> Edge | None:
+    def _by_constraint(self, table: Table, constraint: ForeignKeyConstraint) -> Iterable[Edge]:
         rule = (constraint.ondelete or "").upper()
         spreads = rule == "CASCADE"
         joins = tuple((element.parent, element.column) for element in constraint.elements)
-        places = tuple(self._hit(table, [held for held, _ in joins], spreads))
-        return Edge(table, joins, places, spreads)
+        columns = [held for held, _ in joins]
+        places = tuple(self._hit(table, columns, spreads, stays=rule == "SET DEFAULT"))
+        if places or spreads:
+            yield Edge(table, joins, places, spreads, tuple(table.primary_key.columns))
+        for place in self.relevant if spreads else ():
+            # Through the keys of either side it comes from a row that is touched or gone itself.
+            link = place.chain.links[place.level - 1]
+            own = [{column.key for column in side} for side in (link.lower, link.upper)]
+            if table is link.secondary and {column.key for column in columns} not in own:
+                yield Edge(table, joins, (place,), False, link.lower)
 
     def _orm_edge(self, step: RelationshipProperty[Any]) -> Edge | None:
         """ORM cascades count too: an orphan is deleted inside the flush, and its own children with it."""
@@ -260,9 +296,13 @@ class Plan:
         table = joins[0][0].table
         if not isinstance(table, Table):
             return None
-        return Edge(table, joins, tuple(self._hit(table, [held for held, _ in joins], True)), True)
+        places = tuple(self._hit(table, [held for held, _ in joins], True))
+        return Edge(table, joins, places, True, tuple(table.primary_key.columns))
 
-    def _hit(self, table: Table, columns: list[Any], spreads: bool) -> Iterable[Place]:
+    def _hit(
+        self, table: Table, columns: list[Any], spreads: bool, *, stays: bool = False
+    ) -> Iterable[Place]:
+        """The places that see the deletion; `stays` if the rows go to another parent by it."""
         for place, relevant in self.relevant.items():
             mapper = place.chain.mappers[place.level]
             if table not in mapper.tables:
@@ -270,7 +310,7 @@ class Plan:
             held = _attributes(mapper, columns)
             # Through the link itself the deletion comes from the level above, which is either touched or, as the
             # parent that holds the aggregate, gone.
-            if held and held == set(place.chain.links[place.level - 1].attributes):
+            if held and held == set(place.chain.links[place.level - 1].attributes) and not stays:
                 continue
             if spreads or held & relevant:
                 yield place
@@ -295,6 +335,13 @@ class Plan:
             for mapper in chain.mappers:
                 visit(mapper.base_mapper, frozenset())
         return {mapper: -rank for mapper, rank in ranks.items()}
+
+
+def foreign_keys(mapper: Mapper[Any]) -> Iterable[ForeignKeyConstraint]:
+    """The foreign keys of all tables of a mapper."""
+    for table in mapper.tables:
+        if isinstance(table, Table):
+            yield from table.foreign_key_constraints
 
 
 def plan_of(mapper_or_table: Any) -> Plan | None:

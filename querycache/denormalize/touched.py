@@ -13,8 +13,9 @@ from typing import Any
 from sqlalchemy import ClauseElement, Table, and_, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import has_parent
 
-from querycache.denormalize.chain import Key, changed_by_update, key_condition, primary_keys
+from querycache.denormalize.chain import Key, changed_by_update, in_order, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
@@ -40,6 +41,7 @@ class Touched:
         changed: the changed objects behind `rows`.
         renamed: objects whose primary key changes.
         related: objects that were found through relationships; one that was loaded only to be found would be gone.
+        orphans: the objects that the flush deletes because they left their parents, and those that go with them, by state.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,7 @@ class Touched:
         self.changed: dict[tuple[Place, Key], Any] = {}
         self.renamed: list[Any] = []
         self.related: list[Any] = []
+        self.orphans: dict[Any, Any] = {}
 
     def add(self, place: Place, key: Key) -> None:
         self.rows.setdefault(place, set()).add(key)
@@ -165,6 +168,8 @@ class Sorter:
             touched.renamed.append(instance)
             touched.dead.add((state.mapper.base_mapper, state.identity))
         self._collections(instance, watch, touched)
+        if watch.owners and _is_orphan(instance, watch):
+            self._orphan(instance, touched)
 
     def _collections(self, instance: Any, watch: Watch, touched: Touched) -> None:
         """Rows that an object's relationships move, or orphan."""
@@ -193,18 +198,34 @@ class Sorter:
             touched.related.append(child)
 
     def _orphan(self, child: Any, touched: Touched) -> None:
-        """An object that left a delete-orphan relationship is likely to be deleted inside the flush."""
+        """An object that left a delete-orphan relationship is deleted inside the flush, with what its own relationships
+        delete, unless another parent has taken it."""
         if child is None:
             return
         state = sqlalchemy_inspect(child)
         known = self.watch(type(child))
-        if state.identity is None or known is None:
+        if state.identity is None or known is None or state in touched.orphans:
             return
         _, watch = known
         for place, _ in watch.places:
             touched.add(place, state.identity)
         if watch.guards_deletes:
             touched.gone(state.mapper.tables, state.identity)
+        if _is_orphan(child, watch):
+            goes_with_it = [each for each, *_ in state.mapper.cascade_iterator("delete", state)]
+            for instance in (child, *goes_with_it):
+                self._orphaned(instance, touched)
+
+    def _orphaned(self, instance: Any, touched: Touched) -> None:
+        state = sqlalchemy_inspect(instance)
+        known = self.watch(type(instance))
+        if state.identity is not None and known is not None and state not in touched.orphans:
+            touched.orphans[state] = instance
+            self._deleted(instance, known[1], touched)
+
+
+def _is_orphan(instance: Any, watch: Watch) -> bool:
+    return any(not has_parent(cls, instance, name, optimistic=True) for cls, name in watch.owners)
 
 
 def _least(session: Session, watch: Watch, locked_from: LockedFrom) -> int | None:
@@ -277,7 +298,7 @@ def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) ->
                 reached.update(
                     keys_of(
                         locks.connection.execute(statement, parameters(chunk)),
-                        len(edge.table.primary_key.columns),
+                        len(edge.keys),
                     )
                 )
             for place in edge.places:
@@ -293,7 +314,7 @@ def _edge(edge: Any, table: Table) -> Any:
     above, below = table.alias(), edge.table.alias()
     on = and_(*(below.c[held.key] == above.c[referred.key] for held, referred in edge.joins))
     return (
-        select(*(below.c[column.key] for column in edge.table.primary_key.columns))
+        select(*(below.c[column.key] for column in edge.keys))
         .join_from(below, above, on)
         .where(key_condition(tuple(above.c[column.key] for column in table.primary_key.columns)))
     )
@@ -328,13 +349,15 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
     """
     for table in again.deleted.keys() & plan.edges.keys():
         unknown = again.deleted[table] - before.deleted.get(table, set())
-        if unknown:
+        if unknown and any(held.strategy != "trigger" for held in plan.depending_on(table)):
             raise UncoveredChange(
-                f"{table.fullname} {min(unknown)!r} was deleted after the aggregates were looked at that its deletion"
+                f"{table.fullname} {in_order(unknown)[0]!r} was deleted after the aggregates were looked at that its deletion"
                 " changes, by a before_flush listener registered later or a mapper event; register that listener on the"
                 " Session class before the mappers configure"
             )
     for place, keys in again.rows.items():
+        if all(held.strategy == "trigger" for held in plan.by_chain[place.chain]):
+            continue
         late = {
             key
             for key in keys - before.rows.get(place, set()) - new.get(place, {}).keys()
@@ -343,7 +366,7 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         if not late:
             continue
         raise UncoveredChange(
-            f"{place.chain.mappers[place.level].class_.__name__} {sorted(late)[0]!r} was changed after"
+            f"{place.chain.mappers[place.level].class_.__name__} {in_order(late)[0]!r} was changed after"
             f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
             " listener registered later than this package's, or by a mapper event such as before_update. Make the change"
             " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"

@@ -18,8 +18,9 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql.elements import quoted_name
 
 from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
+from querycache.denormalize.checks import changed_by_keys
 from querycache.denormalize.configure import aggregates_of
-from querycache.denormalize.plan import Plan, plan_of, relevant
+from querycache.denormalize.plan import Plan, foreign_keys, plan_of, relevant
 from querycache.errors import ConfigurationError
 
 __all__ = ["drop_statements", "trigger_sql", "trigger_statements"]
@@ -96,6 +97,11 @@ def _check(aggregate: Aggregate, dialect: Dialect) -> None:
         raise ConfigurationError(
             f"{aggregate.name}: a trigger of MariaDB and MySQL cannot update the table that it belongs to,"
             f" {aggregate.table.name}; take strategy 'sql'"
+        )
+    for mapper, _, rule in changed_by_keys(aggregate):
+        raise ConfigurationError(
+            f"{aggregate.name}: MariaDB and MySQL run no triggers for {rule}, which changes"
+            f" {mapper.local_table.description}; refer to a key that does not change"
         )
     for level, table in _levels(aggregate):
         for constraint in table.foreign_key_constraints:
@@ -189,9 +195,18 @@ class _Writer:
             and self.chain.depth == 1
             and link.secondary is None
             and not self._extra_join()
+            and not (len(rows) > 1 and self._renames())
         ):
             return [self._increment(rows)]
         return self._recount([self._above(level, row) for row in rows], self._locks(level, rows))
+
+    def _renames(self) -> bool:
+        """Whether children follow their parent to another key: they come to the parent that has counted them already."""
+        held = {self.chain.leaf.column_attrs[name].columns[0] for name in self.chain.links[0].attributes}
+        return not self.chain.relationships[0].passive_updates or any(
+            constraint.onupdate is not None and not held.isdisjoint(constraint.columns)
+            for constraint in foreign_keys(self.chain.leaf)
+        )
 
     def _extra_join(self) -> bool:
         """Whether the relationship joins by more than its keys, so that not every referring row counts."""

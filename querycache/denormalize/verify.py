@@ -13,12 +13,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Engine, event, func, select, tuple_
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Enum,
+    String,
+    TypeDecorator,
+    cast,
+    event,
+    func,
+    literal,
+    select,
+    tuple_,
+)
 from sqlalchemy.orm import Mapper, Session
 
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
 from querycache.denormalize.configure import aggregates_of
-from querycache.denormalize.errors import AggregateMismatch
+from querycache.denormalize.errors import AggregateMismatch, DenormalizeError
 from querycache.denormalize.images import recount, same
 from querycache.denormalize.keeping import connection_written
 from querycache.denormalize.kinds import Merge
@@ -270,14 +282,34 @@ def _batches(connection: Connection, root: Mapper[Any], size: int) -> Iterator[l
 
 
 def _next(connection: Connection, root: Mapper[Any], last: Key | None, size: int) -> list[Key]:
-    """The keys of the parents after `last`, in the database's own order."""
+    """The keys of the parents after `last`, in the database's own order.
+
+    Raises:
+        DenormalizeError: if `last` comes once more, since the database compares it otherwise than it gave it.
+    """
     columns = attribute_columns(root.class_, primary_keys(root))
-    statement = select(*columns).order_by(*columns).limit(size)
+    compared = [_compared(column, connection.dialect.name) for column in columns]
+    statement = select(*columns).order_by(*compared).limit(size)
     if last is not None:
+        # A value by itself would be bound as its class is, and not as the column's type has it.
+        given = [literal(part, column.type) for part, column in zip(last, columns, strict=True)]
         statement = statement.where(
-            columns[0] > last[0] if len(columns) == 1 else tuple_(*columns) > tuple_(*last)
+            compared[0] > given[0] if len(columns) == 1 else tuple_(*compared) > tuple_(*given)
         )
-    return keys_of(connection.execute(statement), len(columns))
+    keys = keys_of(connection.execute(statement), len(columns))
+    if last in keys:
+        raise DenormalizeError(
+            f"{root.class_.__name__} {last!r}: the database holds another key than it gives, as SQLite does for a Numeric"
+            " with more decimal places than its type; the parents cannot be walked over by such keys"
+        )
+    return keys
+
+
+def _compared(column: Any, dialect: str) -> Any:
+    """A key column in one order, whether it is sorted by or compared: MariaDB and MySQL sort an ENUM by the order of its
+    declaration and compare it as text."""
+    type_ = column.type.impl if isinstance(column.type, TypeDecorator) else column.type
+    return cast(column, String) if isinstance(type_, Enum) and dialect in ("mariadb", "mysql") else column
 
 
 def _positive(name: str, number: int | None) -> None:

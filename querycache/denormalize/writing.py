@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Table, and_, bindparam, case, func, literal_column, or_, update
 
-from querycache.denormalize.chain import Aggregate, Chain, Key
+from querycache.denormalize.chain import Aggregate, Chain, Key, in_order
 from querycache.denormalize.images import Image, recount
 from querycache.denormalize.kinds import RECOUNT, How, Increment, Merge, Recount
 from querycache.denormalize.locks import OWN, Locks
@@ -100,7 +100,7 @@ def _resolve(locks: Locks, changes: Changes) -> None:
 
 def _write_table(locks: Locks, table: Table, rows: Mapping[Key, Mapping[Aggregate, Outcome]]) -> None:
     prepared: list[tuple[tuple[tuple[Aggregate, How], ...], dict[str, Any]]] = []
-    for parent in sorted(rows):
+    for parent in in_order(rows):
         outcomes = rows[parent]
         shape: list[tuple[Aggregate, How]] = []
         values: dict[str, Any] = {key_parameter(i): part for i, part in enumerate(parent)}

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Date, Engine, ForeignKeyConstraint, Integer, Uuid, create_engine
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
 from querycache.admin import main
 from querycache.denormalize import count_of, verify
 from tests.denormalize import models
+from tests.denormalize.keyed import keyed
 
 Open = Callable[..., Session]
 
@@ -145,6 +147,18 @@ WRONG = {
         ["--app", "an_app:Base", "denorm", "repair", "--url", "sqlite://", "--after", '{"User": [1]}'],
         "User: [1] is no key of Forum, Thread",
     ),
+    "no such database": (
+        ["--app", "an_app:Base", "denorm", "check", "--url", "sqlite:////nowhere/x.db"],
+        "--url sqlite:////nowhere/x.db: the database says: unable to open database file",
+    ),
+    "no such database to repair": (
+        ["--app", "an_app:Base", "denorm", "repair", "--url", "sqlite:////nowhere/x.db"],
+        "the database says: unable to open database file",
+    ),
+    "no such table": (
+        ["--app", "an_app:Base", "denorm", "check", "--url", "sqlite://"],
+        "the database says: no such table",
+    ),
     "no batch": (
         ["--app", "an_app:Base", "denorm", "check", "--url", "sqlite://", "--batch", "0"],
         "batch must be at least 1",
@@ -163,6 +177,42 @@ def test_a_wrong_command_line_says_what_is_wrong(
         main(arguments)
     assert exit_.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_repair_that_the_database_stops_goes_on(
+    app: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from querycache.admin import denorm
+
+    def fail(entity: str, done: int, total: int, report: Any) -> None:
+        if (entity, done) == ("Thread", 6):
+            raise OperationalError("SELECT 1", {}, Exception("server closed the connection"))
+
+    monkeypatch.setattr(denorm, "_bar", fail)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--app", "an_app:Base", "denorm", "repair", "--url", app.url, "--batch", "3"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert """go on with --after '{"Forum": [1], "Thread": [6]}'""" in said
+    assert "the database says: server closed the connection" in said
+
+
+def test_keys_of_types_that_convert_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    m = keyed("after", "enum", "sql", composite=True)
+    url = f"sqlite:///{tmp_path / 'keyed.db'}"
+    engine = create_engine(url)
+    m.Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        session.add_all([m.Parent(number=1, key=key) for key in m.made])
+        session.commit()
+    engine.dispose()
+    monkeypatch.setitem(sys.modules, "keyed", m)  # type: ignore[arg-type]
+    common = ["--app", "keyed:Base", "--json", "denorm", "repair", "--url", url]
+    assert main([*common, "--after", '{"Parent": [1, "EN"]}']) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["checked"], answer["last"]) == ({"Parent": 2}, {"Parent": [1, "FR"]})
 
 
 @pytest.mark.parametrize("dialect", ["postgresql", "mariadb", "sqlite"])

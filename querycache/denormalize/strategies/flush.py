@@ -63,6 +63,7 @@ class _Family:
         self.session = session
         self.locks = locks
         self.chain = chain
+        self.touched = touched
         self.keys = touched.rows.get(Place(chain, 1), set())
         self.parents: dict[Any, Any] = {}
         self.before: dict[int, list[Any]] = {}
@@ -171,7 +172,7 @@ class _Family:
                     f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"
                     " strategy 'flush' cannot follow it, take strategy 'sql'"
                 )
-            if not goes(self.session, child):
+            if not goes(self.session, child, self.touched):
                 yield child
         for child in self.session.new:
             if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):

@@ -6,20 +6,27 @@ attribute will be that nobody has set yet, and refuse where only the database kn
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
 
-from querycache.denormalize.chain import Chain, Key
+from querycache.denormalize.chain import Chain, Key, in_order
 from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.places import rounded
+from querycache.denormalize.touched import Touched
 
 __all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
 
 
 class NotYet(Exception):
     """The object is being made, and what an expression reads is still to be set."""
+
+
+class NotGenerated(UncoveredChange, AttributeError):
+    """A key that the database is still to generate."""
 
 
 class LiveRow:
@@ -66,6 +73,8 @@ class LiveRow:
                 f"{chain.leaf.class_.__name__}.{name} was given as a SQL expression, whose value a strategy that computes in"
                 " Python cannot know; assign a value, or take strategy 'sql'"
             )
+        if isinstance(value, Decimal):
+            return rounded(value, chain.leaf.column_attrs[name].columns[0].type)
         return value
 
     def _is_updated(self, name: str) -> bool:
@@ -84,18 +93,26 @@ class LiveRow:
                 f"{self._chain.leaf.class_.__name__}.{name} gets its default when it is inserted, too late for a strategy"
                 " that computes in Python; set it, or take strategy 'sql'"
             )
+        if column.primary_key and column is column.table.autoincrement_column:
+            raise NotGenerated(
+                f"{self._chain.leaf.class_.__name__}.{name} is generated when the row is inserted, too late for a strategy"
+                " that computes in Python; set it, or take strategy 'sql'"
+            )
         return None
 
 
-def goes(session: Session, child: Any) -> bool:
-    """Whether the flush will delete `child`.
+def goes(session: Session, child: Any, touched: Touched) -> bool:
+    """Whether the flush will delete `child`: it was marked as deleted, or is an orphan.
 
     An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
     the unit of work takes the deletion back.
+
+    Raises:
+        UncoveredChange: for an orphan that has been put there, of which the unit of work decides by chance.
     """
-    if child not in session.deleted:
-        return False
     state = sqlalchemy_inspect(child)
+    if child not in session.deleted and state not in touched.orphans:
+        return False
     for step in state.mapper.relationships:
         parent = state.dict.get(step.key) if step.key in state.committed_state else None
         if (
@@ -107,6 +124,12 @@ def goes(session: Session, child: Any) -> bool:
         above = sqlalchemy_inspect(parent)
         for back in above.mapper.relationships:
             if back.key in above.committed_state and state.mapper.isa(back.mapper):
+                if state in touched.orphans:
+                    raise UncoveredChange(
+                        f"{state.mapper.class_.__name__} {state.identity!r} has left a parent whose orphans are deleted,"
+                        f" and been put into {back} in one flush, which may delete it or not; flush() between the two, or"
+                        " take strategy 'sql'"
+                    )
                 return False
     return True
 
@@ -154,18 +177,18 @@ def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
 
 
 def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, Any]:
-    """The parents of those keys, new ones too, loaded where the session does not hold them; without those that do not
-    exist."""
+    """The parents of those keys, new ones and those that are about to get them too, loaded where the session does not hold
+    them; without those that do not exist."""
     found: dict[Key, Any] = {}
     pending: dict[Key, Any] | None = None
     names = chain.keys[0]
-    for key in sorted(keys):
+    for key in in_order(keys):
         parent = find_parent(session, chain, key)
         if parent is None:
             if pending is None:
                 pending = {
                     tuple([each.__dict__.get(name) for name in names]): each
-                    for each in session.new
+                    for each in (*session.dirty, *session.new)
                     if sqlalchemy_inspect(each).mapper.isa(chain.root)
                 }
             parent = pending.get(key)

@@ -62,7 +62,7 @@ class Memory(Strategy):
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
     ) -> None:
         for aggregate in aggregates:
-            self._ledgers[aggregate.column].settle(session)
+            self._ledgers[aggregate.column].settle(session, touched)
 
     def flushed(self, session: Session) -> None:
         for ledger in self._ledgers.values():
@@ -221,7 +221,7 @@ class _Ledger:
             if parent is not None and amount and (was[0] is not now[0] or was[1] != now[1]):
                 _add(parent, self.aggregate, sign * amount)
 
-    def settle(self, session: Session) -> None:
+    def settle(self, session: Session, touched: Touched) -> None:
         """Bring in what no event told of: deletions, attributes left to defaults, foreign keys set before the object
         was in a session, and objects that a rollback had thrown out."""
         fresh = [parent for parent in session.new if sqlalchemy_inspect(parent).mapper.isa(self.chain.root)]
@@ -231,12 +231,17 @@ class _Ledger:
         for state, (parent, _) in list(self.known.items()):
             if any(parent is one for one in fresh):
                 self.known[state] = (parent, 0)
-        for child in session.deleted:
-            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf) and goes(session, child):
+        going = set()
+        for child in (*session.deleted, *touched.orphans.values()):
+            state = sqlalchemy_inspect(child)
+            if state.mapper.isa(self.chain.leaf) and goes(session, child, touched):
+                going.add(state)
                 self._to(child, (None, 0))
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
-            if state.mapper.isa(self.chain.leaf) and (state in self.known or not state.has_identity):
+            if state in going or not state.mapper.isa(self.chain.leaf):
+                continue
+            if state in self.known or not state.has_identity:
                 self._move(child, {}, final=True)
 
     def written(self, session: Session) -> None:
