@@ -45,6 +45,7 @@ from sqlalchemy import (
     ColumnElement,
     ForeignKey,
     Integer,
+    MetaData,
     Select,
     String,
     Table,
@@ -56,6 +57,7 @@ from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
+from querycache import sa_internals
 from querycache.functions import is_stable, is_system_table
 from querycache.keys import canonical, digest, structure_digest
 from querycache.sa_internals import Plan, custom_constructs
@@ -69,6 +71,8 @@ __all__ = [
     "TableName",
     "analyse",
     "cascades",
+    "declared_tags",
+    "follows_all",
     "row_write_tags",
     "set_write_tags",
     "slot_of",
@@ -165,6 +169,19 @@ def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
         if index.unique:
             tracked.update(dict.fromkeys(index.columns))
     return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
+
+
+def follows_all(table: Table) -> bool:
+    """True if no other declaration of the table, as another class may have one, has further tracked columns."""
+    known = sa_internals.known_metadata()
+    return _follows_all(table, known, sum(len(each.tables) for each in known))
+
+
+@lru_cache(maxsize=4096)
+def _follows_all(table: Table, known: frozenset[MetaData], number: int) -> bool:
+    own = {column.name for column in tracked_columns(table)}
+    others = (each for each in sa_internals.known_tables(table.name) if each.schema == table.schema)
+    return all(column.name in own for other in others for column in tracked_columns(other))
 
 
 def slot_of(value: object, slots: int) -> int | None:
@@ -283,7 +300,7 @@ class Analysis:
             named = [table[1] for table in (*self.tables, *self.text_tables)]
             # A source may be a table of the statement, and pinned there: what is made from it is made from all of it.
             called = [spelling for name in self.functions for spelling in _spellings(name)]
-            tags.extend(map(table_tag, declared.made_from([*given, *named, *called])))
+            tags.extend(declared_tags(declared.made_from([*given, *named, *called])))
         return sorted(set(tags))
 
     @staticmethod
@@ -345,8 +362,18 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_function(func, *args, **kwargs)
 
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
-            self.analysis.texts.append(textclause.text)
+            # as a member of FROM it may be no more than the name of a table
+            before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
+            self.analysis.texts.append(before + textclause.text)
             return super().visit_textclause(textclause, *args, **kwargs)
+
+        def get_statement_hint_text(self, hint_texts: Any) -> Any:
+            self.analysis.opaque |= any(map(_WORDS_OF_QUERIES.search, hint_texts))
+            return super().get_statement_hint_text(hint_texts)
+
+        def get_from_hint_text(self, table: Any, text: Any) -> Any:
+            self.analysis.opaque |= bool(text and _WORDS_OF_QUERIES.search(text))
+            return super().get_from_hint_text(table, text)
 
         def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
             if column.is_literal:
@@ -513,6 +540,14 @@ def _writer_labels(schema: str | None, name: str, default_schema: str | None) ->
     return labels
 
 
+def declared_tags(names: Iterable[str]) -> Iterator[str]:
+    """The tags of tables that the application has named; without a schema, those of the name in any."""
+    for each in names:
+        schema, _, name = each.rpartition(".")
+        yield table_tag(each)
+        yield table_tag(_label("*" if schema else "?", name))
+
+
 # --- writing -------------------------------------------------------------------------------------------
 
 
@@ -570,27 +605,29 @@ def row_write_tags(
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    return _cascades(table, delete, len(table.metadata.tables))
+    known = sa_internals.known_metadata() | {table.metadata}
+    return _cascades(table, delete, known, sum(len(each.tables) for each in known))
 
 
 @lru_cache(maxsize=4096)
-def _cascades(table: Table, delete: bool, known_tables: int) -> frozenset[Table]:
+def _cascades(table: Table, delete: bool, known: frozenset[MetaData], number: int) -> frozenset[Table]:
     """The number of tables is there to ask once more when further ones were declared."""
-    found: set[Table] = set()
-    todo = [table]
+    found: set[tuple[Table, bool]] = set()
+    todo = [(table, delete)]
+    others = [other for metadata in known for other in metadata.tables.values() if other.foreign_keys]
     while todo:
-        current = todo.pop()
-        for other in table.metadata.tables.values():
+        current, deleted = todo.pop()
+        for other in others:
             for key in other.foreign_keys:
-                action = (key.ondelete if delete else key.onupdate) or ""
-                if (
-                    other not in found
-                    and action.upper() in ("CASCADE", "SET NULL", "SET DEFAULT")
-                    and _refers_to(key, current)
-                ):
-                    found.add(other)
-                    todo.append(other)
-    return frozenset(found)
+                action = ((key.ondelete if deleted else key.onupdate) or "").upper()
+                # PostgreSQL: SET NULL (column)
+                if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
+                    continue
+                step = other, deleted and action.startswith("CASCADE")
+                if step not in found and _refers_to(key, current):
+                    found.add(step)
+                    todo.append(step)
+    return frozenset(other for other, _ in found)
 
 
 def _refers_to(key: ForeignKey, table: Table) -> bool:

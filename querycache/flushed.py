@@ -60,6 +60,8 @@ class FlushedRows:
         inserted = state.key is None
         for column in tracked_columns(table):
             old, new = sa_internals.old_and_new(state, column)
+            if sa_internals.made_by_flush(state, column):
+                self.moved = True
             if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
                 self.known = False
             else:

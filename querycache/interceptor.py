@@ -32,7 +32,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
-from querycache.dependencies import Analysis, Declarations, analyse
+from querycache.dependencies import Analysis, Declarations, analyse, declared_tags
 from querycache.errors import CacheMiss
 from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
@@ -52,7 +52,7 @@ from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
 from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
-from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, table_tag, user_tag
+from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
 from querycache.writes import Transaction, Writes
 
 __all__ = ["Interceptor", "Request"]
@@ -519,7 +519,7 @@ class Interceptor:
         if isinstance(options.key, str):
             tags.append(key_tag(options.key))
         tags.extend(map(user_tag, options.tags))
-        tags.extend(map(table_tag, self._declared.closure(options.tables)) if options.tables else ())
+        tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
         tags.extend(analysis.tags(plan, self._declared))
         return tags
 

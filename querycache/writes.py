@@ -38,6 +38,7 @@ from querycache.dependencies import (
     Declarations,
     TableName,
     cascades,
+    follows_all,
     row_write_tags,
     set_write_tags,
 )
@@ -261,10 +262,13 @@ class Writes:
         elif self._ends_savepoint(connection, compiled):
             self._phase_one(connection.info, connection.dialect)
             return True
-        else:
+        elif compiled.statement.is_select or sa_internals.is_of_savepoint(compiled.statement):
             if dialect.name != "sqlite" or compiled.statement.is_select:
                 sa_internals.note_reading(context)
             return False
+        else:
+            # the application's own kind of statement: what it renders is all that is known of it
+            wrote = self._note_text(connection, read_text(sql, dialect.name))
         if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
             self._phase_one(connection.info, connection.dialect)
             return True
@@ -422,7 +426,7 @@ class Writes:
         for table, schemas in transaction.unresolved.items():
             known = rows.get(table)
             schema, name = _name(table, schemas)
-            if known is None or not known.known:
+            if known is None or not known.known or not follows_all(table):
                 transaction.tags.update(set_write_tags((schema, name), default))
             else:
                 slots = self._declared.slots

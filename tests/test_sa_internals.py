@@ -138,6 +138,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_autoflush": lambda live: live.session,
     "_cache_key_bind_match": lambda live: live.contexts["SELECT"].compiled,
     "_compile_state_cls": lambda live: live.states[0],
+    "_managers": lambda live: Parent.registry,
     "_new_runid": lambda live: import_module("sqlalchemy.orm.loading"),
     "_compile_w_cache": lambda live: live.statement,
     "_compiled_cache": lambda live: live.engine,

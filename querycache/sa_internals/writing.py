@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Column, Table, inspect
+from sqlalchemy import Column, MetaData, Table, inspect
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
@@ -29,8 +29,11 @@ __all__ = [
     "inserts_one",
     "is_flushing",
     "is_of_relationship",
+    "is_of_savepoint",
     "is_unit_of_work",
+    "known_metadata",
     "known_tables",
+    "made_by_flush",
     "names_entity",
     "old_and_new",
     "replaces",
@@ -55,6 +58,11 @@ def is_unit_of_work(context: Any) -> bool:
     if cache is None or cache is context.engine._compiled_cache:
         return False
     return not context.invoked_statement._propagate_attrs
+
+
+def is_of_savepoint(statement: Any) -> bool:
+    """True for SAVEPOINT, and for what ends one."""
+    return statement.__visit_name__ in ("savepoint", "rollback_to_savepoint", "release_savepoint")
 
 
 def is_of_relationship() -> bool:
@@ -204,6 +212,20 @@ def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
     return old, new
 
 
+def made_by_flush(state: Any, column: Column[Any]) -> bool:
+    """True if the flush itself has put the value of a column into an object that was there before.
+
+    It leaves no history of that: what the value was before, nobody knows any more.
+    """
+    if state.key is None or not (column.onupdate is not None or column is state.mapper.version_id_col):
+        return False
+    try:
+        key = state.mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        return False
+    return key not in state.committed_state
+
+
 def custom_constructs(rendered: SQLCompiler) -> set[str]:
     """What the application renders itself in a statement: ``@compiles.`` and the name, in lower case."""
     state = rendered.compile_state
@@ -245,14 +267,28 @@ def cache_key_of(statement: Any) -> Any:
     return key.key if key is not None else None
 
 
+def known_metadata() -> frozenset[MetaData]:
+    """Where the mapped tables are declared."""
+    return _known_metadata(frozenset((registry, len(registry._managers)) for registry in _all_registries()))
+
+
+@lru_cache(maxsize=1)
+def _known_metadata(registries: frozenset[tuple[Any, int]]) -> frozenset[MetaData]:
+    """Their numbers of classes are there to look once more when further ones were mapped."""
+    return frozenset(
+        table.metadata
+        for registry, _ in registries
+        for mapper in registry.mappers
+        for table in mapper.tables
+        if isinstance(table, Table)
+    )
+
+
 def known_tables(name: str) -> list[Table]:
-    """The mapped tables of a name, in any schema; textual SQL knows only names."""
-    found: set[Table] = set()
-    for registry in _all_registries():
-        for mapper in registry.mappers:
-            for table in mapper.tables:
-                if isinstance(table, Table):
-                    found.update(
-                        each for each in table.metadata.tables.values() if each.name.lower() == name.lower()
-                    )
-    return list(found)
+    """The tables of a name that are declared where the mapped ones are, in any schema; textual SQL knows only names."""
+    return [
+        table
+        for metadata in known_metadata()
+        for table in metadata.tables.values()
+        if table.name.lower() == name.lower()
+    ]

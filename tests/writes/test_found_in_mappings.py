@@ -1,0 +1,368 @@
+"""Writes that were missed because of how tables are mapped, or how statements are written: each failed when it was
+written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dogpile.cache import make_region
+from sqlalchemy import (
+    Engine,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Integer,
+    String,
+    Table,
+    column,
+    create_engine,
+    delete,
+    event,
+    exists,
+    insert,
+    literal,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.sql.expression import ClauseElement, Executable
+
+from querycache import QueryCache
+from querycache.dependencies import cascades
+
+_who: ContextVar[int] = ContextVar("who", default=1)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class OtherBase(DeclarativeBase):
+    pass
+
+
+class Person(Base):
+    __tablename__ = "mapped_person"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Document(Base):
+    __tablename__ = "mapped_document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+    updated_by: Mapped[int | None] = mapped_column(ForeignKey(Person.id), default=_who.get, onupdate=_who.get)
+
+
+class Eager(Base):
+    __tablename__ = "mapped_eager"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+    updated_by: Mapped[int | None] = mapped_column(ForeignKey(Person.id), default=1, onupdate=text("2"))
+    __mapper_args__ = {"eager_defaults": True}
+
+
+class Versioned(Base):
+    __tablename__ = "mapped_versioned"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+    revision: Mapped[int] = mapped_column(unique=True)
+    __mapper_args__ = {"version_id_col": revision}
+
+
+class Animal(Base):
+    __tablename__ = "mapped_animal"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    kind: Mapped[str] = mapped_column(String(10))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "animal"}
+
+
+class Dog(Animal):
+    __tablename__ = "mapped_dog"
+    dog_id: Mapped[int] = mapped_column(ForeignKey(Animal.id), primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+    updated_by: Mapped[int | None] = mapped_column(ForeignKey(Person.id), default=_who.get, onupdate=_who.get)
+    __mapper_args__ = {"polymorphic_identity": "dog"}
+
+
+class Note(OtherBase):
+    """Refers to a table of another MetaData."""
+
+    __tablename__ = "mapped_note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    person_id: Mapped[int | None] = mapped_column(ForeignKey(Person.id, ondelete="CASCADE"))
+
+
+class Desk(Base):
+    __tablename__ = "mapped_desk"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    person_id: Mapped[int | None] = mapped_column(ForeignKey(Person.id, ondelete="SET NULL"), unique=True)
+
+
+class Lamp(Base):
+    __tablename__ = "mapped_lamp"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    desk: Mapped[int | None] = mapped_column(ForeignKey(Desk.person_id, onupdate="CASCADE"))
+
+
+class Slim(OtherBase):
+    """The same table as Document's, by who does not know of its foreign key."""
+
+    __tablename__ = "mapped_document"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+    updated_by: Mapped[int | None] = mapped_column()
+
+
+class InsertFromSelect(Executable, ClauseElement):
+    """The recipe of SQLAlchemy's documentation, "Compiling sub-elements of a custom expression construct"."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Any, select: Any) -> None:
+        self.table, self.select = table, select
+
+
+@compiles(InsertFromSelect)
+def _compile_insert_from_select(element: Any, compiler: Any, **kwargs: Any) -> str:
+    table = compiler.process(element.table, asfrom=True, **kwargs)
+    return f"INSERT INTO {table} {compiler.process(element.select, **kwargs).strip('()')}"
+
+
+class Process:
+    """An engine, sessions and a cache of their own, on a store that others share."""
+
+    def __init__(self, engine: Engine, store: Any) -> None:
+        self.engine = engine
+        self.cache = QueryCache(store)
+        self.sessions = sessionmaker(engine)
+        self.cache.attach(self.sessions).attach(engine)
+
+    def ask(self, statement: Any) -> tuple[str, list[tuple[Any, ...]]]:
+        with self.cache.recording() as events, self.sessions() as session:
+            rows = session.execute(statement.execution_options(cache_key=True)).all()
+        return events[0].outcome, [tuple(row) for row in rows]
+
+
+@pytest.fixture
+def both(tmp_path: Path) -> Iterator[tuple[Process, Process]]:
+    """Who writes, and who reads."""
+    store = make_region().configure("querycache.memory")
+    engines = [create_engine(f"sqlite:///{tmp_path}/mapped.db") for _ in range(2)]
+    for engine in engines:
+        event.listen(
+            engine, "connect", lambda connection, record: connection.execute("PRAGMA foreign_keys = ON")
+        )
+    Base.metadata.create_all(engines[0])
+    Note.__table__.create(engines[0])  # type: ignore[attr-defined]
+    with Session(engines[0]) as session, session.begin():
+        session.add_all([Person(id=1), Person(id=2)])
+        session.flush()
+        session.add_all([Document(id=1), Eager(id=1), Versioned(id=1), Dog(id=1), Note(id=1, person_id=2)])
+        session.add(Desk(id=1, person_id=2))
+        session.flush()
+        session.add(Lamp(id=1, desk=2))
+    writer, reader = (Process(engine, store) for engine in engines)
+    yield writer, reader
+    for engine in engines:
+        engine.dispose()
+
+
+def warm(process: Process, statement: Any) -> list[tuple[Any, ...]]:
+    process.ask(statement)
+    outcome, rows = process.ask(statement)
+    assert outcome == "hit"
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("cls", "pinned"),
+    [
+        (Document, Document.updated_by == 1),
+        (Eager, Eager.updated_by == 1),
+        (Versioned, Versioned.revision == 1),
+        (Dog, Dog.updated_by == 1),
+    ],
+    ids=["onupdate", "eager onupdate", "version", "subclass"],
+)
+def test_what_the_flush_itself_sets_had_another_value_before(
+    both: tuple[Process, Process], cls: Any, pinned: Any
+) -> None:
+    writer, reader = both
+    statement = select(cls.id, cls.title).where(pinned)
+    assert len(warm(reader, statement)) == 1
+    token = _who.set(2)
+    try:
+        with writer.sessions() as session:
+            session.get(cls, 1).title = "new"
+            session.flush()
+            assert session.execute(statement.execution_options(cache_key=True)).all() == []
+            session.commit()
+    finally:
+        _who.reset(token)
+    assert reader.ask(statement)[1] == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(column("title")).select_from(text("mapped_document")).where(text("id = 1")),
+        select(Person.__table__.c.id, text("d.title"))
+        .select_from(Person.__table__, text("mapped_document AS d"))
+        .where(text("mapped_person.id = 1")),
+        select(Person.id).where(
+            exists(text("1")).select_from(text("mapped_document")).where(text("title = ''")), Person.id == 1
+        ),
+    ],
+    ids=["alone", "beside another", "exists"],
+)
+def test_a_text_in_from_names_a_table(both: tuple[Process, Process], statement: Any) -> None:
+    writer, reader = both
+    before = warm(reader, statement)
+    with writer.sessions.begin() as session:
+        session.get_one(Document, 1).title = "new"
+    assert reader.ask(statement)[1] != before
+
+
+def test_a_hint_may_be_a_query(both: tuple[Process, Process]) -> None:
+    _, reader = both
+    hinted = select(Person.id).with_statement_hint("UNION ALL SELECT id FROM mapped_document")
+    with reader.sessions() as session:
+        assert not reader.cache.explain(session, hinted.execution_options(cache_key=True)).cacheable
+        harmless = select(Person.id).with_statement_hint("/* of the application */")
+        assert reader.cache.explain(session, harmless.execution_options(cache_key=True)).cacheable
+
+
+@pytest.mark.parametrize("of", ["engine", "session"])
+def test_statements_that_the_application_renders(both: tuple[Process, Process], of: str) -> None:
+    writer, reader = both
+    statement = select(Person.id).order_by(Person.id)
+    assert warm(reader, statement) == [(1,), (2,)]
+    write = InsertFromSelect(Person.__table__, select(literal(3)))
+    if of == "engine":
+        with writer.engine.begin() as connection:
+            connection.execute(write)
+    else:
+        with writer.sessions.begin() as session:
+            session.execute(write)
+    assert reader.ask(statement)[1] == [(1,), (2,), (3,)]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda session: session.delete(session.get_one(Person, 2)),
+        lambda session: session.execute(delete(Person).where(Person.id == 2)),
+        lambda session: session.execute(text("DELETE FROM mapped_person WHERE id = 2")),
+    ],
+    ids=["unit of work", "bulk", "text"],
+)
+@pytest.mark.parametrize("cls", [Note, Lamp], ids=["other metadata", "set null, then on update"])
+def test_rows_that_foreign_keys_change_farther_away(
+    both: tuple[Process, Process], write: Callable[[Session], object], cls: Any
+) -> None:
+    writer, reader = both
+    with writer.sessions.begin() as session:
+        session.execute(update(Document).values(updated_by=1))
+    statement = select(*cls.__table__.columns)
+    before = warm(reader, statement)
+    with writer.sessions.begin() as session:
+        write(session)
+    outcome, rows = reader.ask(statement)
+    assert outcome == "stale" and rows != before
+
+
+def test_set_null_of_some_columns_is_an_action() -> None:
+    """As PostgreSQL writes it since version 15."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Parent(Own):
+        __tablename__ = "mapped_parent"
+        tenant: Mapped[int] = mapped_column(primary_key=True)
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Child(Own):
+        __tablename__ = "mapped_child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        tenant: Mapped[int] = mapped_column(Integer)
+        parent_id: Mapped[int | None] = mapped_column(Integer)
+        __table_args__ = (
+            ForeignKeyConstraint(
+                ["tenant", "parent_id"], [Parent.tenant, Parent.id], ondelete="SET NULL (parent_id)"
+            ),
+        )
+
+    parent, child = Parent.__table__, Child.__table__
+    assert isinstance(parent, Table)
+    assert cascades(parent, delete=True) == {child}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda session: session.add(Slim(id=2, updated_by=1)),
+        lambda session: setattr(session.get_one(Slim, 1), "title", "new"),
+    ],
+    ids=["insert", "update"],
+)
+def test_a_class_that_does_not_know_of_a_foreign_key(
+    both: tuple[Process, Process], write: Callable[[Session], object]
+) -> None:
+    """Of two classes on one table, each in this process."""
+    writer, reader = both
+    statement = select(Document.id, Document.title).where(Document.updated_by == 1)
+    before = warm(reader, statement)
+    with writer.sessions.begin() as session:
+        write(session)
+    assert reader.ask(statement)[1] != before
+
+
+@pytest.mark.parametrize("declared", ["mapped_order", "mapped.mapped_order"])
+def test_what_is_declared_follows_schemas(postgresql_engine: Engine, declared: str) -> None:
+    with postgresql_engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA IF EXISTS mapped CASCADE"))
+        connection.execute(text("CREATE SCHEMA mapped"))
+        connection.execute(text("CREATE TABLE mapped.mapped_order (id int primary key, amount int)"))
+        connection.execute(
+            text("CREATE VIEW mapped.mapped_total AS SELECT sum(amount) AS n FROM mapped.mapped_order")
+        )
+    engine = postgresql_engine.execution_options(schema_translate_map={None: "mapped"})
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Order(Own):
+        __tablename__ = "mapped_order"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        amount: Mapped[int]
+
+    total = Table("mapped_total", Own.metadata, autoload_with=postgresql_engine, schema="mapped").to_metadata(
+        Own.metadata, schema=None
+    )
+    store = make_region().configure("querycache.memory")
+    writer, reader = (Process(each, store) for each in (engine, engine))
+    for each in (writer, reader):
+        each.cache.depends("mapped_total", on=[declared])
+    by_view = select(total.c.n)
+    by_text = (
+        text("SELECT n FROM mapped.mapped_total")
+        .columns(column("n"))
+        .execution_options(cache_tables=[declared])
+    )
+    for statement in (by_view, by_text):
+        warm(reader, statement)
+    with writer.sessions.begin() as session:
+        session.execute(insert(Order).values(id=1, amount=7))
+    assert [reader.ask(statement)[1] for statement in (by_view, by_text)] == [[(7,)], [(7,)]]
+    for statement in (by_view, by_text):
+        warm(reader, statement)
+    writer.cache.invalidate(tables=["mapped_order"])
+    assert [reader.ask(statement)[0] for statement in (by_view, by_text)] == ["stale", "stale"]
+    with postgresql_engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA mapped CASCADE"))
