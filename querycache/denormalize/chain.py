@@ -10,6 +10,7 @@ forward: the *images* (`images.py`). The same join, outer and restricted to some
 from __future__ import annotations
 
 import inspect as python_inspect
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
@@ -18,11 +19,13 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BindParameter,
+    ColumnClause,
     ColumnElement,
     FromClause,
     Join,
     Select,
     Table,
+    TextClause,
     and_,
     bindparam,
     case,
@@ -34,7 +37,7 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty, aliased
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.declare import Declaration, Expression
+from querycache.denormalize.declare import INFO_KEY, Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.kinds import Parts
 from querycache.errors import ConfigurationError
@@ -240,7 +243,11 @@ def _distinct_names(columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement
 
 
 def _plain(attribute: Any) -> bool:
-    return all(hasattr(column, "table") and isinstance(column.table, Table) for column in attribute.columns)
+    """Whether it is what the application stores in a table: an aggregate changes outside the unit of work."""
+    return all(
+        isinstance(getattr(column, "table", None), Table) and INFO_KEY not in column.info
+        for column in attribute.columns
+    )
 
 
 def _link(upper: Mapper[Any], step: RelationshipProperty[Any], name: str) -> Link:
@@ -531,8 +538,8 @@ def changed_by_update(mapper: Mapper[Any], names: Iterable[str]) -> frozenset[st
 
 
 def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[str]], set[str]]:
-    """What an expression reads: for each level of `chain` the column attributes, and the columns (as text) that
-    belong to no level. A Python expression that does not say is taken to read all of the child's."""
+    """What an expression reads: for each level of `chain` the column attributes, and what belongs to no level, as it is
+    to be shown. A Python expression that does not say is taken to read all of the child's."""
     read: list[set[str]] = [set() for _ in chain.mappers]
     foreign: set[str] = set()
     if given is None:
@@ -544,6 +551,11 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
         ]
         built = sql_of(given, entities)
         for element in visitors.iterate(built) if built is not None else ():
+            said = _text(element)
+            if said and given.columns is None:
+                foreign.add(f"the text {said!r}")
+            elif said:
+                read[-1] |= set(given.columns or ())
             origin: Any = getattr(element, "table", None)
             if not isinstance(origin, FromClause):
                 continue
@@ -558,6 +570,20 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
     if given.python is not None:
         read[-1] |= set(given.columns if given.columns is not None else chain.leaf_columns)
     return read, foreign
+
+
+def _text(element: Any) -> str:
+    """What of an expression is text that may name columns, which only the database can read; empty where there is none."""
+    if isinstance(element, TextClause):
+        said = element.text
+    elif isinstance(element, ColumnClause) and element.table is None:
+        said = element.name
+    else:
+        return ""
+    return said if re.search(r"[^\W\d]|[\"`\[]", _CONSTANT.sub("", said)) else ""
+
+
+_CONSTANT = re.compile(r"'(?:[^']|'')*'")
 
 
 def _tables(selectable: Any) -> Iterable[tuple[FromClause, Table]]:

@@ -10,6 +10,8 @@ from typing import Any
 from sqlalchemy import Column, Table, types
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Mapper
+from sqlalchemy.sql import visitors
+from sqlalchemy.sql.functions import FunctionElement
 
 from querycache.denormalize.chain import (
     Aggregate,
@@ -42,6 +44,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
         reason = aggregate.kind.misfit(aggregate.column.type, measure)
         if reason is not None:
             raise ConfigurationError(f"{aggregate.name}: {reason} (the column is {aggregate.column.type!r})")
+        _check_extreme(aggregate)
         if aggregate.strategy in ("flush", "memory"):
             _check_python(aggregate)
         if aggregate.strategy == "trigger":
@@ -160,6 +163,7 @@ def _check_expression(
         return None
     leaf = aggregate.chain.leaf
     if given.columns is not None:
+        _check_nested(aggregate, leaf, set(given.columns) & {each.key for each in leaf.column_attrs}, role)
         for name in given.columns:
             if name not in aggregate.chain.leaf_columns:
                 raise ConfigurationError(
@@ -179,12 +183,24 @@ def _check_expression(
             f"{aggregate.name}: {role} must return a SQL expression, got {built!r}; an expression in Python is given"
             " as python(…)"
         )
-    read, foreign = attributes_read(given, aggregate.chain)
+    read, foreign = attributes_read(Expression(given.sql, columns=given.columns), aggregate.chain)
+    texts = [each for each in sorted(foreign) if each.startswith("the text ")]
+    if texts:
+        raise ConfigurationError(
+            f"{aggregate.name}: {role} has {', '.join(texts)}, which does not tell what it reads; write it with the"
+            " attributes of the entity, or as expression(sql=…, python=…, columns=(…)) with the names of what it reads"
+        )
     if foreign:
         raise ConfigurationError(
             f"{aggregate.name}: {role} reads {', '.join(sorted(foreign))}, which is not of the entities that it is"
             " given; what is not on the path changes unseen, and the entities on the path are passed as arguments"
         )
+    for element in visitors.iterate(built):
+        if isinstance(element, FunctionElement) and _moves(element):
+            raise ConfigurationError(
+                f"{aggregate.name}: {role} calls {element.name}(), whose value changes without a write that would bring the"
+                " column forward; store what it is to be in a column, or ask for it when the rows are read"
+            )
     for mapper, names in zip(aggregate.chain.mappers, read, strict=True):
         _check_nested(aggregate, mapper, names, role)
     if read[0]:
@@ -193,6 +209,24 @@ def _check_expression(
             " children and what is between"
         )
     return built.type  # type: ignore[no-any-return]
+
+
+_MOVING = frozenset(
+    "changes clock_timestamp connection_id curdate current_date current_time current_timestamp current_user curtime"
+    " gen_random_uuid getdate last_insert_id last_insert_rowid localtime localtimestamp nextval now pg_backend_pid rand random"
+    " randomblob session_user statement_timestamp sysdate timeofday total_changes transaction_timestamp user utc_date utc_time"
+    " utc_timestamp uuid uuid_generate_v1 uuid_generate_v4 uuidv4 uuidv7".split()
+)
+_MOVING_BY_DEFAULT = frozenset("date datetime julianday strftime time unix_timestamp unixepoch".split())
+
+
+def _moves(function: FunctionElement[Any]) -> bool:
+    """Whether a function gives another value each time; SQLite's of dates do so of the text "now" and of nothing."""
+    name = str(function.name).lower()
+    if name not in _MOVING_BY_DEFAULT:
+        return name in _MOVING
+    given = list(function.clauses)[name == "strftime" :]
+    return not given or any(getattr(each, "value", None) in ("now", "NOW") for each in given)
 
 
 def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
@@ -207,11 +241,48 @@ def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str
 
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
+    if order in aggregate.chain.leaf.column_attrs:
+        _check_nested(aggregate, aggregate.chain.leaf, [order], "order_by=")
     if order is not None and order not in aggregate.chain.leaf_columns:
         raise ConfigurationError(
             f"{aggregate.name}: order_by={order!r} is not a column attribute of {aggregate.chain.leaf.class_.__name__};"
             f" it has {', '.join(aggregate.chain.leaf_columns)}"
         )
+
+
+def _check_extreme(aggregate: Aggregate) -> None:
+    """Not every database has the least and the greatest of every type, and not every one orders as Python does."""
+    chain, kind = aggregate.chain, aggregate.kind
+    type_ = aggregate.column.type
+    if kind in (MIN, MAX) and isinstance(type_, (types.Boolean, types.Uuid, types.LargeBinary)):
+        raise ConfigurationError(
+            f"{aggregate.name}: PostgreSQL has no {kind.name.removesuffix('_of')}() of {type_!r}; take"
+            + (" exists_of(…, where=…)" if isinstance(type_, types.Boolean) else " latest_of(…, order_by=…)")
+        )
+    if aggregate.strategy != "flush" or kind not in (MIN, MAX, LATEST):
+        return
+    ordered = {"its values": type_}
+    if kind is LATEST:
+        names = dict.fromkeys([aggregate.declaration.order_by or "", *chain.keys[-1]])
+        ordered = {f"{chain.leaf.class_.__name__}.{name}": chain.leaf.columns[name].type for name in names}
+    for what, type_ in ordered.items():
+        if not isinstance(type_, _ORDERED_AS_IN_PYTHON):
+            raise ConfigurationError(
+                f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every database"
+                " does; take strategy 'sql'"
+            )
+
+
+_ORDERED_AS_IN_PYTHON = (
+    types.Integer,
+    types.Numeric,
+    types.Float,
+    types.Date,
+    types.DateTime,
+    types.Time,
+    types.Interval,
+    types.Uuid,
+)
 
 
 def _check_python(aggregate: Aggregate) -> None:

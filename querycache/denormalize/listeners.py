@@ -103,7 +103,7 @@ def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
     if configure.any_broken():
         for instance in (*session.new, *session.dirty, *session.deleted):
             configure.raise_if_broken(type(instance))
-    keeper_of(session).before_flush(session)
+    keeper_of(session).before_flush(session, partly=bool(instances))
     guard.cover(flush_context)
 
 

@@ -12,6 +12,7 @@ It sees what the session sees: defaults and expressions that the database comput
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, time
 from typing import Any
 
 from sqlalchemy import func, literal
@@ -35,6 +36,7 @@ class Flush(Strategy):
     name = "flush"
     prepares = True
     expires = True
+    needs_all = True
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
@@ -64,7 +66,9 @@ class _Family:
         self.locks = locks
         self.chain = chain
         self.keys = touched.rows.get(Place(chain, 1), set())
-        self.parents: dict[Any, Any] = {}
+        self.parents: dict[int, Any] = {}
+        """Objects by their identity in memory, since not every one can be hashed; so are those that are new."""
+        self.new: dict[int, Any] = {}
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
 
@@ -73,10 +77,13 @@ class _Family:
         live = self._live_rows()
         keys = {parent for parent in (*old, *live) if isinstance(parent, tuple)}
         loaded = load_parents(self.session, self.chain, keys) if keys else {}
-        sides: tuple[tuple[Any, dict[int, list[Any]]], ...] = ((old, self.before), (live, self.after))
+        sides: tuple[tuple[dict[Any, list[Any]], dict[int, list[Any]]], ...] = (
+            (old, self.before),
+            (live, self.after),
+        )
         for rows, by_parent in sides:
             for parent, held in rows.items():
-                instance = loaded.get(parent) if isinstance(parent, tuple) else parent
+                instance = loaded.get(parent) if isinstance(parent, tuple) else self.new[parent]
                 if instance is not None and instance not in self.session.deleted:
                     self.parents[id(instance)] = instance
                     by_parent.setdefault(id(instance), []).extend(held)
@@ -100,12 +107,12 @@ class _Family:
         identity = sqlalchemy_inspect(instance).identity
         if not aggregate.kind.additive:
             rows = [*(others.get(identity, []) if identity is not None else []), *after]
-            value = aggregate.finish(_fold(aggregate, rows))
+            value = aggregate.finish(self._fold(aggregate, rows))
             # As a SQL literal it is written even if the object, which may be out of date, holds that value already.
             value = value if identity is None else literal(value, aggregate.column.type)
             setattr(instance, aggregate.key, value)
             return
-        change = aggregate.kind.change(_fold(aggregate, before), _fold(aggregate, after))
+        change = aggregate.kind.change(self._fold(aggregate, before), self._fold(aggregate, after))
         if isinstance(change, Increment):
             amount = aggregate.fit(change.amount)
             if identity is None:
@@ -113,12 +120,12 @@ class _Family:
             else:
                 setattr(instance, aggregate.key, func.coalesce(aggregate.column, 0) + amount)
 
-    def _old_rows(self) -> dict[Any, list[ChildRow]]:
+    def _old_rows(self) -> dict[Key, list[ChildRow]]:
         queried: Queried = self.locks.plan.memo(
             ("rows", self.chain, 1, ()), lambda: self.chain.image((), 1, (), rows=True)
         )
         statement = self.locks.read(queried.statement)
-        found: dict[Any, list[ChildRow]] = {}
+        found: dict[Key, list[ChildRow]] = {}
         for chunk in chunks(self.keys):
             for row in self.locks.connection.execute(statement, parameters(chunk)):
                 found.setdefault(tuple(row[queried.parent]), []).append(self._row(row[queried.values]))
@@ -142,13 +149,24 @@ class _Family:
                     found.setdefault(tuple(row[queried.parent]), []).append(self._row(values))
         return found
 
+    def _fold(self, aggregate: Aggregate, rows: Sequence[Any]) -> Any:
+        values = [aggregate.value_of(row) for row in rows if aggregate.counts(row)]
+        if self.locks.dialect != "postgresql":
+            values = [_without_zone(value) for value in values]
+        try:
+            return aggregate.kind.fold(values)
+        except TypeError as error:
+            raise UncoveredChange(
+                f"{aggregate.name}: strategy 'flush' cannot compare its values in Python ({error}); take strategy 'sql'"
+            ) from error
+
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
 
-    def _live_rows(self) -> dict[Any, list[LiveRow]]:
-        """The touched children that will be there after the flush, by parent: its key, or the pending object."""
+    def _live_rows(self) -> dict[Key | int, list[LiveRow]]:
+        """The touched children that will be there after the flush, by parent: its key, or the mark of one in `new`."""
         adopted, released = self._collections()
-        found: dict[Any, list[LiveRow]] = {}
+        found: dict[Key | int, list[LiveRow]] = {}
         for child in self._children():
             says, parent, key = known_parent(child, self.chain)
             if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
@@ -159,8 +177,11 @@ class _Family:
                 identity = sqlalchemy_inspect(parent).identity
                 if identity is not None:
                     parent, key = None, identity
+            if parent is not None:
+                self.new[id(parent)] = parent
             if parent is not None or key is not None:
-                found.setdefault(key if parent is None else parent, []).append(LiveRow(child, self.chain))
+                mark = key if parent is None else id(parent)
+                found.setdefault(mark, []).append(LiveRow(child, self.chain))
         return found
 
     def _children(self) -> Iterable[Any]:
@@ -193,5 +214,8 @@ class _Family:
         return adopted, released
 
 
-def _fold(aggregate: Aggregate, rows: Sequence[Any]) -> Any:
-    return aggregate.kind.fold([aggregate.value_of(row) for row in rows if aggregate.counts(row)])
+def _without_zone(value: Any) -> Any:
+    """A moment as the databases keep it that have no time zones; of latest_of, that in its order."""
+    if isinstance(value, tuple):
+        return (_without_zone(value[0]), *value[1:])
+    return value.replace(tzinfo=None) if isinstance(value, (datetime, time)) else value

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
+from sqlalchemy.orm.attributes import NO_VALUE
 
 from querycache.denormalize.chain import Chain, Key
 from querycache.denormalize.errors import UncoveredChange
@@ -121,19 +122,26 @@ def known_parent(
     overlay = overlay or {}
     state = sqlalchemy_inspect(instance)
     for reverse in chain.reverses[0]:
-        if reverse in overlay:
+        if reverse in overlay and not (state.has_identity and overlay[reverse] is _committed(state, reverse)):
             return True, overlay[reverse], None
     for reverse in chain.reverses[0]:
-        if reverse in state.committed_state or (
-            not state.has_identity and state.dict.get(reverse) is not None
-        ):
-            return True, state.dict.get(reverse), None
+        if reverse in overlay:  # which is as it was, so that the unit of work leaves the foreign key alone
+            continue
+        held = state.dict.get(reverse)
+        set_anew = reverse in state.committed_state and held is not _committed(state, reverse)
+        if set_anew or (not state.has_identity and held is not None):
+            return True, held, None
     names = chain.links[0].attributes
     if any(name in overlay for name in names):
         return _by_key(instance, names, overlay)
     if state.has_identity or any(name in state.dict for name in names):
         return _by_key(instance, names, overlay)
     return False, None, None
+
+
+def _committed(state: Any, name: str) -> Any:
+    """What an attribute refers to in the database, as far as the object knows."""
+    return state.committed_state.get(name, state.dict.get(name, NO_VALUE))
 
 
 def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> tuple[bool, Any, Key | None]:

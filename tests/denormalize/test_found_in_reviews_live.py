@@ -1,0 +1,130 @@
+"""What sceptical reviewers have found of the strategies that look at objects, "flush" and "memory"."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, Integer, event, insert
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, relationship
+
+from querycache.denormalize import UncoveredChange, count_of, expression, sum_of, verify
+from querycache.errors import ConfigurationError
+from tests.denormalize.family import Open, family, right, two
+
+LIVE = ("flush", "memory")
+
+
+def kept(strategy: str) -> Any:
+    return lambda: {
+        "n": count_of("children", strategy=strategy, type_=Integer),
+        "total": sum_of("children", "size", strategy=strategy, type_=Integer),
+    }
+
+
+@pytest.mark.parametrize("how", ["key", "object"])
+@pytest.mark.parametrize("strategy", LIVE)
+def test_a_later_listener_adds_a_child(opened: Open, strategy: str, how: str) -> None:
+    m = family(f"l_late_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    parents = [s.get_one(m.Parent, key) for key in (1, 2)]
+
+    def later(session: Session, *_: Any) -> None:
+        if not session.info.setdefault("asked", []):
+            session.info["asked"].append(True)
+            session.add(m.Child(parent_id=1, size=5) if how == "key" else m.Child(parent=parents[0], size=5))
+
+    event.listen(s, "before_flush", later)
+    s.add(m.Child(parent_id=2, size=3))
+    with pytest.raises(UncoveredChange, match=r"Child .* was added after Parent\.n, .* before_flush"):
+        s.commit()
+    s.rollback()
+    right(s, m)
+
+
+@pytest.mark.filterwarnings("ignore:The `objects` parameter")
+@pytest.mark.parametrize("strategy", ["sql", "flush", "memory"])
+def test_a_part_of_what_is_pending_is_flushed(opened: Open, strategy: str) -> None:
+    m = family(f"l_part_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    parent = s.get_one(m.Parent, 1)
+    children = [m.Child(parent_id=1, size=5), m.Child(parent_id=1, size=7)]
+    s.add_all(children)
+    if strategy == "flush":
+        with pytest.raises(UncoveredChange, match=r"flush\(objects\) .*'flush' of Parent\.n.*call flush\(\)"):
+            s.flush(children[:1])
+    else:
+        s.flush(children[:1])
+    s.commit()
+    assert parent.n == 4
+    right(s, m)
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+@pytest.mark.parametrize("strategy", ["sql", "flush", "memory"])
+def test_a_relationship_is_set_to_what_it_still_shows(opened: Open, strategy: str, flushed: bool) -> None:
+    m = family(f"l_shown_{strategy}_{flushed:d}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    parents = [s.get_one(m.Parent, key) for key in (1, 2)]
+    child = s.get_one(m.Child, 1)
+    assert child.parent is parents[0]
+    child.parent_id = 2
+    if flushed:
+        s.flush()
+    child.parent = parents[0]  # no change for the unit of work
+    s.commit()
+    assert (child.parent_id, parents[1].n) == (2, 1)
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "flush", "memory"])
+def test_there_and_back_by_the_relationship(opened: Open, strategy: str) -> None:
+    m = family(f"l_back_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    parents = [s.get_one(m.Parent, key) for key in (1, 2)]
+    child = s.get_one(m.Child, 1)
+    for number in (1, 0, 1, 0, None, 1):
+        child.parent = None if number is None else parents[number]
+        if strategy == "memory":
+            assert [parent.n for parent in parents] == [1 + (number == 0), int(number == 1)]
+    s.commit()
+    right(s, m)
+    child.parent, child.parent_id = None, 1
+    child.parent = parents[1]
+    s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory"])
+def test_objects_that_cannot_be_hashed(opened: Open, strategy: str) -> None:
+    class Base(MappedAsDataclass, DeclarativeBase):
+        pass
+
+    class Parent(Base):
+        __tablename__ = f"l_data_{strategy}_parent"
+        id: Mapped[int] = mapped_column(primary_key=True, init=False)
+        children: Mapped[list[Any]] = relationship("Child", default_factory=list, init=False)
+        n: Mapped[int] = count_of("children", strategy=strategy, init=False)
+
+    class Child(Base):
+        __tablename__ = f"l_data_{strategy}_child"
+        id: Mapped[int] = mapped_column(primary_key=True, init=False)
+        parent_id: Mapped[int | None] = mapped_column(ForeignKey(Parent.id), default=None)
+
+    m = SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+    s = opened(m)
+    parent = Parent()
+    parent.children.append(Child())
+    s.add(parent)
+    s.commit()
+    parent.children.append(Child())
+    s.commit()
+    s.delete(parent.children[0])
+    s.commit()
+    assert parent.n == 1
+    right(s, m)
