@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
 from sqlalchemy import Column, Table, types
@@ -212,12 +212,48 @@ def _check_expression(
 
 
 _MOVING = frozenset(
-    "changes clock_timestamp connection_id curdate current_date current_time current_timestamp current_user curtime"
-    " gen_random_uuid getdate last_insert_id last_insert_rowid localtime localtimestamp nextval now pg_backend_pid rand random"
-    " randomblob session_user statement_timestamp sysdate timeofday total_changes transaction_timestamp user utc_date utc_time"
-    " utc_timestamp uuid uuid_generate_v1 uuid_generate_v4 uuidv4 uuidv7".split()
+    [
+        "changes",
+        "clock_timestamp",
+        "connection_id",
+        "curdate",
+        "current_date",
+        "current_time",
+        "current_timestamp",
+        "current_user",
+        "curtime",
+        "gen_random_uuid",
+        "getdate",
+        "last_insert_id",
+        "last_insert_rowid",
+        "localtime",
+        "localtimestamp",
+        "nextval",
+        "now",
+        "pg_backend_pid",
+        "rand",
+        "random",
+        "randomblob",
+        "session_user",
+        "statement_timestamp",
+        "sysdate",
+        "timeofday",
+        "total_changes",
+        "transaction_timestamp",
+        "user",
+        "utc_date",
+        "utc_time",
+        "utc_timestamp",
+        "uuid",
+        "uuid_generate_v1",
+        "uuid_generate_v4",
+        "uuidv4",
+        "uuidv7",
+    ]
 )
-_MOVING_BY_DEFAULT = frozenset("date datetime julianday strftime time unix_timestamp unixepoch".split())
+_MOVING_BY_DEFAULT = frozenset(
+    ["date", "datetime", "julianday", "strftime", "time", "unix_timestamp", "unixepoch"]
+)
 
 
 def _moves(function: FunctionElement[Any]) -> bool:
@@ -241,7 +277,7 @@ def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str
 
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
-    if order in aggregate.chain.leaf.column_attrs:
+    if order is not None and order in aggregate.chain.leaf.column_attrs:
         _check_nested(aggregate, aggregate.chain.leaf, [order], "order_by=")
     if order is not None and order not in aggregate.chain.leaf_columns:
         raise ConfigurationError(
@@ -268,8 +304,8 @@ def _check_extreme(aggregate: Aggregate) -> None:
     for what, type_ in ordered.items():
         if not isinstance(type_, _ORDERED_AS_IN_PYTHON):
             raise ConfigurationError(
-                f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every database"
-                " does; take strategy 'sql'"
+                f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
+                " database does; take strategy 'sql'"
             )
 
 
@@ -297,12 +333,18 @@ def _check_python(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
                 " python(…) or expression(sql=…, python=…), or take strategy 'sql'"
             )
-    late = changed_by_update(chain.leaf, _named(aggregate)[-1])
+    late: Set[str] = changed_by_update(chain.leaf, _named(aggregate)[-1])
     if late:
         raise ConfigurationError(
             f"{aggregate.name}: {chain.leaf.class_.__name__}.{min(late)} is changed by the UPDATE itself (onupdate=, a"
             f" generated column, the version), too late for strategy {strategy!r}; take strategy 'sql', 'recount' or"
             " 'trigger'"
+        )
+    late = _named(aggregate)[-1] & chain.leaf_written_by_relationships
+    if late:
+        raise ConfigurationError(
+            f"{aggregate.name} reads {chain.leaf.class_.__name__}.{min(late)}, which a relationship writes in the flush, too"
+            f" late for strategy {strategy!r}; take strategy 'sql', 'recount' or 'trigger'"
         )
     if chain.depth != 1 or chain.links[0].secondary is not None:
         raise ConfigurationError(

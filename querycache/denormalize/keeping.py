@@ -438,9 +438,9 @@ def _refuse_latecomers(plan: Plan, known: Fresh, new: Mapping[Place, Mapping[Key
         for key, instance in by_key.items() if held else ():
             if id(instance) not in seen:
                 raise UncoveredChange(
-                    f"{type(instance).__name__} {key!r} was added after {', '.join(held)} had been looked at, by a before_flush"
-                    " listener registered later than this package's. Register it on the Session class before the mappers"
-                    " configure, or take strategy 'sql'"
+                    f"{type(instance).__name__} {key!r} was added after {', '.join(held)} had been looked at, by a"
+                    " before_flush listener registered later than this package's. Register it on the Session class before"
+                    " the mappers configure, or take strategy 'sql'"
                 )
 
 

@@ -6,10 +6,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, Integer, event, insert
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, relationship
+from sqlalchemy import ForeignKey, Integer, event
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    MappedAsDataclass,
+    Session,
+    configure_mappers,
+    declarative_base,
+    mapped_column,
+    relationship,
+)
 
-from querycache.denormalize import UncoveredChange, count_of, expression, sum_of, verify
+from querycache.denormalize import UncoveredChange, count_of, expression, python, sum_of
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right, two
 
@@ -127,4 +136,95 @@ def test_objects_that_cannot_be_hashed(opened: Open, strategy: str) -> None:
     s.delete(parent.children[0])
     s.commit()
     assert parent.n == 1
+    right(s, m)
+
+
+@pytest.mark.parametrize("lazy", ["dynamic", "write_only"])
+def test_memory_with_collections_that_are_not_loaded(opened: Open, lazy: str) -> None:
+    m = loaded_never(f"l_lazy_{lazy}", lazy)
+    s = opened(m)
+    parents = [m.Parent(id=1), m.Parent(id=2)]
+    s.add_all([*parents, child := m.Child(id=1, parent_id=1, size=5)])
+    s.commit()
+
+    def told() -> list[tuple[int, int]]:
+        return [(parent.n, parent.total) for parent in parents]
+
+    getattr(parents[1].children, "add" if lazy == "write_only" else "append")(child)
+    s.commit()
+    assert told() == [(0, 0), (1, 5)]
+    child = s.get_one(m.Child, 1)
+    parents[1].children.remove(child)
+    s.commit()
+    assert told() == [(0, 0), (0, 0)]
+    right(s, m)
+
+
+def loaded_never(name: str, lazy: Any) -> SimpleNamespace:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = f"{name}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child", back_populates="parent", lazy=lazy)
+        locals().update(kept("memory")())
+
+    class Child(Base):
+        __tablename__ = f"{name}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(Parent.id))
+        parent = relationship("Parent", back_populates="children")
+        size = mapped_column(Integer)
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+def labelled(name: str, strategy: str, *, named: bool = True) -> SimpleNamespace:
+    """Children are counted by a foreign key that another relationship writes."""
+
+    def extra(made: Any) -> None:
+        class Label(made.Base):
+            __tablename__ = f"{name}_label"
+            id = mapped_column(Integer, primary_key=True)
+            children = relationship("Child")
+
+        made.Label = Label
+
+    where = python(lambda c: c.label_id is not None)
+    if named:
+        where = expression(sql=lambda c: c.label_id.is_not(None), python=lambda c: c.label_id is not None)
+    return family(
+        name,
+        lambda: {"n": count_of("children", where=where, strategy=strategy, type_=Integer)},
+        lambda: {"label_id": mapped_column(ForeignKey(f"{name}_label.id"))},
+        extra=extra,
+    )
+
+
+@pytest.mark.parametrize("strategy", LIVE)
+def test_a_foreign_key_that_another_relationship_writes(opened: Open, strategy: str) -> None:
+    m = labelled(f"l_label_{strategy}", strategy)
+    with pytest.raises(ConfigurationError, match=r"Parent\.n reads Child\.label_id, .* strategy 'sql'"):
+        configure_mappers()
+    m.Base.registry.dispose()
+    m = labelled(f"l_labels_{strategy}", strategy, named=False)
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.flush()
+    with pytest.raises(UncoveredChange, match=r"Child\.label_id is written by a relationship in the flush"):
+        s.add(m.Child(parent_id=1, label_id=None))
+        s.flush()
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_a_label_goes_away(opened: Open, strategy: str) -> None:
+    m = labelled(f"l_gone_{strategy}", strategy)
+    s = opened(m)
+    s.add_all([m.Parent(id=1), m.Label(id=1)])
+    s.flush()
+    s.add(m.Child(parent_id=1, label_id=1))
+    s.commit()
+    s.delete(s.get_one(m.Label, 1))
+    s.commit()
+    assert s.get_one(m.Parent, 1).n == 0
     right(s, m)

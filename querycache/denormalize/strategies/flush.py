@@ -177,10 +177,11 @@ class _Family:
                 identity = sqlalchemy_inspect(parent).identity
                 if identity is not None:
                     parent, key = None, identity
+            mark: Key | int | None = key
             if parent is not None:
-                self.new[id(parent)] = parent
-            if parent is not None or key is not None:
-                mark = key if parent is None else id(parent)
+                mark = id(parent)
+                self.new[mark] = parent
+            if mark is not None:
                 found.setdefault(mark, []).append(LiveRow(child, self.chain))
         return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
-from sqlalchemy.orm.attributes import NO_VALUE
+from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize.chain import Chain, Key
 from querycache.denormalize.errors import UncoveredChange
@@ -30,7 +30,7 @@ class LiveRow:
     default, or None.
 
     Raises:
-        UncoveredChange: on reading an attribute whose value the database will compute.
+        UncoveredChange: on reading an attribute whose value the database, or the flush, will compute.
         NotYet: if `partial`, on reading an attribute that nobody has set yet and that has no default.
     """
 
@@ -53,6 +53,11 @@ class LiveRow:
             )
         if name in self._overlay:
             value = self._overlay[name]
+        elif name in chain.leaf_written_by_relationships:
+            raise UncoveredChange(
+                f"{chain.leaf.class_.__name__}.{name} is written by a relationship in the flush, too late for a strategy that"
+                " computes in Python; take strategy 'sql'"
+            )
         elif name in chain.leaf_changed_by_update and self._is_updated(name):
             raise UncoveredChange(
                 f"{chain.leaf.class_.__name__}.{name} is changed by the UPDATE itself, too late for a strategy that computes"

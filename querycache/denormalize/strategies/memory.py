@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from sqlalchemy import event
@@ -254,5 +255,7 @@ class _Ledger:
 
 
 def _add(parent: Any, aggregate: Aggregate, amount: Any) -> None:
-    with assigning():
+    session = object_session(parent)
+    # A parent that is loaded here must not flush a change of which not every aggregate has been told.
+    with assigning(), nullcontext() if session is None else session.no_autoflush:
         setattr(parent, aggregate.key, (getattr(parent, aggregate.key) or 0) + aggregate.fit(amount))
