@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
 from sqlalchemy import Column, Table, types
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.orm import Mapper
-from sqlalchemy.sql import visitors
-from sqlalchemy.sql.functions import FunctionElement
 
 from querycache.denormalize.chain import (
     Aggregate,
     attributes_read,
     changed_by_update,
     mapped_attributes,
-    sql_of,
 )
-from querycache.denormalize.declare import INFO_KEY, Expression
+from querycache.denormalize.checks_of_expressions import check_expression, check_nested
+from querycache.denormalize.declare import Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
 from querycache.denormalize.plan import Place, Plan
@@ -38,8 +34,8 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     for aggregate in aggregates:
         _check_column(aggregate)
         _check_joins(aggregate)
-        measure = _check_expression(aggregate, aggregate.declaration.measure, "the measure")
-        _check_expression(aggregate, aggregate.declaration.where, "where=")
+        measure = check_expression(aggregate, aggregate.declaration.measure, "the measure")
+        check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
         reason = aggregate.kind.misfit(aggregate.column.type, measure)
         if reason is not None:
@@ -155,130 +151,10 @@ def _check_joins(aggregate: Aggregate) -> None:
         )
 
 
-def _check_expression(
-    aggregate: Aggregate, given: Expression | None, role: str
-) -> types.TypeEngine[Any] | None:
-    """Check one expression; return its SQL type if it has one."""
-    if given is None:
-        return None
-    leaf = aggregate.chain.leaf
-    if given.columns is not None:
-        _check_nested(aggregate, leaf, set(given.columns) & {each.key for each in leaf.column_attrs}, role)
-        for name in given.columns:
-            if name not in aggregate.chain.leaf_columns:
-                raise ConfigurationError(
-                    f"{aggregate.name}: {leaf.class_.__name__} has no column attribute {name!r}, which {role} reads;"
-                    f" it has {', '.join(aggregate.chain.leaf_columns)}"
-                )
-    if given.sql is None:
-        return None
-    try:
-        built: Any = sql_of(given, aggregate.chain.entities())
-    except (AttributeError, TypeError, ArgumentError) as error:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} failed for {leaf.class_.__name__}: {error}"
-        ) from error
-    if not hasattr(built, "self_group"):
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} must return a SQL expression, got {built!r}; an expression in Python is given"
-            " as python(…)"
-        )
-    read, foreign = attributes_read(Expression(given.sql, columns=given.columns), aggregate.chain)
-    texts = [each for each in sorted(foreign) if each.startswith("the text ")]
-    if texts:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} has {', '.join(texts)}, which does not tell what it reads; write it with the"
-            " attributes of the entity, or as expression(sql=…, python=…, columns=(…)) with the names of what it reads"
-        )
-    if foreign:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} reads {', '.join(sorted(foreign))}, which is not of the entities that it is"
-            " given; what is not on the path changes unseen, and the entities on the path are passed as arguments"
-        )
-    for element in visitors.iterate(built):
-        if isinstance(element, FunctionElement) and _moves(element):
-            raise ConfigurationError(
-                f"{aggregate.name}: {role} calls {element.name}(), whose value changes without a write that would bring the"
-                " column forward; store what it is to be in a column, or ask for it when the rows are read"
-            )
-    for mapper, names in zip(aggregate.chain.mappers, read, strict=True):
-        _check_nested(aggregate, mapper, names, role)
-    if read[0]:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} reads columns of the parent, {', '.join(sorted(read[0]))}; it may read the"
-            " children and what is between"
-        )
-    return built.type  # type: ignore[no-any-return]
-
-
-_MOVING = frozenset(
-    [
-        "changes",
-        "clock_timestamp",
-        "connection_id",
-        "curdate",
-        "current_date",
-        "current_time",
-        "current_timestamp",
-        "current_user",
-        "curtime",
-        "gen_random_uuid",
-        "getdate",
-        "last_insert_id",
-        "last_insert_rowid",
-        "localtime",
-        "localtimestamp",
-        "nextval",
-        "now",
-        "pg_backend_pid",
-        "rand",
-        "random",
-        "randomblob",
-        "session_user",
-        "statement_timestamp",
-        "sysdate",
-        "timeofday",
-        "total_changes",
-        "transaction_timestamp",
-        "user",
-        "utc_date",
-        "utc_time",
-        "utc_timestamp",
-        "uuid",
-        "uuid_generate_v1",
-        "uuid_generate_v4",
-        "uuidv4",
-        "uuidv7",
-    ]
-)
-_MOVING_BY_DEFAULT = frozenset(
-    ["date", "datetime", "julianday", "strftime", "time", "unix_timestamp", "unixepoch"]
-)
-
-
-def _moves(function: FunctionElement[Any]) -> bool:
-    """Whether a function gives another value each time; SQLite's of dates do so of the text "now" and of nothing."""
-    name = str(function.name).lower()
-    if name not in _MOVING_BY_DEFAULT:
-        return name in _MOVING
-    given = list(function.clauses)[name == "strftime" :]
-    return not given or any(getattr(each, "value", None) in ("now", "NOW") for each in given)
-
-
-def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
-    for name in sorted(names):
-        column = mapper.column_attrs[name].columns[0]
-        if INFO_KEY in getattr(column, "info", {}):
-            raise ConfigurationError(
-                f"{aggregate.name}: {role} reads {mapper.class_.__name__}.{name}, which is an aggregate itself and"
-                " changes outside the unit of work; aggregate over the longer path instead"
-            )
-
-
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
     if order is not None and order in aggregate.chain.leaf.column_attrs:
-        _check_nested(aggregate, aggregate.chain.leaf, [order], "order_by=")
+        check_nested(aggregate, aggregate.chain.leaf, [order], "order_by=")
     if order is not None and order not in aggregate.chain.leaf_columns:
         raise ConfigurationError(
             f"{aggregate.name}: order_by={order!r} is not a column attribute of {aggregate.chain.leaf.class_.__name__};"

@@ -18,7 +18,9 @@ from querycache.sa_internals import columns_set
 
 __all__ = ["columns_written", "is_upsert", "literal_rows", "set_elsewhere"]
 
-_QUOTED = re.compile(r"""'(?:[^']|'')*'|"((?:[^"]|"")*)"|`((?:[^`]|``)*)`""")
+_NAMES = r"""|"((?:[^"]|"")*)"|`((?:[^`]|``)*)`"""
+_QUOTED = re.compile(r"'(?:[^']|'')*'" + _NAMES)
+_QUOTED_IN_MYSQL = re.compile(r"'(?:[^'\\]|''|\\.)*'" + _NAMES, re.DOTALL)
 _NESTED = re.compile(r"\([^()]*\)")
 _SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
 _INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
@@ -35,7 +37,7 @@ def columns_written(compiled: Any, table: Any = None) -> set[str] | None:
         statement = statement.element
     if isinstance(statement, Delete):
         return set()
-    sql, quoted = _without_quotes(str(compiled))
+    sql, quoted = _without_quotes(str(compiled), compiled.dialect)
     if isinstance(statement, Insert):
         found = _INTO.search(sql)
     else:
@@ -54,7 +56,7 @@ def columns_written(compiled: Any, table: Any = None) -> set[str] | None:
     return {keys.get(name, name) for name in names} - by_default
 
 
-def _without_quotes(sql: str) -> tuple[str, dict[str, str]]:
+def _without_quotes(sql: str, dialect: Dialect) -> tuple[str, dict[str, str]]:
     """The text with a word for each quoted name, which may hold anything, and these names by their words."""
     names: dict[str, str] = {}
 
@@ -66,7 +68,8 @@ def _without_quotes(sql: str) -> tuple[str, dict[str, str]]:
         names[mark] = name.replace('""', '"').replace("``", "`")
         return mark
 
-    return _QUOTED.sub(word, sql), names
+    quoted = _QUOTED_IN_MYSQL if dialect.name in ("mysql", "mariadb") else _QUOTED
+    return quoted.sub(word, sql), names
 
 
 def set_elsewhere(statement: Any) -> dict[Any, set[str]]:

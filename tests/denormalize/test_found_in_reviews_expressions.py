@@ -239,6 +239,7 @@ def test_python_does_not_order_texts_as_the_database_does(columns: Any) -> None:
     m.Base.registry.dispose()
 
 
+@pytest.mark.filterwarnings("ignore:.*without an index")
 @pytest.mark.parametrize("strategy", ["sql", "flush"])
 def test_moments_with_a_timezone(opened: Open, strategy: str) -> None:
     """SQLite and MariaDB keep what the clock shows, and leave out where."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import ForeignKey, Integer, event
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -177,6 +180,39 @@ def loaded_never(name: str, lazy: Any) -> SimpleNamespace:
         size = mapped_column(Integer)
 
     return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+@pytest.mark.parametrize("refreshed", [True, False])
+def test_memory_under_asyncio_wants_what_is_changed_loaded(tmp_path: Any, refreshed: bool) -> None:
+    """As docs/denormalize.md says."""
+    m = family(f"l_async_{refreshed:d}", kept("memory"))
+
+    async def work() -> int:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'family.db'}")
+        async with engine.begin() as connection:
+            await connection.run_sync(m.Base.metadata.create_all)
+        async with AsyncSession(engine) as session:
+            parent, child = m.Parent(id=1), m.Child(id=1, parent_id=1, size=5)
+            session.add_all([parent, child])
+            await session.commit()
+            if refreshed:
+                await session.refresh(parent)
+                await session.refresh(child)
+            try:
+                child.size = 7
+                await session.commit()
+                await session.refresh(parent)
+                total: int = parent.total
+                return total
+            finally:
+                await session.rollback()
+                await engine.dispose()
+
+    if refreshed:
+        assert asyncio.run(work()) == 7
+    else:
+        with pytest.raises(StatementError, match="MissingGreenlet"):
+            asyncio.run(work())
 
 
 def labelled(name: str, strategy: str, *, named: bool = True) -> SimpleNamespace:
