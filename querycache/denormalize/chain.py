@@ -141,19 +141,6 @@ class Chain:
         return changed_by_update(self.leaf, self.leaf_columns)
 
     @cached_property
-    def leaf_written_by_relationships(self) -> frozenset[str]:
-        """The child's foreign keys, but for that of the path and those in its key, that relationships write in the flush."""
-        leaf = self.leaf
-        written: set[str] = set()
-        for mapper in leaf.registry.mappers:
-            for step in mapper.relationships:
-                holder = mapper if step.direction is RelationshipDirection.MANYTOONE else step.mapper
-                if not step.viewonly and step.secondary is None and (holder.isa(leaf) or leaf.isa(holder)):
-                    columns = [held for _, held in step.synchronize_pairs]
-                    written |= mapped_attributes(leaf, [(each.table.fullname, each.name) for each in columns])
-        return frozenset(written - {*self.links[-1].attributes, *self.keys[-1]})
-
-    @cached_property
     def reverses(self) -> tuple[tuple[str, ...], ...]:
         """For each link the relationships of its lower side that lead up by the same columns."""
         return tuple(

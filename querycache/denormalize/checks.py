@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Column, Table, types
@@ -209,18 +209,12 @@ def _check_python(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy {strategy!r} computes in Python, and {role} is SQL only; give"
                 " python(…) or expression(sql=…, python=…), or take strategy 'sql'"
             )
-    late: Set[str] = changed_by_update(chain.leaf, _named(aggregate)[-1])
+    late = changed_by_update(chain.leaf, _named(aggregate)[-1])
     if late:
         raise ConfigurationError(
             f"{aggregate.name}: {chain.leaf.class_.__name__}.{min(late)} is changed by the UPDATE itself (onupdate=, a"
             f" generated column, the version), too late for strategy {strategy!r}; take strategy 'sql', 'recount' or"
             " 'trigger'"
-        )
-    late = _named(aggregate)[-1] & chain.leaf_written_by_relationships
-    if late:
-        raise ConfigurationError(
-            f"{aggregate.name} reads {chain.leaf.class_.__name__}.{min(late)}, which a relationship writes in the flush, too"
-            f" late for strategy {strategy!r}; take strategy 'sql', 'recount' or 'trigger'"
         )
     if chain.depth != 1 or chain.links[0].secondary is not None:
         raise ConfigurationError(

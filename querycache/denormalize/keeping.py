@@ -253,8 +253,6 @@ class Keeper:
         self._sorter = Sorter()
         self._levels: dict[Mapper[Any], int | None] = {}
         self._stale: dict[Aggregate, set[Key]] = {}
-        self._fresh: Fresh = {}
-        """The objects that were new when the flush began."""
         self._shown: Shown = {}
         self._triggered: set[Aggregate] = set()
         """Those of whose parents only the database knows which it has written."""
@@ -270,7 +268,6 @@ class Keeper:
         self.works = {}
         self._levels = {}
         found, fresh = self._sorter.collect(session, self._locked_from)
-        self._fresh = fresh
         self._sorter.expect(session, fresh, found, self._locked_from)
         for cls in fresh:
             known = self._sorter.watch(cls)
@@ -313,7 +310,6 @@ class Keeper:
             work = self.works.get(plan)
             if work is None:
                 work = self.works[plan] = Work(session, plan, Touched())
-            _refuse_latecomers(plan, self._fresh, new.get(plan, {}))
             if plan in again:
                 missed(plan, work.touched, again[plan], new.get(plan, {}))
             after: dict[Place, set[Key]] = {place: set(keys) for place, keys in work.touched.rows.items()}
@@ -363,7 +359,7 @@ class Keeper:
         return True
 
     def after_flush_postexec(self, session: Session) -> None:
-        stale, self._stale, self.works, self._fresh = self._stale, {}, {}, {}
+        stale, self._stale, self.works = self._stale, {}, {}
         for strategy in _FLUSHED:
             strategy.flushed(session)
         if stale:
@@ -380,7 +376,7 @@ class Keeper:
 
     def after_rollback(self, session: Session) -> None:
         """A rollback, also to a savepoint, takes back values that the ORM does not know to have changed."""
-        self.works, self._stale, self._fresh = {}, {}, {}
+        self.works, self._stale = {}, {}
         for strategy in STRATEGIES.values():
             strategy.forget(session)
         stale = {identity: set(names) for identity, names in self._shown.items()}
@@ -428,20 +424,6 @@ def _refuse_replaced(
                 f" strategy {strategy.name!r} cannot tell what is then below it for {', '.join(held)}. flush() between the"
                 " two, or take strategy 'sql'"
             )
-
-
-def _refuse_latecomers(plan: Plan, known: Fresh, new: Mapping[Place, Mapping[Key, Any]]) -> None:
-    """Strategies that look at objects before the flush have not seen those that came after."""
-    for place, by_key in new.items():
-        held = [one.name for one in plan.by_chain[place.chain] if STRATEGIES[one.strategy].prepares]
-        seen = {id(each) for each_class in known.values() for each in each_class} if held else set()
-        for key, instance in by_key.items() if held else ():
-            if id(instance) not in seen:
-                raise UncoveredChange(
-                    f"{type(instance).__name__} {key!r} was added after {', '.join(held)} had been looked at, by a"
-                    " before_flush listener registered later than this package's. Register it on the Session class before"
-                    " the mappers configure, or take strategy 'sql'"
-                )
 
 
 def _nowhere(session: Session, root: Mapper[Any]) -> None:

@@ -11,8 +11,10 @@ It sees what the session sees: defaults and expressions that the database comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, literal
@@ -26,7 +28,15 @@ from querycache.denormalize.kinds import Increment
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Place
 from querycache.denormalize.strategies.base import Strategy, assigning
-from querycache.denormalize.strategies.live import LiveRow, goes, known_parent, load_parents
+from querycache.denormalize.strategies.live import (
+    LiveRow,
+    Taken,
+    goes,
+    known_parent,
+    link_of,
+    load_parents,
+    refuse_late,
+)
 from querycache.denormalize.touched import Touched
 
 __all__ = ["Flush"]
@@ -38,6 +48,11 @@ class Flush(Strategy):
     expires = True
     needs_all = True
 
+    def __init__(self) -> None:
+        self._taken: weakref.WeakKeyDictionary[Session, dict[Aggregate, dict[int, tuple[Any, Taken]]]] = (
+            weakref.WeakKeyDictionary()
+        )
+
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
     ) -> None:
@@ -45,10 +60,17 @@ class Flush(Strategy):
         for aggregate in aggregates:
             chains.setdefault(aggregate.chain, []).append(aggregate)
         for chain, held in chains.items():
-            _Family(session, locks, chain, touched).bring_forward(held)
+            family = _Family(session, locks, chain, touched)
+            family.bring_forward(held)
+            self._taken.setdefault(session, {}).update(
+                {aggregate: family.taken(aggregate) for aggregate in held}
+            )
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
         """The parents whose attribute is now an expired SQL expression."""
+        known = self._taken.get(session, {})
+        for aggregate in aggregates:
+            _check(session, aggregate, known.get(aggregate, {}))
         stale: dict[Aggregate, set[Key]] = {}
         for instance in session.dirty:
             state = sqlalchemy_inspect(instance)
@@ -56,6 +78,33 @@ class Flush(Strategy):
                 if aggregate.key in state.expired_attributes and state.mapper.isa(aggregate.chain.root):
                     stale.setdefault(aggregate, set()).add(state.identity)
         return stale
+
+    def flushed(self, session: Session) -> None:
+        self._taken.pop(session, None)
+
+    def forget(self, session: Session) -> None:
+        self._taken.pop(session, None)
+
+
+def _check(session: Session, aggregate: Aggregate, taken: Mapping[int, tuple[Any, Taken]]) -> None:
+    """A flush has written the children: as they were taken to be?"""
+    for child, was in taken.values():
+        row = LiveRow(child, aggregate.chain)
+        refuse_late(session, child, aggregate, was, partial(_worth, aggregate, row))
+    for child in session.new:
+        if id(child) not in taken and sqlalchemy_inspect(child).mapper.isa(aggregate.chain.leaf):
+            refuse_late(session, child, aggregate, None, lambda: None)
+
+
+def _worth(aggregate: Aggregate, row: LiveRow) -> Any:
+    """What a child counts for; but for a key, which the database may still have to make."""
+    if not aggregate.counts(row):
+        return _NOTHING
+    value = aggregate.value_of(row)
+    return (value[0], value[2]) if aggregate.kind.ordered else value
+
+
+_NOTHING = object()
 
 
 class _Family:
@@ -69,6 +118,8 @@ class _Family:
         self.parents: dict[int, Any] = {}
         """Objects by their identity in memory, since not every one can be hashed; so are those that are new."""
         self.new: dict[int, Any] = {}
+        self.children: list[tuple[Any, Key, Any]] = []
+        """Those that will be there, with their foreign keys and parents as objects."""
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
 
@@ -87,6 +138,10 @@ class _Family:
                 if instance is not None and instance not in self.session.deleted:
                     self.parents[id(instance)] = instance
                     by_parent.setdefault(id(instance), []).extend(held)
+        self.children = [
+            (child, link, loaded.get(mark) if isinstance(mark, tuple) else self.new.get(mark))
+            for child, link, mark in self.children
+        ]
         counted = [held for held in aggregates if not held.kind.additive]
         others = self._other_children() if counted else {}
         with assigning():
@@ -119,6 +174,14 @@ class _Family:
                 setattr(instance, aggregate.key, (getattr(instance, aggregate.key) or 0) + amount)
             else:
                 setattr(instance, aggregate.key, func.coalesce(aggregate.column, 0) + amount)
+
+    def taken(self, aggregate: Aggregate) -> dict[int, tuple[Any, Taken]]:
+        """What the children are taken to be, by their identity in memory."""
+        found: dict[int, tuple[Any, Taken]] = {}
+        for child, link, parent in self.children:
+            value = None if parent is None else _worth(aggregate, LiveRow(child, self.chain))
+            found[id(child)] = child, Taken(link, parent, value)
+        return found
 
     def _old_rows(self) -> dict[Key, list[ChildRow]]:
         queried: Queried = self.locks.plan.memo(
@@ -181,6 +244,7 @@ class _Family:
             if parent is not None:
                 mark = id(parent)
                 self.new[mark] = parent
+            self.children.append((child, link_of(child, self.chain), mark))
             if mark is not None:
                 found.setdefault(mark, []).append(LiveRow(child, self.chain))
         return found

@@ -6,21 +6,46 @@ attribute will be that nobody has set yet, and refuse where only the database kn
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
 from sqlalchemy.orm.base import NO_VALUE
 
-from querycache.denormalize.chain import Chain, Key
+from querycache.denormalize.chain import Aggregate, Chain, Key
 from querycache.denormalize.errors import UncoveredChange
 
-__all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
+__all__ = [
+    "LiveRow",
+    "NotYet",
+    "Taken",
+    "find_parent",
+    "goes",
+    "known_parent",
+    "link_of",
+    "load_parents",
+    "refuse_late",
+]
 
 
 class NotYet(Exception):
     """The object is being made, and what an expression reads is still to be set."""
+
+
+class Taken(NamedTuple):
+    """What a child was taken to be before a flush.
+
+    Attributes:
+        link: its foreign key then.
+        parent: the object below which it will be, or None.
+        value: what it counts for there.
+    """
+
+    link: Key | None
+    parent: Any
+    value: Any
 
 
 class LiveRow:
@@ -30,7 +55,7 @@ class LiveRow:
     default, or None.
 
     Raises:
-        UncoveredChange: on reading an attribute whose value the database, or the flush, will compute.
+        UncoveredChange: on reading an attribute whose value the database will compute.
         NotYet: if `partial`, on reading an attribute that nobody has set yet and that has no default.
     """
 
@@ -53,11 +78,6 @@ class LiveRow:
             )
         if name in self._overlay:
             value = self._overlay[name]
-        elif name in chain.leaf_written_by_relationships:
-            raise UncoveredChange(
-                f"{chain.leaf.class_.__name__}.{name} is written by a relationship in the flush, too late for a strategy that"
-                " computes in Python; take strategy 'sql'"
-            )
         elif name in chain.leaf_changed_by_update and self._is_updated(name):
             raise UncoveredChange(
                 f"{chain.leaf.class_.__name__}.{name} is changed by the UPDATE itself, too late for a strategy that computes"
@@ -157,6 +177,49 @@ def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> t
             " Python cannot know the parent. Assign a value, or take strategy 'sql'"
         )
     return True, None, None if None in key else key
+
+
+def link_of(child: Any, chain: Chain) -> Key:
+    """The foreign key of an object as it is in memory."""
+    return tuple(child.__dict__.get(name) for name in chain.links[0].attributes)
+
+
+def refuse_late(
+    session: Session, child: Any, aggregate: Aggregate, was: Taken | None, now: Callable[[], Any]
+) -> None:
+    """Refuse what a flush has made of a child, if it is not what it was taken to be when the aggregate was brought forward.
+
+    Args:
+        was: what it was taken to be; None for an object that was not there.
+        now: what it counts for.
+
+    Raises:
+        UncoveredChange: naming the child.
+    """
+    chain = aggregate.chain
+    link = link_of(child, chain)
+    if was is None:
+        same = None in link
+    elif was.parent is None:
+        same = None in link or link == was.link
+    else:
+        same = now() == was.value and (link == was.link or _leads_to(session, link, was.parent))
+    if not same:
+        state = sqlalchemy_inspect(child)
+        key = tuple(state.mapper.primary_key_from_instance(child))
+        raise UncoveredChange(
+            f"{type(child).__name__} {key!r} was added or changed after {aggregate.name} had been looked at: by a"
+            " before_flush listener registered later than this package's, by a mapper event such as before_insert, or by a"
+            " relationship that writes what the aggregate reads. Register that listener on the Session class before the"
+            " mappers configure, or take strategy 'sql'"
+        )
+
+
+def _leads_to(session: Session, link: Key, parent: Any) -> bool:
+    state = sqlalchemy_inspect(parent)
+    if None in link:
+        return parent in session.deleted
+    return link in (state.identity, tuple(state.mapper.primary_key_from_instance(parent)))
 
 
 def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
