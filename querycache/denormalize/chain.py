@@ -342,6 +342,13 @@ class Aggregate:
             return False
         return not self.kind.measured or _same_form(value.type, self.column.type)
 
+    @property
+    def compared(self) -> types.TypeEngine[Any]:
+        """The type of what extremes, and the latest of the children, are found by."""
+        if self.declaration.order_by is None:
+            return self.column.type  # type: ignore[no-any-return]
+        return self.chain.leaf.columns[self.declaration.order_by].type
+
     def reads(self) -> list[set[str]]:
         """For each level of the chain, the column attributes that the aggregate's value depends on."""
         read: list[set[str]] = [set() for _ in self.chain.mappers]
@@ -583,7 +590,10 @@ def _text(element: Any) -> str:
     return said if re.search(r"[^\W\d]|[\"`\[]", _CONSTANT.sub("", said)) else ""
 
 
-_CONSTANT = re.compile(r"'(?:[^']|'')*'")
+_CONSTANT = re.compile(
+    r"(?:\b(?:date|interval|time|timestamp)\s*)?'(?:[^']|'')*'|\b\d[\w.]*|\b(?:true|false|null)\b",
+    re.IGNORECASE,
+)
 
 
 def _tables(selectable: Any) -> Iterable[tuple[FromClause, Table]]:

@@ -165,24 +165,32 @@ def _check_order(aggregate: Aggregate) -> None:
 def _check_extreme(aggregate: Aggregate) -> None:
     """Not every database has the least and the greatest of every type, and not every one orders as Python does."""
     chain, kind = aggregate.chain, aggregate.kind
-    type_ = aggregate.column.type
-    if kind in (MIN, MAX) and isinstance(type_, (types.Boolean, types.Uuid, types.LargeBinary)):
+    if kind not in (MIN, MAX, LATEST):
+        return
+    type_ = _stored(aggregate.compared)
+    if kind is not LATEST and isinstance(type_, (types.Boolean, types.Uuid, types.LargeBinary)):
         raise ConfigurationError(
             f"{aggregate.name}: PostgreSQL has no {kind.name.removesuffix('_of')}() of {type_!r}; take"
             + (" exists_of(…, where=…)" if isinstance(type_, types.Boolean) else " latest_of(…, order_by=…)")
         )
-    if aggregate.strategy != "flush" or kind not in (MIN, MAX, LATEST):
+    if aggregate.strategy != "flush":
         return
     ordered = {"its values": type_}
     if kind is LATEST:
         names = dict.fromkeys([aggregate.declaration.order_by or "", *chain.keys[-1]])
-        ordered = {f"{chain.leaf.class_.__name__}.{name}": chain.leaf.columns[name].type for name in names}
+        ordered = {
+            f"{chain.leaf.class_.__name__}.{name}": _stored(chain.leaf.columns[name].type) for name in names
+        }
     for what, type_ in ordered.items():
         if not isinstance(type_, _ORDERED_AS_IN_PYTHON):
             raise ConfigurationError(
                 f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
                 " database does; take strategy 'sql'"
             )
+
+
+def _stored(type_: types.TypeEngine[Any]) -> types.TypeEngine[Any]:
+    return type_.impl_instance if isinstance(type_, types.TypeDecorator) else type_
 
 
 _ORDERED_AS_IN_PYTHON = (

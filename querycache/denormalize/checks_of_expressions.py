@@ -119,7 +119,7 @@ def check_expression(
 
 def _moves(function: FunctionElement[Any]) -> bool:
     """Whether a function gives another value each time; SQLite's of dates do so of the text "now" and of nothing."""
-    name = str(function.name).lower()
+    name = str(getattr(function, "name", "")).lower()
     if name not in _MOVING_BY_DEFAULT:
         return name in _MOVING
     given = list(function.clauses)[name == "strftime" :]

@@ -17,7 +17,7 @@ from datetime import datetime, time
 from functools import partial
 from typing import Any
 
-from sqlalchemy import func, literal
+from sqlalchemy import DateTime, Time, func, literal
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
 
@@ -214,7 +214,8 @@ class _Family:
 
     def _fold(self, aggregate: Aggregate, rows: Sequence[Any]) -> Any:
         values = [aggregate.value_of(row) for row in rows if aggregate.counts(row)]
-        if self.locks.dialect != "postgresql":
+        # What a type of the application's own makes of moments, it makes of all of them.
+        if self.locks.dialect != "postgresql" and isinstance(aggregate.compared, (DateTime, Time)):
             values = [_without_zone(value) for value in values]
         try:
             return aggregate.kind.fold(values)
