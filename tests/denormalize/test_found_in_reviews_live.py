@@ -217,7 +217,7 @@ def labelled(name: str, strategy: str) -> SimpleNamespace:
         class Label(made.Base):
             __tablename__ = f"{name}_label"
             id = mapped_column(Integer, primary_key=True)
-            children = relationship("Child")
+            children = relationship("Child", back_populates="label")
 
         made.Label = Label
 
@@ -225,7 +225,10 @@ def labelled(name: str, strategy: str) -> SimpleNamespace:
     return family(
         name,
         lambda: {"n": count_of("children", where=where, strategy=strategy, type_=Integer)},
-        lambda: {"label_id": mapped_column(ForeignKey(f"{name}_label.id"))},
+        lambda: {
+            "label_id": mapped_column(ForeignKey(f"{name}_label.id")),
+            "label": relationship("Label", back_populates="children"),
+        },
         extra=extra,
     )
 
@@ -309,4 +312,25 @@ def test_changes_of_touched_children_after_the_look(
         s.rollback()
     else:
         s.commit()
+    right(s, m)
+
+
+def test_a_relationship_that_writes_what_memory_reads_but_makes_no_difference(opened: Open) -> None:
+    """The child is expired when its label changes."""
+    m = labelled("l_other", "memory")
+    s = opened(m)
+    s.add_all([m.Parent(id=1), m.Label(id=1), m.Label(id=2)])
+    s.flush()
+    s.add(m.Child(id=1, parent_id=1, label_id=1))
+    s.commit()
+    child, label = s.get_one(m.Child, 1), s.get_one(m.Label, 2)
+    s.expire(child)
+    child.label = label
+    s.commit()
+    assert (child.label_id, s.get_one(m.Parent, 1).n) == (2, 1)
+    s.expire(child)
+    child.label = None
+    with pytest.raises(UncoveredChange, match=r"Child \(1,\) was added or changed after Parent\.n"):
+        s.commit()
+    s.rollback()
     right(s, m)

@@ -210,8 +210,8 @@ def refuse_late(
         raise UncoveredChange(
             f"{type(child).__name__} {key!r} was added or changed after {aggregate.name} had been looked at: by a"
             " before_flush listener registered later than this package's, by a mapper event such as before_insert, or by a"
-            " relationship that writes what the aggregate reads. Register that listener on the Session class before the"
-            " mappers configure, or take strategy 'sql'"
+            " relationship or the database, which give what the aggregate reads. Register that listener on the Session class"
+            " before the mappers configure, or take strategy 'sql'"
         )
 
 

@@ -14,7 +14,7 @@ processes that do so at once lose one change; this strategy is for data with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize import guard
 from querycache.denormalize.chain import Aggregate, Key, attributes_read
@@ -252,6 +253,11 @@ class _Ledger:
                 continue
             if state in self.known or not state.has_identity:
                 self._move(child, {}, final=True)
+            elif any(name in state.mapper.relationships for name in state.committed_state):
+                # Which may write what is read, in the flush: what it was must be known then.
+                with session.no_autoflush:
+                    for name in self.read - state.dict.keys():
+                        getattr(child, name)
             self.settled[state] = link_of(child, self.chain), frozenset(state.committed_state)
 
     def check(self, session: Session) -> None:
@@ -264,10 +270,24 @@ class _Ledger:
             taken = None
             if state in self.known:
                 taken = Taken(link, *self.known[state])
-            elif state.has_identity and self.read.isdisjoint(state.committed_state.keys() - changed):
+            elif state.has_identity and self._is_worth_as_before(
+                child, state.committed_state.keys() - changed
+            ):
                 continue
             amount = partial(self._amount, LiveRow(child, self.chain))
             refuse_late(session, child, self.aggregate, taken, amount)
+
+    def _is_worth_as_before(self, child: Any, names: Set[str]) -> bool:
+        """Whether the attributes `names`, which the flush has changed, make no difference."""
+        committed = sqlalchemy_inspect(child).committed_state
+        before = {name: committed[name] for name in self.read & names}
+        if not before:
+            return True
+        if NO_VALUE in before.values():
+            return False
+        return bool(
+            self._amount(LiveRow(child, self.chain, before)) == self._amount(LiveRow(child, self.chain))
+        )
 
     def written(self, session: Session) -> None:
         """A flush is over: the rows have what the parents have."""
