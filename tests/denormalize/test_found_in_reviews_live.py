@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -333,4 +334,20 @@ def test_a_relationship_that_writes_what_memory_reads_but_makes_no_difference(op
     with pytest.raises(UncoveredChange, match=r"Child \(1,\) was added or changed after Parent\.n"):
         s.commit()
     s.rollback()
+    right(s, m)
+
+
+def test_memory_does_not_take_a_parent_that_a_relationship_still_shows(opened: Open) -> None:
+    m = family("l_still", kept("memory"))
+    s = opened(m)
+    two(s, m)
+    parent, child = s.get_one(m.Parent, 1), s.get_one(m.Child, 1)
+    assert child.parent is parent
+    child.parent_id = 2
+    s.flush()
+    s.refresh(child, ["message"])
+    gc.collect()  # the other parent is not in the session any more
+    child.size = 9
+    s.commit()
+    assert (parent.total, s.get_one(m.Parent, 2).total) == (7, 9)
     right(s, m)

@@ -184,6 +184,9 @@ class _Ledger:
         if parent is None:
             for reverse in self.chain.reverses[0]:
                 parent = getattr(child, reverse)
+                if parent is not None and sqlalchemy_inspect(parent).identity != key:
+                    # It shows the one from before the key was set.
+                    parent = load_parents(session, self.chain, {key}).get(key)
         if parent is None:
             raise UncoveredChange(
                 f"{self.chain.root.class_.__name__} {key!r} is not in the session; strategy 'memory' changes"
