@@ -262,9 +262,7 @@ class Keeper:
         self._sorter = Sorter()
 
     def before_flush(self, session: Session, *, partly: bool) -> None:
-        """Args:
-        partly: whether only some of the pending objects are flushed.
-        """
+        """Prepare a flush; `partly` says that only some of the pending objects are flushed."""
         self.works = {}
         self._levels = {}
         found, fresh = self._sorter.collect(session, self._locked_from)
