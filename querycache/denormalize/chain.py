@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import inspect as python_inspect
+import re
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,13 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     BindParameter,
+    ColumnClause,
     ColumnElement,
     FromClause,
     Join,
     Select,
     Table,
+    TextClause,
     and_,
     bindparam,
     case,
@@ -37,7 +40,7 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty, aliased
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.declare import Declaration, Expression
+from querycache.denormalize.declare import INFO_KEY, Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.kinds import Parts
 from querycache.denormalize.places import rounded, type_with_places
@@ -273,7 +276,11 @@ def _distinct_names(columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement
 
 
 def _plain(attribute: Any) -> bool:
-    return all(hasattr(column, "table") and isinstance(column.table, Table) for column in attribute.columns)
+    """Whether it is what the application stores in a table: an aggregate changes outside the unit of work."""
+    return all(
+        isinstance(getattr(column, "table", None), Table) and INFO_KEY not in column.info
+        for column in attribute.columns
+    )
 
 
 def _link(upper: Mapper[Any], step: RelationshipProperty[Any], name: str) -> Link:
@@ -367,6 +374,13 @@ class Aggregate:
         if self.kind.gain(value) is None:
             return False
         return not self.kind.measured or _same_form(value.type, self.column.type)
+
+    @property
+    def compared(self) -> types.TypeEngine[Any]:
+        """The type of what extremes, and the latest of the children, are found by."""
+        if self.declaration.order_by is None:
+            return self.column.type  # type: ignore[no-any-return]
+        return self.chain.leaf.columns[self.declaration.order_by].type
 
     def reads(self) -> list[set[str]]:
         """For each level of the chain, the column attributes that the aggregate's value depends on."""
@@ -574,8 +588,8 @@ def changed_by_update(mapper: Mapper[Any], names: Iterable[str]) -> frozenset[st
 
 
 def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[str]], set[str]]:
-    """What an expression reads: for each level of `chain` the column attributes, and the columns (as text) that
-    belong to no level. A Python expression that does not say is taken to read all of the child's."""
+    """What an expression reads: for each level of `chain` the column attributes, and what belongs to no level, as it is
+    to be shown. A Python expression that does not say is taken to read all of the child's."""
     read: list[set[str]] = [set() for _ in chain.mappers]
     foreign: set[str] = set()
     if given is None:
@@ -587,6 +601,11 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
         ]
         built = sql_of(given, entities)
         for element in visitors.iterate(built) if built is not None else ():
+            said = _text(element)
+            if said and given.columns is None:
+                foreign.add(f"the text {said!r}")
+            elif said:
+                read[-1] |= set(given.columns or ())
             origin: Any = getattr(element, "table", None)
             if not isinstance(origin, FromClause):
                 continue
@@ -601,6 +620,23 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
     if given.python is not None:
         read[-1] |= set(given.columns if given.columns is not None else chain.leaf_columns)
     return read, foreign
+
+
+def _text(element: Any) -> str:
+    """What of an expression is text that may name columns, which only the database can read; empty where there is none."""
+    if isinstance(element, TextClause):
+        said = element.text
+    elif isinstance(element, ColumnClause) and element.table is None:
+        said = element.name
+    else:
+        return ""
+    return said if re.search(r"[^\W\d]|[\"`\[]", _CONSTANT.sub("", said)) else ""
+
+
+_CONSTANT = re.compile(
+    r"(?:\b(?:date|interval|time|timestamp)\s*)?'(?:[^']|'')*'|\b\d[\w.]*|\b(?:true|false|null)\b",
+    re.IGNORECASE,
+)
 
 
 def _tables(selectable: Any) -> Iterable[tuple[FromClause, Table]]:

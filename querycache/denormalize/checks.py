@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Column, Table, types
-from sqlalchemy.exc import ArgumentError
 from sqlalchemy.orm import Mapper
 
 from querycache.denormalize.chain import (
@@ -16,12 +15,11 @@ from querycache.denormalize.chain import (
     attributes_read,
     changed_by_update,
     mapped_attributes,
-    sql_of,
 )
-from querycache.denormalize.declare import INFO_KEY, Expression
+from querycache.denormalize.checks_of_expressions import check_expression, check_nested
+from querycache.denormalize.declare import Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
-from querycache.denormalize.places import type_with_places
 from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError
 
@@ -37,12 +35,13 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     for aggregate in aggregates:
         _check_column(aggregate)
         _check_joins(aggregate)
-        measure = _check_expression(aggregate, aggregate.declaration.measure, "the measure")
-        _check_expression(aggregate, aggregate.declaration.where, "where=")
+        measure = check_expression(aggregate, aggregate.declaration.measure, "the measure")
+        check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
         reason = aggregate.kind.misfit(aggregate.column.type, measure)
         if reason is not None:
             raise ConfigurationError(f"{aggregate.name}: {reason} (the column is {aggregate.column.type!r})")
+        _check_extreme(aggregate)
         if aggregate.strategy in ("flush", "memory"):
             _check_python(aggregate)
         if aggregate.strategy == "trigger":
@@ -191,66 +190,58 @@ def _check_joins(aggregate: Aggregate) -> None:
         )
 
 
-def _check_expression(
-    aggregate: Aggregate, given: Expression | None, role: str
-) -> types.TypeEngine[Any] | None:
-    """Check one expression; return its SQL type if it has one."""
-    if given is None:
-        return None
-    leaf = aggregate.chain.leaf
-    if given.columns is not None:
-        for name in given.columns:
-            if name not in aggregate.chain.leaf_columns:
-                raise ConfigurationError(
-                    f"{aggregate.name}: {leaf.class_.__name__} has no column attribute {name!r}, which {role} reads;"
-                    f" it has {', '.join(aggregate.chain.leaf_columns)}"
-                )
-    if given.sql is None:
-        return None
-    try:
-        built: Any = sql_of(given, aggregate.chain.entities())
-    except (AttributeError, TypeError, ArgumentError) as error:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} failed for {leaf.class_.__name__}: {error}"
-        ) from error
-    if not hasattr(built, "self_group"):
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} must return a SQL expression, got {built!r}; an expression in Python is given"
-            " as python(…)"
-        )
-    read, foreign = attributes_read(given, aggregate.chain)
-    if foreign:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} reads {', '.join(sorted(foreign))}, which is not of the entities that it is"
-            " given; what is not on the path changes unseen, and the entities on the path are passed as arguments"
-        )
-    for mapper, names in zip(aggregate.chain.mappers, read, strict=True):
-        _check_nested(aggregate, mapper, names, role)
-    if read[0]:
-        raise ConfigurationError(
-            f"{aggregate.name}: {role} reads columns of the parent, {', '.join(sorted(read[0]))}; it may read the"
-            " children and what is between"
-        )
-    return type_with_places(built)
-
-
-def _check_nested(aggregate: Aggregate, mapper: Mapper[Any], names: Iterable[str], role: str) -> None:
-    for name in sorted(names):
-        column = mapper.column_attrs[name].columns[0]
-        if INFO_KEY in getattr(column, "info", {}):
-            raise ConfigurationError(
-                f"{aggregate.name}: {role} reads {mapper.class_.__name__}.{name}, which is an aggregate itself and"
-                " changes outside the unit of work; aggregate over the longer path instead"
-            )
-
-
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
+    if order is not None and order in aggregate.chain.leaf.column_attrs:
+        check_nested(aggregate, aggregate.chain.leaf, [order], "order_by=")
     if order is not None and order not in aggregate.chain.leaf_columns:
         raise ConfigurationError(
             f"{aggregate.name}: order_by={order!r} is not a column attribute of {aggregate.chain.leaf.class_.__name__};"
             f" it has {', '.join(aggregate.chain.leaf_columns)}"
         )
+
+
+def _check_extreme(aggregate: Aggregate) -> None:
+    """Not every database has the least and the greatest of every type, and not every one orders as Python does."""
+    chain, kind = aggregate.chain, aggregate.kind
+    if kind not in (MIN, MAX, LATEST):
+        return
+    type_ = _stored(aggregate.compared)
+    if kind is not LATEST and isinstance(type_, (types.Boolean, types.Uuid, types.LargeBinary)):
+        raise ConfigurationError(
+            f"{aggregate.name}: PostgreSQL has no {kind.name.removesuffix('_of')}() of {type_!r}; take"
+            + (" exists_of(…, where=…)" if isinstance(type_, types.Boolean) else " latest_of(…, order_by=…)")
+        )
+    if aggregate.strategy != "flush":
+        return
+    ordered = {"its values": type_}
+    if kind is LATEST:
+        names = dict.fromkeys([aggregate.declaration.order_by or "", *chain.keys[-1]])
+        ordered = {
+            f"{chain.leaf.class_.__name__}.{name}": _stored(chain.leaf.columns[name].type) for name in names
+        }
+    for what, type_ in ordered.items():
+        if not isinstance(type_, _ORDERED_AS_IN_PYTHON):
+            raise ConfigurationError(
+                f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
+                " database does; take strategy 'sql'"
+            )
+
+
+def _stored(type_: types.TypeEngine[Any]) -> types.TypeEngine[Any]:
+    return type_.impl_instance if isinstance(type_, types.TypeDecorator) else type_
+
+
+_ORDERED_AS_IN_PYTHON = (
+    types.Integer,
+    types.Numeric,
+    types.Float,
+    types.Date,
+    types.DateTime,
+    types.Time,
+    types.Interval,
+    types.Uuid,
+)
 
 
 def _check_python(aggregate: Aggregate) -> None:

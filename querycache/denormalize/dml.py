@@ -18,6 +18,9 @@ from querycache.sa_internals import columns_set
 
 __all__ = ["columns_written", "is_upsert", "literal_rows", "set_elsewhere"]
 
+_NAMES = r"""|"((?:[^"]|"")*)"|`((?:[^`]|``)*)`"""
+_QUOTED = re.compile(r"'(?:[^']|'')*'" + _NAMES)
+_QUOTED_IN_MYSQL = re.compile(r"'(?:[^'\\]|''|\\.)*'" + _NAMES, re.DOTALL)
 _NESTED = re.compile(r"\([^()]*\)")
 _SET = re.compile(r"\sSET\s(.*?)(?:\s(?:WHERE|FROM|RETURNING|ORDER BY|LIMIT)\s.*)?$", re.DOTALL)
 _INTO = re.compile(r"^INSERT\b.*?\bINTO\s[^(]*\(([^()]*)\)", re.DOTALL)
@@ -29,11 +32,12 @@ def columns_written(compiled: Any, table: Any = None) -> set[str] | None:
     Args:
         table: whose keys, where it is not that of the statement, but another of its name.
     """
-    statement, sql = compiled.statement, str(compiled)
+    statement = compiled.statement
     if isinstance(statement, FromStatement):
         statement = statement.element
     if isinstance(statement, Delete):
         return set()
+    sql, quoted = _without_quotes(str(compiled), compiled.dialect)
     if isinstance(statement, Insert):
         found = _INTO.search(sql)
     else:
@@ -44,9 +48,28 @@ def columns_written(compiled: Any, table: Any = None) -> set[str] | None:
         return None
     table = statement.table if table is None else table
     keys = {column.name: str(column.key) for column in table.columns}
-    names = (part.split("=")[0].strip().rpartition(".")[2].strip('"`') for part in found[1].split(","))
+    # Some drivers have percent signs doubled.
+    keys.update({column.name.replace("%", "%%"): str(column.key) for column in table.columns})
+    words = (part.split("=")[0].strip().rpartition(".")[2] for part in found[1].split(","))
+    names = (quoted.get(word, word) for word in words)
     by_default = {column.key for column in compiled.insert_prefetch or ()}
     return {keys.get(name, name) for name in names} - by_default
+
+
+def _without_quotes(sql: str, dialect: Dialect) -> tuple[str, dict[str, str]]:
+    """The text with a word for each quoted name, which may hold anything, and these names by their words."""
+    names: dict[str, str] = {}
+
+    def word(found: re.Match[str]) -> str:
+        name = found[2] if found[1] is None else found[1]
+        if name is None:  # a text
+            return "''"
+        mark = f"\0{len(names)}"
+        names[mark] = name.replace('""', '"').replace("``", "`")
+        return mark
+
+    quoted = _QUOTED_IN_MYSQL if dialect.name in ("mysql", "mariadb") else _QUOTED
+    return quoted.sub(word, sql), names
 
 
 def set_elsewhere(statement: Any) -> dict[Any, set[str]]:

@@ -261,7 +261,8 @@ class Keeper:
         """Look classes up anew, since plans have changed."""
         self._sorter = Sorter()
 
-    def before_flush(self, session: Session) -> None:
+    def before_flush(self, session: Session, *, partly: bool) -> None:
+        """Prepare a flush; `partly` says that only some of the pending objects are flushed."""
         self.works = {}
         self._levels = {}
         found, fresh = self._sorter.collect(session, self._locked_from)
@@ -282,6 +283,11 @@ class Keeper:
             work = self.works[plan] = Work(session, plan, touched)
             work.look_before(_kept(plan))
             for strategy, held in prepared:
+                if partly and strategy.needs_all:
+                    raise UncoveredChange(
+                        f"flush(objects) flushes a part of what is pending, and strategy {strategy.name!r} of"
+                        f" {', '.join(one.name for one in held)} has it all written at once; call flush()"
+                    )
                 _refuse_replaced(strategy, held, replaced(fresh, touched, self._sorter))
                 for locks, part in work.by_connection(held).items():
                     strategy.before_flush(session, locks, part, touched)

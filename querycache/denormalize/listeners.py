@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, Final
 
-from sqlalchemy import Connection, Engine, MetaData, event
+from sqlalchemy import Connection, Engine, MetaData, Table, event
 from sqlalchemy.orm import Mapper, Session, configure_mappers
 
 from querycache.denormalize import bulk, configure, guard, readonly
@@ -19,6 +19,7 @@ from querycache.denormalize.declare import INFO_KEY
 from querycache.denormalize.keeping import forget_classes, keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
+from querycache.denormalize.strategies.trigger import drop_triggers, make_triggers
 
 __all__ = ["install"]
 
@@ -31,7 +32,10 @@ def install() -> None:
     """Listen to mapper configuration. Called once, by the package itself."""
     event.listen(Mapper, "mapper_configured", lambda mapper, cls: configure.note(mapper))
     event.listen(Mapper, "after_configured", configure.build)
-    event.listen(MetaData, "before_create", _before_create)
+    for target in (MetaData, Table):
+        event.listen(target, "before_create", _configured)
+        event.listen(target, "after_create", _tables_made)
+        event.listen(target, "before_drop", _tables_go)
     event.listen(object, "class_uninstrument", _class_gone, propagate=True)
     configure.on_plan(_plan_made)
 
@@ -65,17 +69,41 @@ def _class_gone(cls: type[Any]) -> None:
             event.remove(target, name, listener)
 
 
-def _before_create(metadata: MetaData, connection: Connection, **options: Any) -> None:
+def _configured(target: MetaData | Table, connection: Connection, **options: Any) -> None:
     """`create_all()` may come before anything has configured the mappers, and must make the triggers all the same."""
+    metadata = target if isinstance(target, MetaData) else target.metadata
     if any(INFO_KEY in column.info for table in metadata.tables.values() for column in table.columns):
         configure_mappers()
+
+
+def _tables_made(target: MetaData | Table, connection: Connection, **options: Any) -> None:
+    plan = _plan_on(target, connection, options)
+    if plan is not None:
+        # All of a MetaData, also of tables that were there: an aggregate may be new.
+        make_triggers(plan, [target] if isinstance(target, Table) else target.tables.values(), connection)
+
+
+def _tables_go(target: MetaData | Table, connection: Connection, **options: Any) -> None:
+    _configured(target, connection)
+    plan = _plan_on(target, connection, options)
+    if plan is not None:
+        drop_triggers(plan, [target] if isinstance(target, Table) else options["tables"], connection)
+
+
+def _plan_on(target: MetaData | Table, connection: Connection, options: dict[str, Any]) -> Plan | None:
+    """The plan whose triggers are to be made or dropped; None also where that is done for the MetaData as a whole, and for
+    a mock engine, which has no tables to look for."""
+    if options.get("_is_metadata_operation") or not isinstance(connection, Connection):
+        return None
+    plan = (target if isinstance(target, MetaData) else target.metadata).info.get(INFO_KEY)
+    return plan if isinstance(plan, Plan) else None
 
 
 def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
     if configure.any_broken():
         for instance in (*session.new, *session.dirty, *session.deleted):
             configure.raise_if_broken(type(instance))
-    keeper_of(session).before_flush(session)
+    keeper_of(session).before_flush(session, partly=bool(instances))
     guard.cover(flush_context)
 
 

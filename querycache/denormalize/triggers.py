@@ -9,7 +9,7 @@ parent and child are locked too, lest they move to another parent meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, Table, and_, case, func, literal_column, or_, select, tuple_, update
@@ -20,61 +20,81 @@ from sqlalchemy.sql.elements import quoted_name
 from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
 from querycache.denormalize.checks import changed_by_keys
 from querycache.denormalize.configure import aggregates_of
+from querycache.denormalize.ddl import Ddl, trigger_name
+from querycache.denormalize.kinds import AVG
 from querycache.denormalize.plan import Plan, foreign_keys, plan_of, relevant
 from querycache.errors import ConfigurationError
 
-__all__ = ["drop_statements", "trigger_sql", "trigger_statements"]
+__all__ = ["DIALECTS", "drop_statements", "tables_of", "trigger_sql", "trigger_statements"]
 
 _EVENTS = {"INSERT": ("NEW",), "UPDATE": ("OLD", "NEW"), "DELETE": ("OLD",)}
-_DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
+DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 
 
-def trigger_sql(target: Any, dialect: Dialect) -> list[str]:
+def trigger_sql(target: Any, dialect: Dialect, *, drop: bool = False) -> list[str]:
     """The statements of a migration that creates the triggers of strategy "trigger", to be run one by one.
+
+    They replace triggers of the same aggregates, so they may be run again.
 
     Args:
         target: a MetaData, a declarative base or an entity; the triggers of its whole MetaData are given.
         dialect: of the database that they are for.
+        drop: give those that drop the triggers instead, for the way back, or before an aggregate is given up or gets
+            another path. They may run where there are none.
 
     Raises:
         ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them.
     """
     plans = dict.fromkeys(plan_of(aggregate.chain.root) for aggregate in aggregates_of(target))
-    return [
-        statement for plan in plans if plan is not None for statement in trigger_statements(plan, dialect)
-    ]
+    ddl = Ddl(dialect)
+    statements: list[str] = []
+    for plan in plans:
+        if plan is not None:
+            made = [] if drop else trigger_statements(plan, ddl)
+            statements += [*drop_statements(plan, ddl), *made]
+    return statements
 
 
-def trigger_statements(plan: Plan, dialect: Dialect) -> list[str]:
-    """The statements that create the triggers of all aggregates with strategy "trigger", ready to run one by one.
+def trigger_statements(
+    plan: Plan, ddl: Ddl, wanted: Callable[[Aggregate], bool] = lambda _: True
+) -> list[str]:
+    """The statements that create the triggers of the aggregates with strategy "trigger" that are `wanted`.
 
     Raises:
         ConfigurationError: for a database without support here, or an aggregate that its triggers cannot keep.
     """
-    _check_dialect(plan, dialect)
+    _check_dialect(plan, ddl.dialect)
     statements: list[str] = []
-    for number, aggregate in enumerate(_held(plan)):
-        _check(aggregate, dialect)
-        writer = _Writer(plan, aggregate, dialect)
-        for name, table, event, body, guard in writer.triggers(number):
-            statements.extend(_render(dialect, name, table, event, body, guard))
+    for aggregate in filter(wanted, _held(plan)):
+        _check(aggregate, ddl)
+        for name, table, event, body, guard in _Writer(aggregate, ddl).triggers():
+            statements.extend(_render(ddl, name, table, event, body, guard))
     return statements
 
 
-def drop_statements(plan: Plan, dialect: Dialect) -> list[str]:
+def drop_statements(plan: Plan, ddl: Ddl, wanted: Callable[[Aggregate], bool] = lambda _: True) -> list[str]:
     """The statements that drop them again; they may run where the triggers do not exist."""
-    _check_dialect(plan, dialect)
+    _check_dialect(plan, ddl.dialect)
     statements: list[str] = []
-    for number, aggregate in enumerate(_held(plan)):
+    for aggregate in filter(wanted, _held(plan)):
         for place, (_, table) in enumerate(_levels(aggregate)):
-            for event in _EVENTS:
-                name = _name(aggregate, number, place, table, event)
-                if dialect.name == "postgresql":
-                    statements.append(f"DROP TRIGGER IF EXISTS {name} ON {_quoted(dialect, table)}")
-                    statements.append(f"DROP FUNCTION IF EXISTS {name}()")
+            for event in _events(ddl):
+                name = trigger_name(aggregate, place, table, event)
+                if ddl.dialect.name == "postgresql":
+                    statements.append(f"DROP TRIGGER IF EXISTS {name} ON {ddl.table(table)}")
+                    statements.append(f"DROP FUNCTION IF EXISTS {ddl.beside(table, name)}()")
                 else:
-                    statements.append(f"DROP TRIGGER IF EXISTS {name}")
+                    statements.append(f"DROP TRIGGER IF EXISTS {ddl.beside(table, name)}")
     return statements
+
+
+def tables_of(aggregate: Aggregate) -> set[Table]:
+    """The tables that the triggers of an aggregate read and write."""
+    return {aggregate.table, *(table for _, table in _levels(aggregate))}
+
+
+def _events(ddl: Ddl) -> Iterable[str]:
+    return (*_EVENTS, "TRUNCATE") if ddl.dialect.name == "postgresql" else _EVENTS
 
 
 def _held(plan: Plan) -> list[Aggregate]:
@@ -82,15 +102,22 @@ def _held(plan: Plan) -> list[Aggregate]:
 
 
 def _check_dialect(plan: Plan, dialect: Dialect) -> None:
-    if dialect.name not in _DIALECTS:
+    if dialect.name not in DIALECTS:
         names = ", ".join(held.name for held in _held(plan))
         raise ConfigurationError(
             f"{names}: there are triggers for PostgreSQL, MariaDB, MySQL and SQLite, not for {dialect.name}"
         )
 
 
-def _check(aggregate: Aggregate, dialect: Dialect) -> None:
-    if dialect.name not in ("mysql", "mariadb"):
+def _check(aggregate: Aggregate, ddl: Ddl) -> None:
+    if ddl.dialect.name == "sqlite":
+        for table in tables_of(aggregate):
+            if ddl.schema(table) is not None:
+                raise ConfigurationError(
+                    f"{aggregate.name}: {table.name} is in the schema {ddl.schema(table)!r}, and a trigger of SQLite"
+                    " cannot name one; take strategy 'sql'"
+                )
+    if ddl.dialect.name not in ("mysql", "mariadb"):
         return
     chain = aggregate.chain
     if any(table is aggregate.table for _, table in _levels(aggregate)):
@@ -125,44 +152,31 @@ def _levels(aggregate: Aggregate) -> Iterator[tuple[int, Table]]:
             yield level, link.secondary
 
 
-def _name(aggregate: Aggregate, number: int, place: int, table: Table, event: str) -> str:
-    # PostgreSQL cuts names at 63 characters; what tells them apart comes last.
-    held = f"qc_{aggregate.table.name}_{aggregate.column.name}_{table.name}"
-    return f"{held[:45]}_{number}_{place}{event[:1].lower()}"
-
-
-def _quoted(dialect: Dialect, table: Table) -> str:
-    return dialect.identifier_preparer.format_table(table)
-
-
 class _Writer:
     """Writes the triggers of one aggregate."""
 
-    def __init__(self, plan: Plan, aggregate: Aggregate, dialect: Dialect) -> None:
-        self.plan = plan
+    def __init__(self, aggregate: Aggregate, ddl: Ddl) -> None:
         self.aggregate = aggregate
         self.chain: Chain = aggregate.chain
-        self.dialect = dialect
+        self.ddl = ddl
+        self.dialect = ddl.dialect
+        self.text = ddl.text
 
-    def text(self, element: Any) -> str:
-        compiled = element.compile(dialect=self.dialect, compile_kwargs={"literal_binds": True})
-        # The DBAPI's percent signs are doubled; DDL is sent without parameters.
-        text = str(compiled)
-        return text.replace("%%", "%") if self.dialect.paramstyle in ("format", "pyformat") else text
-
-    def triggers(self, number: int) -> Iterator[tuple[str, Table, str, list[str], str]]:
+    def triggers(self) -> Iterator[tuple[str, Table, str, list[str], str]]:
         """(name, table, event, statements, condition) of each."""
         for place, (level, table) in enumerate(_levels(self.aggregate)):
             secondary = table is self.chain.links[level - 1].secondary
             columns = [] if secondary else self._columns(level, table)
-            for event, rows in _EVENTS.items():
-                name = _name(self.aggregate, number, place, table, event)
-                if secondary:
+            for event in _events(self.ddl):
+                rows = _EVENTS.get(event)
+                if rows is None:
+                    body = self._recount_all()
+                elif secondary:
                     body = self._recount([self._through(level, row) for row in rows], [])
                 else:
                     body = self._body(level, rows)
                 yield (
-                    name,
+                    trigger_name(self.aggregate, place, table, event),
                     table,
                     event,
                     body,
@@ -178,15 +192,14 @@ class _Writer:
         )
 
     def _differs(self, columns: Sequence[str]) -> str:
-        quote = self.dialect.identifier_preparer.quote
         unequal = {
             "postgresql": "OLD.{0} IS DISTINCT FROM NEW.{0}",
             "sqlite": "OLD.{0} IS NOT NEW.{0}",
         }.get(self.dialect.name, "NOT (OLD.{0} <=> NEW.{0})")
-        return " OR ".join(unequal.format(quote(name)) for name in columns)
+        return " OR ".join(unequal.format(self.ddl.name(name)) for name in columns)
 
     def _row(self, row: str, column: Any) -> ColumnElement[Any]:
-        return literal_column(f"{row}.{self.dialect.identifier_preparer.quote(column.name)}", column.type)
+        return literal_column(f"{row}.{self.ddl.name(column.name)}", column.type)
 
     def _body(self, level: int, rows: Sequence[str]) -> list[str]:
         link = self.chain.links[0]
@@ -275,13 +288,22 @@ class _Writer:
             self.text(update(aggregate.table).where(where).values({aggregate.column: value})),
         ]
 
+    def _recount_all(self) -> list[str]:
+        """After TRUNCATE, which keeps every other writer of the table out."""
+        table, column = self.aggregate.table, self.aggregate.column
+        return [self.text(update(table).values({column: self._whole()}))]
+
     def _whole(self) -> Any:
         aggregate = self.aggregate
         if aggregate.kind.ordered:
             statement = aggregate.last(aggregate.table_key)
         else:
             entities = self.chain.entities()
-            statement = self.chain.join(select(aggregate.whole(entities)), entities, outer=False)
+            whole, scale = aggregate.whole(entities), getattr(aggregate.column.type, "scale", None)
+            if self.dialect.name == "sqlite" and aggregate.kind is AVG and scale is not None:
+                # Other databases round when they store a Numeric.
+                whole = func.round(whole, scale)
+            statement = self.chain.join(select(whole), entities, outer=False)
             keys = attribute_columns(entities[0], self.chain.keys[0])
             statement = statement.where(*(a == b for a, b in zip(keys, aggregate.table_key, strict=True)))
         if self.dialect.name in ("mysql", "mariadb"):
@@ -366,19 +388,20 @@ def _among(target: Any, keys: Any) -> ColumnElement[bool]:
     return target.in_(keys)  # type: ignore[no-any-return]
 
 
-def _render(
-    dialect: Dialect, name: str, table: Table, event: str, body: Iterable[str], condition: str
-) -> list[str]:
-    on = _quoted(dialect, table)
+def _render(ddl: Ddl, name: str, table: Table, event: str, body: Iterable[str], condition: str) -> list[str]:
+    on = ddl.table(table)
     lines = "\n".join(f"  {statement};" for statement in body)
-    if dialect.name == "postgresql":
+    if ddl.dialect.name == "postgresql":
         when = f"\nWHEN ({condition})" if condition else ""
+        each = "STATEMENT" if event == "TRUNCATE" else "ROW"
+        function = ddl.beside(table, name)
         return [
-            f"CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $querycache$\nBEGIN\n{lines}\n"
+            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $querycache$\nBEGIN\n{lines}\n"
             "  RETURN NULL;\nEND $querycache$",
-            f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH ROW{when} EXECUTE FUNCTION {name}()",
+            f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH {each}{when} EXECUTE FUNCTION {function}()",
         ]
-    if dialect.name == "sqlite":
+    name = ddl.beside(table, name)
+    if ddl.dialect.name == "sqlite":
         when = f" WHEN {condition}" if condition else ""
         return [f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH ROW{when}\nBEGIN\n{lines}\nEND"]
     if condition:

@@ -41,6 +41,7 @@ class Strategy:
         by_images: whether it is kept by comparing the images of touched rows before and after the flush.
         recounts: whether touched parents are counted anew rather than brought forward.
         prepares: whether it has something to do before a flush in which no row changes, but new ones come.
+        needs_all: whether it must have all pending objects flushed at once.
         expires: whether the unit of work expires the attribute, as it does with SQL expressions that it has written.
     """
 
@@ -49,6 +50,7 @@ class Strategy:
     recounts: ClassVar[bool] = False
     prepares: ClassVar[bool] = False
     expires: ClassVar[bool] = False
+    needs_all: ClassVar[bool] = False
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
         """Called once for each aggregate when its plan is made."""

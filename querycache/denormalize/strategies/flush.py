@@ -11,10 +11,13 @@ It sees what the session sees: defaults and expressions that the database comput
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, time
+from functools import partial
 from typing import Any
 
-from sqlalchemy import func, literal
+from sqlalchemy import DateTime, Time, func, literal
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
 
@@ -25,7 +28,15 @@ from querycache.denormalize.kinds import Increment
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Place
 from querycache.denormalize.strategies.base import Strategy, assigning
-from querycache.denormalize.strategies.live import LiveRow, goes, known_parent, load_parents
+from querycache.denormalize.strategies.live import (
+    LiveRow,
+    Taken,
+    goes,
+    known_parent,
+    link_of,
+    load_parents,
+    refuse_late,
+)
 from querycache.denormalize.touched import Touched
 
 __all__ = ["Flush"]
@@ -35,6 +46,12 @@ class Flush(Strategy):
     name = "flush"
     prepares = True
     expires = True
+    needs_all = True
+
+    def __init__(self) -> None:
+        self._taken: weakref.WeakKeyDictionary[Session, dict[Aggregate, dict[int, tuple[Any, Taken]]]] = (
+            weakref.WeakKeyDictionary()
+        )
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
@@ -43,10 +60,17 @@ class Flush(Strategy):
         for aggregate in aggregates:
             chains.setdefault(aggregate.chain, []).append(aggregate)
         for chain, held in chains.items():
-            _Family(session, locks, chain, touched).bring_forward(held)
+            family = _Family(session, locks, chain, touched)
+            family.bring_forward(held)
+            self._taken.setdefault(session, {}).update(
+                {aggregate: family.taken(aggregate) for aggregate in held}
+            )
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
         """The parents whose attribute is now an expired SQL expression."""
+        known = self._taken.get(session, {})
+        for aggregate in aggregates:
+            _check(session, aggregate, known.get(aggregate, {}))
         stale: dict[Aggregate, set[Key]] = {}
         for instance in session.dirty:
             state = sqlalchemy_inspect(instance)
@@ -54,6 +78,33 @@ class Flush(Strategy):
                 if aggregate.key in state.expired_attributes and state.mapper.isa(aggregate.chain.root):
                     stale.setdefault(aggregate, set()).add(state.identity)
         return stale
+
+    def flushed(self, session: Session) -> None:
+        self._taken.pop(session, None)
+
+    def forget(self, session: Session) -> None:
+        self._taken.pop(session, None)
+
+
+def _check(session: Session, aggregate: Aggregate, taken: Mapping[int, tuple[Any, Taken]]) -> None:
+    """A flush has written the children: as they were taken to be?"""
+    for child, was in taken.values():
+        row = LiveRow(child, aggregate.chain)
+        refuse_late(session, child, aggregate, was, partial(_worth, aggregate, row))
+    for child in session.new:
+        if id(child) not in taken and sqlalchemy_inspect(child).mapper.isa(aggregate.chain.leaf):
+            refuse_late(session, child, aggregate, None, lambda: None)
+
+
+def _worth(aggregate: Aggregate, row: LiveRow) -> Any:
+    """What a child counts for; but for a key, which the database may still have to make."""
+    if not aggregate.counts(row):
+        return _NOTHING
+    value = aggregate.value_of(row)
+    return (value[0], value[2]) if aggregate.kind.ordered else value
+
+
+_NOTHING = object()
 
 
 class _Family:
@@ -65,7 +116,11 @@ class _Family:
         self.chain = chain
         self.touched = touched
         self.keys = touched.rows.get(Place(chain, 1), set())
-        self.parents: dict[Any, Any] = {}
+        self.parents: dict[int, Any] = {}
+        """Objects by their identity in memory, since not every one can be hashed; so are those that are new."""
+        self.new: dict[int, Any] = {}
+        self.children: list[tuple[Any, Key, Any]] = []
+        """Those that will be there, with their foreign keys and parents as objects."""
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
 
@@ -74,13 +129,20 @@ class _Family:
         live = self._live_rows()
         keys = {parent for parent in (*old, *live) if isinstance(parent, tuple)}
         loaded = load_parents(self.session, self.chain, keys) if keys else {}
-        sides: tuple[tuple[Any, dict[int, list[Any]]], ...] = ((old, self.before), (live, self.after))
+        sides: tuple[tuple[dict[Any, list[Any]], dict[int, list[Any]]], ...] = (
+            (old, self.before),
+            (live, self.after),
+        )
         for rows, by_parent in sides:
             for parent, held in rows.items():
-                instance = loaded.get(parent) if isinstance(parent, tuple) else parent
+                instance = loaded.get(parent) if isinstance(parent, tuple) else self.new[parent]
                 if instance is not None and instance not in self.session.deleted:
                     self.parents[id(instance)] = instance
                     by_parent.setdefault(id(instance), []).extend(held)
+        self.children = [
+            (child, link, loaded.get(mark) if isinstance(mark, tuple) else self.new.get(mark))
+            for child, link, mark in self.children
+        ]
         counted = [held for held in aggregates if not held.kind.additive]
         others = self._other_children() if counted else {}
         with assigning():
@@ -101,12 +163,12 @@ class _Family:
         identity = sqlalchemy_inspect(instance).identity
         if not aggregate.kind.additive:
             rows = [*(others.get(identity, []) if identity is not None else []), *after]
-            value = aggregate.finish(_fold(aggregate, rows))
+            value = aggregate.finish(self._fold(aggregate, rows))
             # As a SQL literal it is written even if the object, which may be out of date, holds that value already.
             value = value if identity is None else literal(value, aggregate.column.type)
             setattr(instance, aggregate.key, value)
             return
-        change = aggregate.kind.change(_fold(aggregate, before), _fold(aggregate, after))
+        change = aggregate.kind.change(self._fold(aggregate, before), self._fold(aggregate, after))
         if isinstance(change, Increment):
             amount = aggregate.fit(change.amount)
             if identity is None:
@@ -114,12 +176,20 @@ class _Family:
             else:
                 setattr(instance, aggregate.key, func.coalesce(aggregate.column, 0) + amount)
 
-    def _old_rows(self) -> dict[Any, list[ChildRow]]:
+    def taken(self, aggregate: Aggregate) -> dict[int, tuple[Any, Taken]]:
+        """What the children are taken to be, by their identity in memory."""
+        found: dict[int, tuple[Any, Taken]] = {}
+        for child, link, parent in self.children:
+            value = None if parent is None else _worth(aggregate, LiveRow(child, self.chain))
+            found[id(child)] = child, Taken(link, parent, value)
+        return found
+
+    def _old_rows(self) -> dict[Key, list[ChildRow]]:
         queried: Queried = self.locks.plan.memo(
             ("rows", self.chain, 1, ()), lambda: self.chain.image((), 1, (), rows=True)
         )
         statement = self.locks.read(queried.statement)
-        found: dict[Any, list[ChildRow]] = {}
+        found: dict[Key, list[ChildRow]] = {}
         for chunk in chunks(self.keys):
             for row in self.locks.connection.execute(statement, parameters(chunk)):
                 found.setdefault(tuple(row[queried.parent]), []).append(self._row(row[queried.values]))
@@ -143,13 +213,25 @@ class _Family:
                     found.setdefault(tuple(row[queried.parent]), []).append(self._row(values))
         return found
 
+    def _fold(self, aggregate: Aggregate, rows: Sequence[Any]) -> Any:
+        values = [aggregate.value_of(row) for row in rows if aggregate.counts(row)]
+        # What a type of the application's own makes of moments, it makes of all of them.
+        if self.locks.dialect != "postgresql" and isinstance(aggregate.compared, (DateTime, Time)):
+            values = [_without_zone(value) for value in values]
+        try:
+            return aggregate.kind.fold(values)
+        except TypeError as error:
+            raise UncoveredChange(
+                f"{aggregate.name}: strategy 'flush' cannot compare its values in Python ({error}); take strategy 'sql'"
+            ) from error
+
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
 
-    def _live_rows(self) -> dict[Any, list[LiveRow]]:
-        """The touched children that will be there after the flush, by parent: its key, or the pending object."""
+    def _live_rows(self) -> dict[Key | int, list[LiveRow]]:
+        """The touched children that will be there after the flush, by parent: its key, or the mark of one in `new`."""
         adopted, released = self._collections()
-        found: dict[Any, list[LiveRow]] = {}
+        found: dict[Key | int, list[LiveRow]] = {}
         for child in self._children():
             says, parent, key = known_parent(child, self.chain)
             if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
@@ -160,8 +242,13 @@ class _Family:
                 identity = sqlalchemy_inspect(parent).identity
                 if identity is not None:
                     parent, key = None, identity
-            if parent is not None or key is not None:
-                found.setdefault(key if parent is None else parent, []).append(LiveRow(child, self.chain))
+            mark: Key | int | None = key
+            if parent is not None:
+                mark = id(parent)
+                self.new[mark] = parent
+            self.children.append((child, link_of(child, self.chain), mark))
+            if mark is not None:
+                found.setdefault(mark, []).append(LiveRow(child, self.chain))
         return found
 
     def _children(self) -> Iterable[Any]:
@@ -194,5 +281,8 @@ class _Family:
         return adopted, released
 
 
-def _fold(aggregate: Aggregate, rows: Sequence[Any]) -> Any:
-    return aggregate.kind.fold([aggregate.value_of(row) for row in rows if aggregate.counts(row)])
+def _without_zone(value: Any) -> Any:
+    """A moment as the databases keep it that have no time zones; of latest_of, that in its order."""
+    if isinstance(value, tuple):
+        return (_without_zone(value[0]), *value[1:])
+    return value.replace(tzinfo=None) if isinstance(value, (datetime, time)) else value

@@ -6,19 +6,31 @@ attribute will be that nobody has set yet, and refuse where only the database kn
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
+from sqlalchemy.orm.base import NO_VALUE
 
-from querycache.denormalize.chain import Chain, Key, in_order
+from querycache.denormalize.chain import Aggregate, Chain, Key, in_order
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.places import rounded
 from querycache.denormalize.touched import Touched
 
-__all__ = ["LiveRow", "NotYet", "find_parent", "goes", "known_parent", "load_parents"]
+__all__ = [
+    "LiveRow",
+    "NotYet",
+    "Taken",
+    "find_parent",
+    "goes",
+    "known_parent",
+    "link_of",
+    "load_parents",
+    "refuse_late",
+]
 
 
 class NotYet(Exception):
@@ -27,6 +39,20 @@ class NotYet(Exception):
 
 class NotGenerated(UncoveredChange, AttributeError):
     """A key that the database is still to generate."""
+
+
+class Taken(NamedTuple):
+    """What a child was taken to be before a flush.
+
+    Attributes:
+        link: its foreign key then.
+        parent: the object below which it will be, or None.
+        value: what it counts for there.
+    """
+
+    link: Key | None
+    parent: Any
+    value: Any
 
 
 class LiveRow:
@@ -144,19 +170,26 @@ def known_parent(
     overlay = overlay or {}
     state = sqlalchemy_inspect(instance)
     for reverse in chain.reverses[0]:
-        if reverse in overlay:
+        if reverse in overlay and not (state.has_identity and overlay[reverse] is _committed(state, reverse)):
             return True, overlay[reverse], None
     for reverse in chain.reverses[0]:
-        if reverse in state.committed_state or (
-            not state.has_identity and state.dict.get(reverse) is not None
-        ):
-            return True, state.dict.get(reverse), None
+        if reverse in overlay:  # which is as it was, so that the unit of work leaves the foreign key alone
+            continue
+        held = state.dict.get(reverse)
+        set_anew = reverse in state.committed_state and held is not _committed(state, reverse)
+        if set_anew or (not state.has_identity and held is not None):
+            return True, held, None
     names = chain.links[0].attributes
     if any(name in overlay for name in names):
         return _by_key(instance, names, overlay)
     if state.has_identity or any(name in state.dict for name in names):
         return _by_key(instance, names, overlay)
     return False, None, None
+
+
+def _committed(state: Any, name: str) -> Any:
+    """What an attribute refers to in the database, as far as the object knows."""
+    return state.committed_state.get(name, state.dict.get(name, NO_VALUE))
 
 
 def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> tuple[bool, Any, Key | None]:
@@ -167,6 +200,49 @@ def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> t
             " Python cannot know the parent. Assign a value, or take strategy 'sql'"
         )
     return True, None, None if None in key else key
+
+
+def link_of(child: Any, chain: Chain) -> Key:
+    """The foreign key of an object as it is in memory."""
+    return tuple(child.__dict__.get(name) for name in chain.links[0].attributes)
+
+
+def refuse_late(
+    session: Session, child: Any, aggregate: Aggregate, was: Taken | None, now: Callable[[], Any]
+) -> None:
+    """Refuse what a flush has made of a child, if it is not what it was taken to be when the aggregate was brought forward.
+
+    Args:
+        was: what it was taken to be; None for an object that was not there.
+        now: what it counts for.
+
+    Raises:
+        UncoveredChange: naming the child.
+    """
+    chain = aggregate.chain
+    link = link_of(child, chain)
+    if was is None:
+        same = None in link
+    elif was.parent is None:
+        same = None in link or link == was.link
+    else:
+        same = now() == was.value and (link == was.link or _leads_to(session, link, was.parent))
+    if not same:
+        state = sqlalchemy_inspect(child)
+        key = tuple(state.mapper.primary_key_from_instance(child))
+        raise UncoveredChange(
+            f"{type(child).__name__} {key!r} was added or changed after {aggregate.name} had been looked at: by a"
+            " before_flush listener registered later than this package's, by a mapper event such as before_insert, or by a"
+            " relationship or the database, which give what the aggregate reads. Register that listener on the Session class"
+            " before the mappers configure, or take strategy 'sql'"
+        )
+
+
+def _leads_to(session: Session, link: Key, parent: Any) -> bool:
+    state = sqlalchemy_inspect(parent)
+    if None in link:
+        return parent in session.deleted
+    return link in (state.identity, tuple(state.mapper.primary_key_from_instance(parent)))
 
 
 def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:

@@ -14,15 +14,18 @@ processes that do so at once lose one change; this strategy is for data with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session, object_session
+from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize import guard
-from querycache.denormalize.chain import Aggregate, attributes_read
+from querycache.denormalize.chain import Aggregate, Key, attributes_read
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Plan
@@ -30,10 +33,13 @@ from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
     NotYet,
+    Taken,
     find_parent,
     goes,
     known_parent,
+    link_of,
     load_parents,
+    refuse_late,
 )
 from querycache.denormalize.touched import Touched
 
@@ -64,6 +70,11 @@ class Memory(Strategy):
         for aggregate in aggregates:
             self._ledgers[aggregate.column].settle(session, touched)
 
+    def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
+        for aggregate in aggregates:
+            self._ledgers[aggregate.column].check(session)
+        return {}
+
     def flushed(self, session: Session) -> None:
         for ledger in self._ledgers.values():
             ledger.written(session)
@@ -79,19 +90,21 @@ class _Ledger:
     def __init__(self, aggregate: Aggregate) -> None:
         self.aggregate = aggregate
         self.chain = aggregate.chain
+        self.read = {
+            name
+            for given in (aggregate.declaration.measure, aggregate.declaration.where)
+            for name in attributes_read(given, aggregate.chain)[0][-1]
+        }
         self.known: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
         """What the parents in memory have of each child; `stored` what the rows have."""
         self.stored: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
+        self.settled: weakref.WeakKeyDictionary[Any, tuple[Key, frozenset[str]]] = weakref.WeakKeyDictionary()
+        """Of the children that a flush is about to write, the foreign key and the attributes that have changed."""
         self._busy = False
 
     def listen(self) -> None:
         leaf, chain = self.chain.leaf, self.chain
-        read = {
-            name
-            for given in (self.aggregate.declaration.measure, self.aggregate.declaration.where)
-            for name in attributes_read(given, chain)[0][-1]
-        }
-        for name in sorted({*read, *chain.links[0].attributes, *chain.reverses[0]}):
+        for name in sorted({*self.read, *chain.links[0].attributes, *chain.reverses[0]}):
             event.listen(getattr(leaf.class_, name), "set", self._on_set(name), propagate=True)
         event.listen(leaf.class_, "expire", self._on_reload, propagate=True)
         event.listen(
@@ -171,6 +184,9 @@ class _Ledger:
         if parent is None:
             for reverse in self.chain.reverses[0]:
                 parent = getattr(child, reverse)
+                if parent is not None and sqlalchemy_inspect(parent).identity != key:
+                    # It shows the one from before the key was set.
+                    parent = load_parents(session, self.chain, {key}).get(key)
         if parent is None:
             raise UncoveredChange(
                 f"{self.chain.root.class_.__name__} {key!r} is not in the session; strategy 'memory' changes"
@@ -243,12 +259,49 @@ class _Ledger:
                 continue
             if state in self.known or not state.has_identity:
                 self._move(child, {}, final=True)
+            elif any(name in state.mapper.relationships for name in state.committed_state):
+                # Which may write what is read, in the flush: what it was must be known then.
+                with session.no_autoflush:
+                    for name in self.read - state.dict.keys():
+                        getattr(child, name)
+            self.settled[state] = link_of(child, self.chain), frozenset(state.committed_state)
+
+    def check(self, session: Session) -> None:
+        """A flush has written the children: as they are known?"""
+        for child in (*session.new, *session.dirty):
+            state = sqlalchemy_inspect(child)
+            if not state.mapper.isa(self.chain.leaf):
+                continue
+            link, changed = self.settled.get(state, (None, frozenset()))
+            taken = None
+            if state in self.known:
+                taken = Taken(link, *self.known[state])
+            elif state.has_identity and self._is_worth_as_before(
+                child, state.committed_state.keys() - changed
+            ):
+                continue
+            amount = partial(self._amount, LiveRow(child, self.chain))
+            refuse_late(session, child, self.aggregate, taken, amount)
+
+    def _is_worth_as_before(self, child: Any, names: Set[str]) -> bool:
+        """Whether the attributes `names`, which the flush has changed, make no difference."""
+        committed = sqlalchemy_inspect(child).committed_state
+        before = {name: committed[name] for name in self.read & names}
+        if not before:
+            return True
+        if NO_VALUE in before.values():
+            return False
+        return bool(
+            self._amount(LiveRow(child, self.chain, before)) == self._amount(LiveRow(child, self.chain))
+        )
 
     def written(self, session: Session) -> None:
         """A flush is over: the rows have what the parents have."""
         for state, now in list(self.known.items()):
             if state.session is session:
                 self.stored[state] = now
+        for state in [state for state in self.settled if state.session is session]:
+            del self.settled[state]
 
     def forget(self, session: Session) -> None:
         """Drop what is known of the session's children, and of those that contributed to its parents."""
@@ -259,5 +312,7 @@ class _Ledger:
 
 
 def _add(parent: Any, aggregate: Aggregate, amount: Any) -> None:
-    with assigning():
+    session = object_session(parent)
+    # A parent that is loaded here must not flush a change of which not every aggregate has been told.
+    with assigning(), nullcontext() if session is None else session.no_autoflush:
         setattr(parent, aggregate.key, (getattr(parent, aggregate.key) or 0) + aggregate.fit(amount))

@@ -6,28 +6,27 @@ parents in the session have their column expired.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Table
 from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.engine.reflection import Inspector
 from sqlalchemy.orm import Session
 
 from querycache.denormalize.chain import Aggregate, Key
-from querycache.denormalize.plan import Place, Plan, plan_of
+from querycache.denormalize.ddl import Ddl
+from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies.base import Strategy
-from querycache.denormalize.triggers import drop_statements, trigger_statements
+from querycache.denormalize.triggers import DIALECTS, drop_statements, tables_of, trigger_statements
 from querycache.dependencies import written_by_triggers
 
-__all__ = ["Trigger", "parents_in"]
+__all__ = ["Trigger", "drop_triggers", "make_triggers", "parents_in"]
 
 
 class Trigger(Strategy):
     name = "trigger"
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
-        if not event.contains(plan.metadata, "after_create", _create):
-            event.listen(plan.metadata, "after_create", _create)
         # Whatever a cache answers from the parent's rows changes with the rows below, and no statement shows it.
         chain = aggregate.chain
         written_by_triggers(
@@ -51,14 +50,38 @@ def parents_in(session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggreg
     return stale
 
 
-def _create(metadata: Any, connection: Connection, **options: Any) -> None:
-    """After `create_all()`: make the triggers, in place of any that were there."""
-    table = next(iter(metadata.tables.values()))
-    plan = plan_of(table)
-    if plan is None:
-        return
-    for statement in (
-        *drop_statements(plan, connection.dialect),
-        *trigger_statements(plan, connection.dialect),
-    ):
-        connection.exec_driver_sql(statement)
+def make_triggers(plan: Plan, tables: Iterable[Table], connection: Connection) -> None:
+    """Make the triggers of all aggregates that depend on one of the tables, in place of any that were there; but those
+    whose other tables are still to be made come with the last of them."""
+    ddl = _ddl(connection)
+    wanted = _concerned(plan, tables)
+    inspector: Inspector = sqlalchemy_inspect(connection)
+    known = {
+        table: inspector.has_table(table.name, schema=ddl.schema(table))
+        for table in {table for aggregate in wanted for table in tables_of(aggregate)}
+    }
+    ready = [held for held in wanted if all(known[table] for table in tables_of(held))]
+    if ready:
+        _run(connection, drop_statements(plan, ddl, ready.__contains__))
+        _run(connection, trigger_statements(plan, ddl, ready.__contains__))
+
+
+def drop_triggers(plan: Plan, tables: Iterable[Table], connection: Connection) -> None:
+    """Drop them before a table goes away: SQLite would compile them once more, and PostgreSQL keep their functions."""
+    wanted = _concerned(plan, tables)
+    if wanted and connection.dialect.name in DIALECTS:
+        _run(connection, drop_statements(plan, _ddl(connection), wanted.__contains__))
+
+
+def _concerned(plan: Plan, tables: Iterable[Table]) -> list[Aggregate]:
+    held = [aggregate for aggregate in plan.aggregates if aggregate.strategy == "trigger"]
+    return [aggregate for aggregate in held if not tables_of(aggregate).isdisjoint(tables)]
+
+
+def _ddl(connection: Connection) -> Ddl:
+    return Ddl(connection.dialect, connection.get_execution_options().get("schema_translate_map") or {})
+
+
+def _run(connection: Connection, statements: Iterable[str]) -> None:
+    for statement in statements:
+        connection.exec_driver_sql(statement, execution_options={"no_parameters": True})
