@@ -255,11 +255,13 @@ class _Ledger:
                 self._to(child, (None, 0))
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
-            if state in going or not state.mapper.isa(self.chain.leaf):
+            if not state.mapper.isa(self.chain.leaf):
                 continue
-            if state in self.known or not state.has_identity:
+            if state not in going and (state in self.known or not state.has_identity):
                 self._move(child, {}, final=True)
-            elif any(name in state.mapper.relationships for name in state.committed_state):
+            elif state not in going and any(
+                name in state.mapper.relationships for name in state.committed_state
+            ):
                 # Which may write what is read, in the flush: what it was must be known then.
                 with session.no_autoflush:
                     for name in self.read - state.dict.keys():
