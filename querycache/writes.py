@@ -4,8 +4,8 @@ Every statement that this process sends through SQLAlchemy is executed by its en
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
 which are noted with the *database connection* (not with a Session, which Core never sees):
 
-- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots
-  (:mod:`querycache.flushed`);
+- statements of the unit of work: the table, and at ``after_flush`` of the same Session, when old and new values are
+  known, the slots (:mod:`querycache.flushed`);
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
@@ -59,13 +59,26 @@ _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
 @dataclass(slots=True)
+class Expected:
+    """A table that a flush has written, of whose rows ``after_flush`` is to tell.
+
+    Attributes:
+        schemas: what the statement's schemas are called in the database.
+        returned: what the database has told of these rows already.
+    """
+
+    schemas: SchemaMap
+    returned: Returned = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Transaction:
     """What one database connection has written since its transaction began.
 
     Attributes:
         tags: the tags that are changed.
-        unresolved: tables written by the unit of work, whose rows ``after_flush`` will tell.
-        returned: what the database has told of the rows of these tables already.
+        unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
+            and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         marked: those that phase one has marked; None before it.
         marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
@@ -74,8 +87,7 @@ class Transaction:
     """
 
     tags: set[str] = field(default_factory=set)
-    unresolved: dict[Table, SchemaMap] = field(default_factory=dict)
-    returned: dict[Table, Returned] = field(default_factory=dict)
+    unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
     marked: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
@@ -304,8 +316,9 @@ class Writes:
                 continue
             changed: set[Table] = set()
             declared = [table]
-            if sa_internals.is_unit_of_work(context) and not sa_internals.replaces(table):
-                self._expect_rows(self._ensure(connection), table, schemas, context)
+            session = sa_internals.flushing_session(context)
+            if session is not None and not sa_internals.replaces(table):
+                self._expect_rows(self._ensure(connection), session, table, schemas, context)
             else:
                 changed.add(table)
                 # it may be declared once more, in a script or a migration, without the tables that refer to it
@@ -319,16 +332,18 @@ class Writes:
         return bool(written)
 
     @staticmethod
-    def _expect_rows(transaction: Transaction, table: Table, schemas: SchemaMap, context: Any) -> None:
+    def _expect_rows(
+        transaction: Transaction, session: Session, table: Table, schemas: SchemaMap, context: Any
+    ) -> None:
         """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
-        transaction.unresolved[table] = schemas
+        tables = transaction.unresolved.setdefault(session.hash_key, {})
+        expected = tables.setdefault((table, _name(table, schemas)[0]), Expected(schemas))
         followed = followed_columns(table) if context.isupdate else ()
         if followed:
             width = len(table.primary_key)
 
             def take(rows: Iterable[Sequence[object]]) -> None:
-                returned = transaction.returned.setdefault(table, {})
-                returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
+                expected.returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
 
             sa_internals.ask_for(context, table, (*table.primary_key, *followed), take)
 
@@ -393,11 +408,13 @@ class Writes:
             self._expect_old_views(dialect)
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
-        """A flush is over, or one of the ``bulk_…`` methods, of which no event tells what it has written."""
+        """A flush is over, and has failed where something is still expected of it."""
         if transaction.parent is None:
             return
         for connection in sa_internals.connections(session):
-            self._resolve(connection.info, connection.dialect, {})
+            found = self._of(connection.info)
+            if found is not None:
+                self._resolve(found, session.hash_key, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, FlushedRows] = {}
@@ -407,29 +424,31 @@ class Writes:
                     rows.setdefault(table, FlushedRows()).add(state, table, deleted)
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
-            for table, schemas in transaction.unresolved.items() if transaction is not None else ():
+            if transaction is None:
+                continue
+            for (table, _), expected in transaction.unresolved.get(session.hash_key, {}).items():
                 if table in rows:
-                    returned = transaction.returned.get(table, {})  # type: ignore[union-attr]
-                    rows[table].look_at(connection, table, schemas, returned)
-            self._resolve(connection.info, connection.dialect, rows)
+                    rows[table].look_at(connection, table, expected.schemas, expected.returned)
+            self._resolve(transaction, session.hash_key, connection.dialect, rows)
 
-    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, FlushedRows]) -> None:
-        """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
-        transaction = self._of(info)
-        if transaction is None:
-            return
+    def _resolve(
+        self, transaction: Transaction, session: int, dialect: Dialect, rows: Mapping[Table, FlushedRows]
+    ) -> None:
+        """Turn tables that a Session has flushed into tags: rows where they are known, else the whole table."""
         default = dialect.default_schema_name
-        for table, schemas in transaction.unresolved.items():
+        for table, schema in transaction.unresolved.pop(session, {}):
             known = rows.get(table)
-            schema, name = _name(table, schemas)
             if known is None or not known.known:
-                transaction.tags.update(set_write_tags((schema, name), default))
+                transaction.tags.update(set_write_tags((schema, table.name), default))
             else:
                 slots = self._declared.slots
                 tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
                 transaction.tags.update(tags)
-        transaction.unresolved.clear()
-        transaction.returned.clear()
+
+    def _resolve_all(self, transaction: Transaction, dialect: Dialect) -> None:
+        """The same where nobody will tell of the rows any more: the whole tables."""
+        for session in list(transaction.unresolved):
+            self._resolve(transaction, session, dialect, {})
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
@@ -496,7 +515,7 @@ class Writes:
         transaction = self._of(info)
         if transaction is None or not transaction.wrote:
             return
-        self._resolve(info, dialect, {})
+        self._resolve_all(transaction, dialect)
         marked = transaction.marked or set()
         tags = transaction.tags - marked
         transaction.marked = marked | tags

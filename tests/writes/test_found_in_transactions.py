@@ -1,0 +1,147 @@
+"""Writes that were not noticed, or views of the database that were not recognized, for what a transaction shares.
+
+Each was found in review: what several Sessions write on one connection, transactions that are begun, ended or
+isolated beneath SQLAlchemy, and connections that a Session is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, event, select, update
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
+
+from tests.writes.library import Book
+from tests.writes.test_pitfalls_e import PRICES, Library, point
+
+EACH = (point(1), point(3), PRICES)
+BOOK: Table = Book.__table__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def library(sqlite_engine: Engine) -> Library:
+    return Library(sqlite_engine)
+
+
+@pytest.fixture
+def on_postgresql(postgresql_engine: Engine) -> Library:
+    return Library(postgresql_engine)
+
+
+@pytest.fixture
+def on_mariadb(mariadb_engine: Engine) -> Library:
+    return Library(mariadb_engine)
+
+
+def check(library: Library, *statements: Any) -> None:
+    for statement in statements or EACH:
+        assert library.is_right(statement)
+
+
+# --- several Sessions on one connection -----------------------------------------------------------------
+
+
+def test_another_sessions_flush_does_not_tell_the_rows_of_this_one(library: Library) -> None:
+    library.fill(*EACH)
+    with library.engine.begin() as connection:
+        with Session(connection) as unattached:
+            unattached.get_one(Book, 3).price = 97
+            unattached.flush()
+            with library.sessions(bind=connection) as attached:
+                attached.get_one(Book, 1).price = 98
+                attached.flush()
+            unattached.commit()
+    check(library)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_flush_within_a_flush(library: Library, attached: bool) -> None:
+    """Of the same table, by an event of the outer one; whichever of the two has the last word."""
+    library.fill(*EACH)
+
+    def write_more(mapper: Mapper[Any], connection: Connection, book: Book) -> None:
+        if book.id == 3:
+            inner = library.sessions(bind=connection) if attached else Session(connection)
+            with inner:
+                inner.get_one(Book, 1).price = 98
+                inner.flush()
+
+    event.listen(Book, "after_update", write_more)
+    try:
+        with library.sessions.begin() as session:
+            session.get_one(Book, 3).price = 97
+    finally:
+        event.remove(Book, "after_update", write_more)
+    check(library)
+
+
+class Elsewhere(DeclarativeBase):
+    pass
+
+
+class Shelf(Elsewhere):
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    place: Mapped[int]
+
+
+def test_two_schemas_in_one_transaction(library: Library) -> None:
+    """Written by Sessions that nobody listens to."""
+    engine = library.engine
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ATTACH DATABASE ':memory:' AS other")
+        metadata = MetaData()
+        for schema in (None, "other"):
+            table = Table(
+                "shelf",
+                metadata,
+                Column("id", Integer, primary_key=True),
+                Column("place", Integer),
+                schema=schema,
+            )
+            table.create(connection)
+            connection.execute(table.insert(), {"id": 1, "place": 0})
+        connection.commit()
+        maps = [{None: None}, {None: "other"}]
+
+        def ask(schemas: Any) -> str:
+            statement = select(Shelf.place).where(Shelf.id == 1)
+            with library.sessions(bind=connection.execution_options(schema_translate_map=schemas)) as session:
+                return f"{library.outcome(statement, session)}: {library.ask(statement, session)}"
+
+        for each in maps:
+            while ask(each) != "hit: [(0,)]":
+                pass
+        with connection.begin():
+            for each in maps:
+                with Session(connection.execution_options(schema_translate_map=each)) as session:
+                    session.get_one(Shelf, 1).place = 1
+                    session.commit()  # not of the connection's transaction
+        assert [ask(each) for each in maps] == ["stale fill: [(1,)]"] * 2
+        connection.invalidate()
+
+
+def test_statements_compiled_into_a_cache_of_the_applications_own(library: Library) -> None:
+    """They look like those of the unit of work, and change other rows."""
+    library.fill(*EACH)
+    options: Any = {"compiled_cache": {}}
+    with library.sessions.begin() as session:
+        book = session.get_one(Book, 1)
+        statement = update(BOOK).where(BOOK.c.id == 3).values(price=97)
+        session.connection().execute(statement, execution_options=options)
+        book.price = 98
+    check(library)
+    library.fill(*EACH)
+
+    def write_more(mapper: Mapper[Any], connection: Connection, book: Book) -> None:
+        statement = update(BOOK).where(BOOK.c.id == 3).values(price=96)
+        connection.execute(statement, execution_options=options)
+
+    event.listen(Book, "after_update", write_more)
+    try:
+        with library.sessions.begin() as session:
+            session.get_one(Book, 1).price = 95
+    finally:
+        event.remove(Book, "after_update", write_more)
+    check(library)
