@@ -199,7 +199,7 @@ class QueryCache:
             binds = [getattr(target, "bind", None)]
         for bind in binds:
             if isinstance(bind, (Engine, Connection)):
-                self._writes.watch(bind.engine)
+                self._writes.watch_bind(bind)
         return self
 
     def detach(self, target: Any) -> QueryCache:

@@ -152,6 +152,17 @@ class Writes:
             self._watched.add(engine)
             return True
 
+    def watch_bind(self, bind: Engine | Connection) -> None:
+        """The same for what a Session is about to ask. A connection that was given may have written unseen."""
+        if self.watch(bind.engine) and isinstance(bind, Connection) and bind.in_transaction():
+            self._began_unseen(bind, given=True)
+
+    def _began_unseen(self, connection: Connection, given: bool) -> None:
+        if self._takes_snapshots(connection):
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        if given:
+            self._note(connection, [EVERYTHING])
+
     def unwatch(self) -> None:
         """Leave all engines alone again."""
         with self._lock:
@@ -169,15 +180,18 @@ class Writes:
 
     # --- what readers ask ----------------------------------------------------------------------------
 
-    def transactions(self, session: Session, before_lookup: bool = False) -> list[Transaction]:
+    def transactions(
+        self, session: Session, bind: Engine | Connection, before_lookup: bool = False
+    ) -> list[Transaction]:
         """The transactions that a Session takes part in, with what they have written.
 
         Args:
             session: whose.
+            bind: what it asks now.
             before_lookup: look for old views of the database, too, which only shows before anything is read.
         """
         found = []
-        for connection in sa_internals.connections(session):
+        for connection in sa_internals.connections(session, bind):
             if before_lookup and connection.dialect.name == "sqlite":
                 self._notice_old_view(connection)
             transaction = self._of(connection.info)
@@ -394,15 +408,11 @@ class Writes:
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
         if connection.engine not in self._watched and self.watch(connection.engine):
-            # It began unseen, and where the Session was bound to a Connection it may have written.
-            if self._takes_snapshots(connection):
-                self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-            if isinstance(session.bind, Connection):
-                self._note(connection, [EVERYTHING])
+            self._began_unseen(connection, sa_internals.was_given(transaction, connection))
         dialect = connection.dialect
         if sa_internals.has_listeners(dialect):
             unseen = sa_internals.heed_others(dialect)
-            if unseen and isinstance(session.bind, Connection):
+            if unseen and sa_internals.was_given(transaction, connection):
                 self._note(connection, [EVERYTHING])
         if sa_internals.is_told(dialect) and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)

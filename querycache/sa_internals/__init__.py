@@ -58,6 +58,7 @@ from querycache.sa_internals.transactions import (
     may_block,
     reads_uncommitted,
     root_engine,
+    was_given,
 )
 from querycache.sa_internals.writing import (
     UNKNOWN,
@@ -138,5 +139,6 @@ __all__ = [
     "tell_of_reading",
     "unflushed",
     "untap",
+    "was_given",
     "written",
 ]

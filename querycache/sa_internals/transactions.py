@@ -27,6 +27,7 @@ __all__ = [
     "may_block",
     "reads_uncommitted",
     "root_engine",
+    "was_given",
 ]
 
 
@@ -48,16 +49,20 @@ def root_engine(engine: Engine) -> Engine:
     return engine
 
 
-def connections(session: Session) -> list[Connection]:
+def connections(session: Session, bind: Engine | Connection | None = None) -> list[Connection]:
     """The connections of a Session: those it was bound to, and those it has checked out, of its savepoints and
     enclosing transactions as well.
+
+    Args:
+        session: whose.
+        bind: what it is about to ask, which may be a connection that it has been told of for this one statement.
     """
     found: dict[Connection, None] = {}
     # 2.0 keeps them in a name of the class, 2.1 in a plain one
     binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
-    for bind in (session.bind, *binds.values()):
-        if isinstance(bind, Connection) and not bind.closed and not bind.invalidated:
-            found[bind] = None
+    for each in (bind, session.bind, *binds.values()):
+        if isinstance(each, Connection) and not each.closed and not each.invalidated:
+            found[each] = None
     transaction = session._transaction
     while transaction is not None:
         for entry in transaction._connections.values():
@@ -65,6 +70,12 @@ def connections(session: Session) -> list[Connection]:
                 found[entry[0]] = None
         transaction = transaction._parent
     return list(found)
+
+
+def was_given(transaction: Any, connection: Connection) -> bool:
+    """True if a Session's transaction was given its connection, in whatever way, rather than to check out one itself."""
+    closes_it: bool = transaction._connections[connection][3]
+    return not closes_it
 
 
 def checked_out(session: Session, bind: Engine | Connection) -> Connection | None:

@@ -6,12 +6,14 @@ isolated beneath SQLAlchemy, and connections that a Session is given.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, event, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
 
+from querycache import QueryCache
 from tests.writes.library import Book
 from tests.writes.test_pitfalls_e import PRICES, Library, point
 
@@ -34,6 +36,12 @@ def on_mariadb(mariadb_engine: Engine) -> Library:
     return Library(mariadb_engine)
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request: pytest.FixtureRequest) -> Library:
+    """Where a transaction that writes shows in the driver, and where it does not."""
+    return Library(request.getfixturevalue(f"{request.param}_engine"))
+
+
 def check(library: Library, *statements: Any) -> None:
     for statement in statements or EACH:
         assert library.is_right(statement)
@@ -44,14 +52,13 @@ def check(library: Library, *statements: Any) -> None:
 
 def test_another_sessions_flush_does_not_tell_the_rows_of_this_one(library: Library) -> None:
     library.fill(*EACH)
-    with library.engine.begin() as connection:
-        with Session(connection) as unattached:
-            unattached.get_one(Book, 3).price = 97
-            unattached.flush()
-            with library.sessions(bind=connection) as attached:
-                attached.get_one(Book, 1).price = 98
-                attached.flush()
-            unattached.commit()
+    with library.engine.begin() as connection, Session(connection) as unattached:
+        unattached.get_one(Book, 3).price = 97
+        unattached.flush()
+        with library.sessions(bind=connection) as attached:
+            attached.get_one(Book, 1).price = 98
+            attached.flush()
+        unattached.commit()
     check(library)
 
 
@@ -145,3 +152,58 @@ def test_statements_compiled_into_a_cache_of_the_applications_own(library: Libra
     finally:
         event.remove(Book, "after_update", write_more)
     check(library)
+
+
+# --- connections that a Session is given ----------------------------------------------------------------
+
+
+class Chooses(Session):
+    chosen: Connection
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
+        return self.chosen
+
+
+def given(cache: QueryCache, connection: Connection, way: str) -> tuple[Session, dict[str, Any]]:
+    """A Session that asks this connection, and the options with which it does."""
+    if way == "bind_arguments":
+        session, options = Session(), {"bind_arguments": {"bind": connection}}
+    elif way == "get_bind":
+        session, options = Chooses(), {}
+        session.chosen = connection
+    elif way == "binds":
+        session, options = Session(binds={Book: connection}), {}
+    else:
+        session, options = Session(connection), {}
+    cache.attach(session)
+    return session, options
+
+
+WAYS = ["bind_arguments", "get_bind", "binds", "bind"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_given_connections_own_write_is_seen(either: Library, way: str) -> None:
+    either.fill(*EACH)
+    with either.engine.connect() as connection:
+        connection.execute(update(BOOK).values(price=97))
+        session, options = given(either.cache, connection, way)
+        with session:
+            asked = session.execute(PRICES, execution_options={"cache_key": True}, **options)
+            assert {price for _, price in asked} == {97}
+        connection.rollback()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_given_connection_wrote_unseen_is_not_stored(either: Library, way: str) -> None:
+    either.cache.detach(either.engine)
+    unseen = QueryCache("memory://", lease=0.01)
+    with either.engine.connect() as connection:
+        connection.execute(update(BOOK).values(price=97))
+        session, options = given(unseen, connection, way)
+        with session, unseen.recording() as events:
+            for _ in range(5):
+                session.execute(PRICES, execution_options={"cache_key": True}, **options).all()
+                time.sleep(0.02)  # until the store has its lease behind it
+        assert not {"hit", "fill"} & {event.outcome for event in events}
+        connection.rollback()
