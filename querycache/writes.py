@@ -272,6 +272,10 @@ class Writes:
                 self._declared.temporary.add(name)
             if text.begins:
                 connection.info[self._begun_key] = True
+                if self._takes_snapshots(connection):
+                    # perhaps at once, and in autocommit mode unlike other transactions
+                    self._expect_old_views(dialect)
+                    self._before_snapshot(connection)
             elif text.rolls_back:
                 connection.info.pop(self._begun_key, None)
             if text.commits and self._is_committing(connection):
@@ -487,7 +491,7 @@ class Writes:
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":
             return connection.dialect in self._old_views
-        return sa_internals.isolation_level(connection) in _SNAPSHOTS
+        return sa_internals.isolation_level(connection, self._begun_key in connection.info) in _SNAPSHOTS
 
     def _ends_savepoint(self, connection: Connection, compiled: Any) -> bool:
         """True where SQLite is about to commit: a savepoint outside of a transaction begins one."""

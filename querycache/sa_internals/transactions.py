@@ -91,10 +91,10 @@ def checked_out(session: Session, bind: Engine | Connection) -> Connection | Non
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself."""
     driver: Any = connection.connection.dbapi_connection
-    if connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True:
-        return True
     told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
-    return told is not None and bool(told())
+    if told is not None:
+        return bool(told())
+    return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
 
 
 def default_isolation_level(dialect: Any) -> str | None:
@@ -108,12 +108,20 @@ def is_initializing(connection: Connection) -> bool:
     return info_of(connection) is None
 
 
-def isolation_level(connection: Connection) -> str | None:
-    """The isolation level of a connection, in capitals and with spaces, without asking the database."""
+def isolation_level(connection: Connection, begun: bool = False) -> str | None:
+    """The isolation level of a connection, in capitals and with spaces, without asking the database.
+
+    Args:
+        connection: whose.
+        begun: True where a transaction was begun by hand: in autocommit mode, too, it has the database's own level.
+    """
     level: str | None = connection.get_execution_options().get("isolation_level")
-    if level:
-        return level.replace("_", " ").upper()
-    return driver_isolation_level(connection) or default_isolation_level(connection.dialect)
+    level = level.replace("_", " ").upper() if level else None
+    level = level or driver_isolation_level(connection) or default_isolation_level(connection.dialect)
+    if begun and level == "AUTOCOMMIT":
+        level = connection.dialect.default_isolation_level  # as the database has told at the first connection
+        return level.replace("_", " ").upper() if level else None
+    return level
 
 
 def is_told(dialect: Dialect) -> bool:

@@ -207,3 +207,65 @@ def test_what_a_given_connection_wrote_unseen_is_not_stored(either: Library, way
                 time.sleep(0.02)  # until the store has its lease behind it
         assert not {"hit", "fill"} & {event.outcome for event in events}
         connection.rollback()
+
+
+# --- transactions that are begun, isolated or ended beneath SQLAlchemy -----------------------------------
+
+
+def check_old_view(library: Library, connection: Connection, old: list[Any]) -> None:
+    """A transaction that shows the database as it was keeps to itself what it sees, and is told nothing newer."""
+    with library.sessions(bind=connection) as session:
+        for statement in EACH:
+            assert not {"hit", "fill"} & set(library.outcome(statement, session).split())
+        assert library.ask(point(1), session) == old != library.database(point(1))
+    connection.exec_driver_sql("ROLLBACK")
+    check(library)
+    library.fill(*EACH)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    ["START TRANSACTION", "BEGIN", "START TRANSACTION WITH CONSISTENT SNAPSHOT", "SET autocommit = 0"],
+)
+def test_a_transaction_begun_by_hand_in_autocommit_mode(on_mariadb: Library, begin: str) -> None:
+    on_mariadb.fill(*EACH)
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(begin)
+        old = on_mariadb.ask(point(1), on_mariadb.sessions(bind=connection))
+        connection.execute(point(1)).all()
+        on_mariadb.write(update(BOOK).values(price=97))
+        check_old_view(on_mariadb, connection, old)
+        connection.exec_driver_sql("SET autocommit = 1")
+
+
+def test_what_is_written_once_autocommit_is_off_is_known_at_the_commit(on_mariadb: Library) -> None:
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("SET autocommit = 0")
+        connection.execute(update(BOOK).values(price=97))
+        on_mariadb.fill(*EACH)
+        connection.exec_driver_sql("COMMIT")
+        check(on_mariadb)
+        connection.exec_driver_sql("SET autocommit = 1")
+
+
+def test_a_snapshot_of_somebody_else(on_postgresql: Library) -> None:
+    engine = on_postgresql.engine.execution_options(isolation_level="REPEATABLE READ")
+    with engine.connect() as exporter, engine.connect() as connection:
+        name = exporter.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one()
+        old = on_postgresql.database(point(1))
+        on_postgresql.write(update(BOOK).values(price=97))
+        on_postgresql.fill(*EACH)
+        connection.exec_driver_sql(f"SET TRANSACTION SNAPSHOT '{name}'")
+        check_old_view(on_postgresql, connection, old)
+
+
+@pytest.mark.parametrize("schema", ["", "pg_catalog."])
+def test_an_isolation_level_that_a_function_sets(on_postgresql: Library, schema: str) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        setting = f"SELECT {schema}set_config('default_transaction_isolation', 'repeatable read', false)"
+        connection.exec_driver_sql(setting)
+        connection.commit()
+        old = list(map(tuple, connection.execute(point(1))))
+        on_postgresql.write(update(BOOK).values(price=97))
+        check_old_view(on_postgresql, connection, old)
