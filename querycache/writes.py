@@ -188,28 +188,32 @@ class Writes:
         Args:
             session: whose.
             bind: what it asks now.
-            before_lookup: look for old views of the database, too, which only shows before anything is read.
+            before_lookup: look for transactions begun by hand, too, which only shows before anything is read.
         """
         found = []
         for connection in sa_internals.connections(session, bind):
-            if before_lookup and connection.dialect.name == "sqlite":
-                self._notice_old_view(connection)
+            if connection.dialect.name == "sqlite":
+                self._notice_old_view(connection, before_lookup)
             transaction = self._of(connection.info)
             if transaction is not None:
                 found.append(transaction)
         return found
 
-    def _notice_old_view(self, connection: Connection) -> None:
-        """See whether a transaction of SQLite was begun by hand, and so shows the database as it was then.
+    def _notice_old_view(self, connection: Connection, before_lookup: bool) -> None:
+        """See whether SQLite shows the database as it was: in a transaction begun by hand, or beside an open result.
 
-        Its driver begins none before a SELECT; applications that do make it so that each of their transactions has a
-        snapshot, and this is the first time that it shows.
+        Its driver begins no transaction before a SELECT; applications that do make it so that each of their transactions
+        has a snapshot, and this is the first time that it shows. In WAL mode a statement keeps its snapshot until it is
+        read to its end, and shares it with all others of its connection, even after that has gone back to its pool.
         """
-        if sa_internals.in_transaction(connection):
+        transaction = self._of(connection.info)
+        if transaction is not None and (transaction.snapshot is not None or transaction.wrote):
+            return
+        begun = before_lookup and sa_internals.in_transaction(connection)
+        if begun or sa_internals.has_open_statement(connection):
             self.watch(connection.engine)
-            transaction = self._ensure(connection)
-            if transaction.snapshot is None and not transaction.wrote:
-                transaction.snapshot = dict.fromkeys(self._regions.ledgers)
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+            if begun:
                 self._expect_old_views(connection.dialect)
 
     def owes(self, ledger: Ledger) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "connections",
     "default_isolation_level",
     "driver_isolation_level",
+    "has_open_statement",
     "in_transaction",
     "info_of",
     "is_autocommit",
@@ -159,6 +160,20 @@ def reads_uncommitted(session: Session) -> bool:
 def in_transaction(connection: Connection) -> bool:
     """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
     return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+def has_open_statement(connection: Connection) -> bool:
+    """True if a statement of SQLite was not read to its end, outside of a transaction.
+
+    The driver does not tell, but SQLite does when it refuses to VACUUM. This one it refuses in any case, for where it is
+    to write.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    try:
+        driver.execute("VACUUM INTO NULL")
+    except Exception as refusal:  # a driver may have errors of its own
+        return "in progress" in str(refusal)
+    return False
 
 
 def begins_transaction(connection: Connection, sql: str) -> bool:

@@ -10,11 +10,11 @@ import time
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, event, select, update
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, event, insert, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
 
 from querycache import QueryCache
-from tests.writes.library import Book
+from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import PRICES, Library, point
 
 EACH = (point(1), point(3), PRICES)
@@ -269,3 +269,49 @@ def test_an_isolation_level_that_a_function_sets(on_postgresql: Library, schema:
         old = list(map(tuple, connection.execute(point(1))))
         on_postgresql.write(update(BOOK).values(price=97))
         check_old_view(on_postgresql, connection, old)
+
+
+@pytest.mark.parametrize("how", ["result", "yield_per", "core", "raw"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_beside_an_open_result_sqlite_shows_what_was_there_when_it_began(
+    library: Library, how: str, begun: bool
+) -> None:
+    with library.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        numbers = [{"id": number, "name": "x" * 40} for number in range(100, 3_000)]
+        connection.execute(insert(Author), numbers)
+        connection.commit()
+    library.fill(*EACH)
+    every: Any = select(Author.__table__)
+    with library.sessions() as session:
+        if begun:
+            session.connection()
+        if how == "result":
+            rows: Any = session.execute(every)
+        elif how == "yield_per":
+            rows = session.execute(select(Author), execution_options={"yield_per": 10})
+        elif how == "core":
+            rows = session.connection().execute(every)
+        else:
+            rows = session.connection().connection.cursor().execute("SELECT * FROM author")
+        rows.fetchone()
+        library.write(update(BOOK).values(price=97))
+        for statement in EACH:
+            assert library.outcome(statement, session) == "bypass snapshot"
+        check(library)
+    # and so does its connection when it serves others, unless the result is closed
+    for _ in range(10):
+        with library.cache.recording() as events:
+            prices = [row[2] for row in library.ask(point(1))]
+        assert prices == [97] or events[-1].reason == "snapshot"
+    rows.close()
+    check(library)
+    library.fill(*EACH)
+
+
+def test_a_result_that_was_read_or_closed_leaves_no_old_view(library: Library) -> None:
+    library.fill(*EACH)
+    with library.sessions() as session:
+        session.execute(select(Author.id)).all()
+        session.execute(select(Author.id)).close()
+        assert library.outcome(PRICES, session) == "hit"
