@@ -80,7 +80,7 @@ _WRITING = re.compile(
 )
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
-_FURTHER_COMMIT = re.compile(r";\s*(commit|end)\b", re.IGNORECASE)
+_FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
 # The level of isolation, somebody else's snapshot, and transactions that nobody begins.
 _ISOLATING = re.compile(r"isolation|\bsnapshot\b|\bautocommit\b", re.IGNORECASE)
 _SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)

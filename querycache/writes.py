@@ -285,6 +285,9 @@ class Writes:
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
+            if self._ends_savepoint(connection, first_word(sql)):
+                self._phase_one(connection.info, connection.dialect)
+                return True
         elif context.isddl:
             wrote = True
             if name := temporary_table(sql):
@@ -292,7 +295,7 @@ class Writes:
             self._note_ddl(connection, context)
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
-        elif self._ends_savepoint(connection, compiled):
+        elif self._ends_savepoint(connection, compiled.statement.__visit_name__.removesuffix("_savepoint")):
             self._phase_one(connection.info, connection.dialect)
             return True
         else:
@@ -312,13 +315,15 @@ class Writes:
         transaction = self._of(connection.info)
         if transaction is not None:
             self._end(transaction)
-            if sa_internals.is_autocommit(connection):
+            if sa_internals.is_autocommit(connection) and not sa_internals.in_transaction(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
     def _is_autocommit(self, connection: Connection) -> bool:
-        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN."""
-        return self._begun_key not in connection.info and sa_internals.is_autocommit(connection)
+        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN or SAVEPOINT."""
+        if self._begun_key in connection.info or sa_internals.in_transaction(connection):
+            return False
+        return sa_internals.is_autocommit(connection)
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
@@ -497,14 +502,13 @@ class Writes:
             return connection.dialect in self._old_views
         return sa_internals.isolation_level(connection, self._begun_key in connection.info) in _SNAPSHOTS
 
-    def _ends_savepoint(self, connection: Connection, compiled: Any) -> bool:
-        """True where SQLite is about to commit: a savepoint outside of a transaction begins one."""
+    def _ends_savepoint(self, connection: Connection, word: str) -> bool:
+        """True where SQLite may be about to commit: a savepoint outside of a transaction begins one."""
         if connection.dialect.name != "sqlite":
             return False
-        kind = compiled.statement.__visit_name__
-        if kind == "savepoint" and not sa_internals.in_transaction(connection):
+        if word == "savepoint" and not sa_internals.in_transaction(connection):
             connection.info[self._savepoint_key] = True
-        return kind == "release_savepoint" and self._savepoint_key in connection.info
+        return word == "release" and self._savepoint_key in connection.info
 
     def unseen(self, info: dict[Any, Any]) -> None:
         """Statements may have run that :meth:`executing` was not told of."""

@@ -158,7 +158,10 @@ def reads_uncommitted(session: Session) -> bool:
 
 
 def in_transaction(connection: Connection) -> bool:
-    """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
+    """True if SQLite's driver has a transaction open, whose view of the database may be an old one.
+
+    Most other drivers do not tell.
+    """
     return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
 
 

@@ -315,3 +315,43 @@ def test_a_result_that_was_read_or_closed_leaves_no_old_view(library: Library) -
         session.execute(select(Author.id)).all()
         session.execute(select(Author.id)).close()
         assert library.outcome(PRICES, session) == "hit"
+
+
+@pytest.mark.parametrize("isolation_level", [None, "AUTOCOMMIT"])
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("textual", [False, True])
+def test_a_savepoint_that_is_the_transaction_on_sqlite(
+    library: Library, isolation_level: Any, inner: bool, textual: bool
+) -> None:
+    """Its RELEASE commits, and what comes before it does not."""
+    library.fill(*EACH)
+    options: Any = {"isolation_level": isolation_level} if isolation_level else {}
+    with library.engine.connect().execution_options(**options) as connection:
+        if textual:
+            connection.exec_driver_sql("SAVEPOINT a")
+            if inner:
+                connection.exec_driver_sql("SAVEPOINT b")
+                connection.execute(update(BOOK).where(BOOK.c.id == 1).values(price=96))
+                connection.exec_driver_sql("RELEASE b")
+            connection.execute(update(BOOK).where(BOOK.c.id == 3).values(price=97))
+            library.fill(*EACH)
+            connection.exec_driver_sql("RELEASE SAVEPOINT a")
+        else:
+            with connection.begin_nested():
+                if inner:
+                    with connection.begin_nested():
+                        connection.execute(update(BOOK).where(BOOK.c.id == 1).values(price=96))
+                connection.execute(update(BOOK).where(BOOK.c.id == 3).values(price=97))
+                library.fill(*EACH)
+        check(library)
+        connection.rollback()
+    check(library)
+
+
+@pytest.mark.parametrize("between", [" ", " -- done\n", " /* done;\n */ -- really\n\t"])
+def test_a_commit_after_a_comment(on_postgresql: Library, between: str) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        connection.exec_driver_sql(f"UPDATE book SET price = 97;{between}COMMIT")
+        connection.rollback()
+    check(on_postgresql)
