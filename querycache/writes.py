@@ -24,6 +24,7 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,6 +57,21 @@ Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a dialect, which holds this itself: it is to be forgotten with its engine.
+
+    Attributes:
+        watched: whether statements are noticed.
+        settled: True once it is found out what its transactions see.
+        old_views: True where they may keep an old view of the database for more than a statement.
+    """
+
+    watched: bool = False
+    settled: bool = False
+    old_views: bool = False
 
 
 @dataclass(slots=True)
@@ -131,26 +147,29 @@ class Writes:
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
         self._begun_key = f"{self._info_key}:begun"
-        # dialects whose transactions may keep an old view of the database for more than a statement
-        self._old_views: set[Dialect] = set()
-        self._settled: set[Dialect] = set()
         self._lock = threading.Lock()
-        self._watched: set[Engine] = set()
+        self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._owed: dict[Ledger, set[str]] = {}
 
     # --- where it listens ----------------------------------------------------------------------------
 
     def watch(self, engine: Engine) -> bool:
         """Note what is written through an engine from now on. Returns False where that was done already."""
-        engine = sa_internals.root_engine(engine)
-        if engine in self._watched:
+        known = self._known(engine.dialect)
+        if known.watched:
             return False
         with self._lock:
-            if engine in self._watched:
+            if known.watched:
                 return False
+            engine = sa_internals.root_engine(engine)
             sa_internals.tap(engine, self)
             self._watched.add(engine)
+            known.watched = True
             return True
+
+    def _known(self, dialect: Dialect) -> _Known:
+        found: _Known | None = dialect.__dict__.get(self._info_key)
+        return dialect.__dict__.setdefault(self._info_key, _Known()) if found is None else found
 
     def watch_bind(self, bind: Engine | Connection) -> None:
         """The same for what a Session is about to ask. A connection that was given may have written unseen."""
@@ -168,6 +187,7 @@ class Writes:
         with self._lock:
             for engine in self._watched:
                 sa_internals.untap(engine, self)
+                self._known(engine.dialect).watched = False
             self._watched.clear()
 
     def session_listeners(self) -> Mapping[str, Any]:
@@ -261,11 +281,12 @@ class Writes:
         Returns True where it commits itself, and :meth:`executed` is to follow.
         """
         dialect = context.dialect
-        if dialect not in self._settled:
+        known = self._known(dialect)
+        if not known.settled:
             if sa_internals.is_initializing(context.root_connection):
                 return False
             self._settle(dialect)
-        if dialect in self._old_views or "isolation_level" in context.execution_options:
+        if known.old_views or "isolation_level" in context.execution_options:
             self._before_snapshot(context.root_connection)
         compiled = context.compiled
         connection: Connection = context.root_connection
@@ -420,7 +441,7 @@ class Writes:
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        if connection.engine not in self._watched and self.watch(connection.engine):
+        if self.watch(connection.engine):
             self._began_unseen(connection, sa_internals.was_given(transaction, connection))
         dialect = connection.dialect
         if sa_internals.has_listeners(dialect):
@@ -479,13 +500,14 @@ class Writes:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
             self._expect_old_views(dialect)
-        self._settled.add(dialect)  # only now: other threads go by it
+        self._known(dialect).settled = True  # only now: other threads go by it
 
     def _expect_old_views(self, dialect: Dialect) -> None:
         """Find out what a transaction of this dialect sees whenever one begins."""
-        if dialect not in self._old_views:
+        known = self._known(dialect)
+        if not known.old_views:
             sa_internals.tell_of_reading(dialect)
-            self._old_views.add(dialect)  # only now: other threads go by it
+            known.old_views = True  # only now: other threads go by it
 
     def _before_snapshot(self, connection: Connection) -> None:
         """What a transaction sees of the database is settled by its first statement: remember what was there before."""
@@ -499,7 +521,7 @@ class Writes:
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":
-            return connection.dialect in self._old_views
+            return self._known(connection.dialect).old_views
         return sa_internals.isolation_level(connection, self._begun_key in connection.info) in _SNAPSHOTS
 
     def _ends_savepoint(self, connection: Connection, word: str) -> bool:

@@ -171,11 +171,13 @@ def has_open_statement(connection: Connection) -> bool:
     The driver does not tell, but SQLite does when it refuses to VACUUM. This one it refuses in any case, for where it is
     to write.
     """
-    driver: Any = connection.connection.dbapi_connection
+    cursor = connection.connection.cursor()
     try:
-        driver.execute("VACUUM INTO NULL")
-    except Exception as refusal:  # a driver may have errors of its own
+        cursor.execute("VACUUM INTO NULL")
+    except connection.dialect.loaded_dbapi.Error as refusal:
         return "in progress" in str(refusal)
+    finally:
+        cursor.close()
     return False
 
 

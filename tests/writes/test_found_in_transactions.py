@@ -6,11 +6,26 @@ isolated beneath SQLAlchemy, and connections that a Session is given.
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, Table, event, insert, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
 
 from querycache import QueryCache
@@ -355,3 +370,27 @@ def test_a_commit_after_a_comment(on_postgresql: Library, between: str) -> None:
         connection.exec_driver_sql(f"UPDATE book SET price = 97;{between}COMMIT")
         connection.rollback()
     check(on_postgresql)
+
+
+# --- engines ----------------------------------------------------------------------------------------------
+
+
+def test_a_watched_engine_is_not_kept_alive(tmp_path: Path) -> None:
+    """An application may make one for each tenant, or for each test."""
+    cache = QueryCache("memory://", lease=0.01)
+    engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
+    library = Library(engine)
+    cache.attach(engine).attach(library.sessions)
+    library.fill(*EACH)
+    with library.sessions.begin() as session:
+        session.get_one(Book, 1).price = 97
+    with library.sessions() as session:
+        session.connection().exec_driver_sql("BEGIN")
+        library.ask(PRICES, session)
+    engine.dispose()
+    kept = weakref.ref(engine)
+    del engine, library, session
+    gc.collect()
+    assert kept() is None
+    other = create_engine("sqlite://")
+    assert cache.attach(other).detach(other) is cache
