@@ -394,3 +394,26 @@ def test_a_watched_engine_is_not_kept_alive(tmp_path: Path) -> None:
     assert kept() is None
     other = create_engine("sqlite://")
     assert cache.attach(other).detach(other) is cache
+
+
+def test_a_session_that_is_attached_after_its_flush(library: Library) -> None:
+    library.fill(*EACH)
+    library.cache.detach(library.engine)
+    with Session(library.engine) as session:
+        session.get_one(Book, 1).price = 97
+        session.flush()
+        library.cache.attach(session)
+        session.commit()
+    check(library)
+
+
+def test_a_raw_cursors_write_that_is_made_known_is_not_stored(library: Library) -> None:
+    """As the README says."""
+    library.fill(*EACH)
+    with library.sessions() as session:
+        session.connection().connection.cursor().execute("UPDATE book SET price = 97")
+        library.cache.invalidate(tables=["book"], session=session)
+        for statement in EACH:
+            assert library.outcome(statement, session) == "bypass own write"
+        session.rollback()
+    check(library)
