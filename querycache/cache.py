@@ -175,7 +175,8 @@ class QueryCache:
         """Answer the selects of these Sessions, and notice what they write.
 
         Everything that goes through the engines of these Sessions is noticed as well, from the first statement
-        that one of them sends. Attach an engine by itself where statements are sent through it alone.
+        that one of them sends. Attach an engine by itself where statements are sent through it alone, and where it is
+        only later that Sessions are bound to it: what a transaction has written before is not seen.
 
         Args:
             target: a sessionmaker, a scoped_session, a Session class, one Session, or an Engine.
@@ -196,10 +197,12 @@ class QueryCache:
         if isinstance(target, sessionmaker):
             binds = [target.kw.get("bind"), *(target.kw.get("binds") or {}).values()]
         else:
-            binds = [getattr(target, "bind", None)]
+            # a Session may have written before
+            begun = sa_internals.connections(target) if isinstance(target, Session) else ()
+            binds = [*begun, getattr(target, "bind", None)]
         for bind in binds:
             if isinstance(bind, (Engine, Connection)):
-                self._writes.watch(bind.engine)
+                self._writes.watch_bind(bind)
         return self
 
     def detach(self, target: Any) -> QueryCache:

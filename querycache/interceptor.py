@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, cast
 
-from sqlalchemy.engine import Result
+from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
@@ -101,6 +101,10 @@ class Request:
     @property
     def session(self) -> Session:
         return self.prepared.invocation.session
+
+    @property
+    def bind(self) -> Engine | Connection:
+        return self.prepared.invocation.bind
 
 
 @dataclass(slots=True)
@@ -389,7 +393,8 @@ class Interceptor:
         session = state.session
         prepared = sa_internals.prepare(Invocation.take(state))
         plan = prepared.plan
-        self._writes.watch(plan.engine)
+        bind = prepared.invocation.bind
+        self._writes.watch_bind(bind)
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
         memo = (self, region, options, scope, self._declared.digest())
@@ -400,7 +405,7 @@ class Interceptor:
                 plan.memo.clear()
             plan.memo[memo] = derived
         self._refuse_temporary(plan)
-        transactions = self._writes.transactions(session, before_lookup=True)
+        transactions = self._writes.transactions(session, bind, before_lookup=True)
         request = Request(region, options, prepared, *derived, transactions)
         if self._writes.owes(region.ledger):
             raise _Bypass("unavailable")
@@ -612,7 +617,7 @@ class Interceptor:
         try:
             self._refuse(state, within=True)
             prepared = sa_internals.prepare(Invocation.take(state))
-            self._writes.watch(prepared.plan.engine)
+            self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(prepared.plan.compiled)
             self._refuse_content(analysis, prepared.plan, load.request.options)
             self._refuse_temporary(prepared.plan)
@@ -640,7 +645,7 @@ class Interceptor:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
         request, reading = load.request, load.reading
         before = request.transactions
-        request.transactions = self._writes.transactions(request.session)
+        request.transactions = self._writes.transactions(request.session, request.bind)
         for transaction in request.transactions:
             if transaction.snapshot is not None and not any(transaction is each for each in before):
                 witness = request.region.ledger.quiet()
@@ -664,7 +669,7 @@ class Interceptor:
 
     def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
         """Why what this session's transaction has read must not be shared; empty where it may."""
-        request.transactions = self._writes.transactions(request.session)
+        request.transactions = self._writes.transactions(request.session, request.bind)
         for transaction in request.transactions:
             if transaction.wrote:
                 return "after write"

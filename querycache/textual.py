@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -80,7 +80,10 @@ _WRITING = re.compile(
 )
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
-_FURTHER_COMMIT = re.compile(r";\s*(commit|end)\b", re.IGNORECASE)
+_FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
+# The level of isolation, somebody else's snapshot, and transactions that nobody begins.
+_ISOLATING = re.compile(r"isolation|\bsnapshot\b|\bautocommit\b", re.IGNORECASE)
+_SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)
 # Words that MySQL allows before the name of a table, and that a parser takes for the name.
 _MODIFIERS = re.compile(
     r"^((?:update|delete|insert)\s+)(?:(?:low_priority|high_priority|delayed|quick|ignore)\s+)+",
@@ -149,7 +152,7 @@ def read_text(sql: str, dialect: str) -> TextStatement:
     if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
         return TextStatement(
             True,
-            isolation=first in ("set", "start", "begin") and "isolation" in bare.lower(),
+            isolation=_isolates(first, bare),
             begins=first in ("start", "begin"),
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
@@ -159,7 +162,15 @@ def read_text(sql: str, dialect: str) -> TextStatement:
     if dialect in ("mysql", "mariadb") and _MODIFIERS.match(bare):
         text = _MODIFIERS.sub(r"\1", bare)
     text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
-    return _parsed(text, _DIALECTS.get(dialect, ""))
+    found = _parsed(text, _DIALECTS.get(dialect, ""))
+    return replace(found, isolation=True) if _SETS_ISOLATION.search(bare) else found
+
+
+def _isolates(first: str, bare: str) -> bool:
+    """True if a statement sets what transactions see, other than by beginning one."""
+    if first == "set":
+        return _ISOLATING.search(bare) is not None
+    return first in ("start", "begin") and "isolation" in bare.lower()
 
 
 def first_word(sql: str) -> str:

@@ -4,8 +4,8 @@ Every statement that this process sends through SQLAlchemy is executed by its en
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
 which are noted with the *database connection* (not with a Session, which Core never sees):
 
-- statements of the unit of work: the table, and at ``after_flush``, when old and new values are known, the slots
-  (:mod:`querycache.flushed`);
+- statements of the unit of work: the table, and at ``after_flush`` of the same Session, when old and new values are
+  known, the slots (:mod:`querycache.flushed`);
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
@@ -24,6 +24,7 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,13 +61,41 @@ _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
 
 @dataclass(slots=True)
+class _Known:
+    """What is known of a dialect, which holds this itself: it is to be forgotten with its engine.
+
+    Attributes:
+        watched: whether statements are noticed.
+        settled: True once it is found out what its transactions see.
+        old_views: True where they may keep an old view of the database for more than a statement.
+    """
+
+    watched: bool = False
+    settled: bool = False
+    old_views: bool = False
+
+
+@dataclass(slots=True)
+class Expected:
+    """A table that a flush has written, of whose rows ``after_flush`` is to tell.
+
+    Attributes:
+        schemas: what the statement's schemas are called in the database.
+        returned: what the database has told of these rows already.
+    """
+
+    schemas: SchemaMap
+    returned: Returned = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class Transaction:
     """What one database connection has written since its transaction began.
 
     Attributes:
         tags: the tags that are changed.
-        unresolved: tables written by the unit of work, whose rows ``after_flush`` will tell.
-        returned: what the database has told of the rows of these tables already.
+        unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
+            and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         marked: those that phase one has marked; None before it.
         marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
@@ -75,8 +104,7 @@ class Transaction:
     """
 
     tags: set[str] = field(default_factory=set)
-    unresolved: dict[Table, SchemaMap] = field(default_factory=dict)
-    returned: dict[Table, Returned] = field(default_factory=dict)
+    unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
     marked: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
@@ -120,32 +148,47 @@ class Writes:
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
         self._begun_key = f"{self._info_key}:begun"
-        # dialects whose transactions may keep an old view of the database for more than a statement
-        self._old_views: set[Dialect] = set()
-        self._settled: set[Dialect] = set()
         self._lock = threading.Lock()
-        self._watched: set[Engine] = set()
+        self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
         self._owed: dict[Ledger, set[str]] = {}
 
     # --- where it listens ----------------------------------------------------------------------------
 
     def watch(self, engine: Engine) -> bool:
         """Note what is written through an engine from now on. Returns False where that was done already."""
-        engine = sa_internals.root_engine(engine)
-        if engine in self._watched:
+        known = self._known(engine.dialect)
+        if known.watched:
             return False
         with self._lock:
-            if engine in self._watched:
+            if known.watched:
                 return False
+            engine = sa_internals.root_engine(engine)
             sa_internals.tap(engine, self)
             self._watched.add(engine)
+            known.watched = True
             return True
+
+    def _known(self, dialect: Dialect) -> _Known:
+        found: _Known | None = dialect.__dict__.get(self._info_key)
+        return dialect.__dict__.setdefault(self._info_key, _Known()) if found is None else found
+
+    def watch_bind(self, bind: Engine | Connection) -> None:
+        """The same for what a Session is about to ask. A connection that was given may have written unseen."""
+        if self.watch(bind.engine) and isinstance(bind, Connection) and bind.in_transaction():
+            self._began_unseen(bind, given=True)
+
+    def _began_unseen(self, connection: Connection, given: bool) -> None:
+        if self._takes_snapshots(connection):
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        if given:
+            self._note(connection, [EVERYTHING])
 
     def unwatch(self) -> None:
         """Leave all engines alone again."""
         with self._lock:
             for engine in self._watched:
                 sa_internals.untap(engine, self)
+                self._known(engine.dialect).watched = False
             self._watched.clear()
 
     def session_listeners(self) -> Mapping[str, Any]:
@@ -158,33 +201,40 @@ class Writes:
 
     # --- what readers ask ----------------------------------------------------------------------------
 
-    def transactions(self, session: Session, before_lookup: bool = False) -> list[Transaction]:
+    def transactions(
+        self, session: Session, bind: Engine | Connection, before_lookup: bool = False
+    ) -> list[Transaction]:
         """The transactions that a Session takes part in, with what they have written.
 
         Args:
             session: whose.
-            before_lookup: look for old views of the database, too, which only shows before anything is read.
+            bind: what it asks now.
+            before_lookup: look for transactions begun by hand, too, which only shows before anything is read.
         """
         found = []
-        for connection in sa_internals.connections(session):
-            if before_lookup and connection.dialect.name == "sqlite":
-                self._notice_old_view(connection)
+        for connection in sa_internals.connections(session, bind):
+            if connection.dialect.name == "sqlite":
+                self._notice_old_view(connection, before_lookup)
             transaction = self._of(connection.info)
             if transaction is not None:
                 found.append(transaction)
         return found
 
-    def _notice_old_view(self, connection: Connection) -> None:
-        """See whether a transaction of SQLite was begun by hand, and so shows the database as it was then.
+    def _notice_old_view(self, connection: Connection, before_lookup: bool) -> None:
+        """See whether SQLite shows the database as it was: in a transaction begun by hand, or beside an open result.
 
-        Its driver begins none before a SELECT; applications that do make it so that each of their transactions has a
-        snapshot, and this is the first time that it shows.
+        Its driver begins no transaction before a SELECT; applications that do make it so that each of their transactions
+        has a snapshot, and this is the first time that it shows. In WAL mode a statement keeps its snapshot until it is
+        read to its end, and shares it with all others of its connection, even after that has gone back to its pool.
         """
-        if sa_internals.in_transaction(connection):
+        transaction = self._of(connection.info)
+        if transaction is not None and (transaction.snapshot is not None or transaction.wrote):
+            return
+        begun = before_lookup and sa_internals.in_transaction(connection)
+        if begun or sa_internals.has_open_statement(connection):
             self.watch(connection.engine)
-            transaction = self._ensure(connection)
-            if transaction.snapshot is None and not transaction.wrote:
-                transaction.snapshot = dict.fromkeys(self._regions.ledgers)
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+            if begun:
                 self._expect_old_views(connection.dialect)
 
     def owes(self, ledger: Ledger) -> bool:
@@ -232,11 +282,12 @@ class Writes:
         Returns True where it commits itself, and :meth:`executed` is to follow.
         """
         dialect = context.dialect
-        if dialect not in self._settled:
+        known = self._known(dialect)
+        if not known.settled:
             if sa_internals.is_initializing(context.root_connection):
                 return False
             self._settle(dialect)
-        if dialect in self._old_views or "isolation_level" in context.execution_options:
+        if known.old_views or "isolation_level" in context.execution_options:
             self._before_snapshot(context.root_connection)
         compiled = context.compiled
         connection: Connection = context.root_connection
@@ -247,11 +298,18 @@ class Writes:
                 self._declared.temporary.add(name)
             if text.begins:
                 connection.info[self._begun_key] = True
+                if self._takes_snapshots(connection):
+                    # perhaps at once, and in autocommit mode unlike other transactions
+                    self._expect_old_views(dialect)
+                    self._before_snapshot(connection)
             elif text.rolls_back:
                 connection.info.pop(self._begun_key, None)
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
+            if self._ends_savepoint(connection, first_word(sql)):
+                self._phase_one(connection.info, connection.dialect)
+                return True
         elif context.isddl:
             wrote = True
             if name := temporary_table(sql):
@@ -259,7 +317,7 @@ class Writes:
             self._note_ddl(connection, context)
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
-        elif self._ends_savepoint(connection, compiled):
+        elif self._ends_savepoint(connection, compiled.statement.__visit_name__.removesuffix("_savepoint")):
             self._phase_one(connection.info, connection.dialect)
             return True
         elif compiled.statement.is_select or sa_internals.is_of_savepoint(compiled.statement):
@@ -282,13 +340,15 @@ class Writes:
         transaction = self._of(connection.info)
         if transaction is not None:
             self._end(transaction)
-            if sa_internals.is_autocommit(connection):
+            if sa_internals.is_autocommit(connection) and not sa_internals.in_transaction(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
     def _is_autocommit(self, connection: Connection) -> bool:
-        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN."""
-        return self._begun_key not in connection.info and sa_internals.is_autocommit(connection)
+        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN or SAVEPOINT."""
+        if self._begun_key in connection.info or sa_internals.in_transaction(connection):
+            return False
+        return sa_internals.is_autocommit(connection)
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
@@ -308,8 +368,9 @@ class Writes:
                 continue
             changed: set[Table] = set()
             declared = [table]
-            if sa_internals.is_unit_of_work(context) and not sa_internals.replaces(table):
-                self._expect_rows(self._ensure(connection), table, schemas, context)
+            session = sa_internals.flushing_session(context)
+            if session is not None and not sa_internals.replaces(table):
+                self._expect_rows(self._ensure(connection), session, table, schemas, context)
             else:
                 changed.add(table)
                 # it may be declared once more, in a script or a migration, without the tables that refer to it
@@ -323,16 +384,18 @@ class Writes:
         return bool(written)
 
     @staticmethod
-    def _expect_rows(transaction: Transaction, table: Table, schemas: SchemaMap, context: Any) -> None:
+    def _expect_rows(
+        transaction: Transaction, session: Session, table: Table, schemas: SchemaMap, context: Any
+    ) -> None:
         """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
-        transaction.unresolved[table] = schemas
+        tables = transaction.unresolved.setdefault(session.hash_key, {})
+        expected = tables.setdefault((table, _name(table, schemas)[0]), Expected(schemas))
         followed = followed_columns(table) if context.isupdate else ()
         if followed:
             width = len(table.primary_key)
 
             def take(rows: Iterable[Sequence[object]]) -> None:
-                returned = transaction.returned.setdefault(table, {})
-                returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
+                expected.returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
 
             sa_internals.ask_for(context, table, (*table.primary_key, *followed), take)
 
@@ -382,26 +445,24 @@ class Writes:
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        if connection.engine not in self._watched and self.watch(connection.engine):
-            # It began unseen, and where the Session was bound to a Connection it may have written.
-            if self._takes_snapshots(connection):
-                self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-            if isinstance(session.bind, Connection):
-                self._note(connection, [EVERYTHING])
+        if self.watch(connection.engine):
+            self._began_unseen(connection, sa_internals.was_given(transaction, connection))
         dialect = connection.dialect
         if sa_internals.has_listeners(dialect):
             unseen = sa_internals.heed_others(dialect)
-            if unseen and isinstance(session.bind, Connection):
+            if unseen and sa_internals.was_given(transaction, connection):
                 self._note(connection, [EVERYTHING])
         if sa_internals.is_told(dialect) and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
-        """A flush is over, or one of the ``bulk_…`` methods, of which no event tells what it has written."""
+        """A flush is over, and has failed where something is still expected of it."""
         if transaction.parent is None:
             return
         for connection in sa_internals.connections(session):
-            self._resolve(connection.info, connection.dialect, {})
+            found = self._of(connection.info)
+            if found is not None:
+                self._resolve(found, session.hash_key, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, FlushedRows] = {}
@@ -411,29 +472,31 @@ class Writes:
                     rows.setdefault(table, FlushedRows()).add(state, table, deleted)
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
-            for table, schemas in transaction.unresolved.items() if transaction is not None else ():
+            if transaction is None:
+                continue
+            for (table, _), expected in transaction.unresolved.get(session.hash_key, {}).items():
                 if table in rows:
-                    returned = transaction.returned.get(table, {})  # type: ignore[union-attr]
-                    rows[table].look_at(connection, table, schemas, returned)
-            self._resolve(connection.info, connection.dialect, rows)
+                    rows[table].look_at(connection, table, expected.schemas, expected.returned)
+            self._resolve(transaction, session.hash_key, connection.dialect, rows)
 
-    def _resolve(self, info: Mapping[Any, Any], dialect: Dialect, rows: Mapping[Table, FlushedRows]) -> None:
-        """Turn tables written by the unit of work into tags: rows where they are known, else the whole table."""
-        transaction = self._of(info)
-        if transaction is None:
-            return
+    def _resolve(
+        self, transaction: Transaction, session: int, dialect: Dialect, rows: Mapping[Table, FlushedRows]
+    ) -> None:
+        """Turn tables that a Session has flushed into tags: rows where they are known, else the whole table."""
         default = dialect.default_schema_name
-        for table, schemas in transaction.unresolved.items():
+        for table, schema in transaction.unresolved.pop(session, {}):
             known = rows.get(table)
-            schema, name = _name(table, schemas)
             if known is None or not known.known or not follows_all(table):
-                transaction.tags.update(set_write_tags((schema, name), default))
+                transaction.tags.update(set_write_tags((schema, table.name), default))
             else:
                 slots = self._declared.slots
                 tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
                 transaction.tags.update(tags)
-        transaction.unresolved.clear()
-        transaction.returned.clear()
+
+    def _resolve_all(self, transaction: Transaction, dialect: Dialect) -> None:
+        """The same where nobody will tell of the rows any more: the whole tables."""
+        for session in list(transaction.unresolved):
+            self._resolve(transaction, session, dialect, {})
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
@@ -441,13 +504,14 @@ class Writes:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
             self._expect_old_views(dialect)
-        self._settled.add(dialect)  # only now: other threads go by it
+        self._known(dialect).settled = True  # only now: other threads go by it
 
     def _expect_old_views(self, dialect: Dialect) -> None:
         """Find out what a transaction of this dialect sees whenever one begins."""
-        if dialect not in self._old_views:
+        known = self._known(dialect)
+        if not known.old_views:
             sa_internals.tell_of_reading(dialect)
-            self._old_views.add(dialect)  # only now: other threads go by it
+            known.old_views = True  # only now: other threads go by it
 
     def _before_snapshot(self, connection: Connection) -> None:
         """What a transaction sees of the database is settled by its first statement: remember what was there before."""
@@ -461,17 +525,16 @@ class Writes:
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":
-            return connection.dialect in self._old_views
-        return sa_internals.isolation_level(connection) in _SNAPSHOTS
+            return self._known(connection.dialect).old_views
+        return sa_internals.isolation_level(connection, self._begun_key in connection.info) in _SNAPSHOTS
 
-    def _ends_savepoint(self, connection: Connection, compiled: Any) -> bool:
-        """True where SQLite is about to commit: a savepoint outside of a transaction begins one."""
+    def _ends_savepoint(self, connection: Connection, word: str) -> bool:
+        """True where SQLite may be about to commit: a savepoint outside of a transaction begins one."""
         if connection.dialect.name != "sqlite":
             return False
-        kind = compiled.statement.__visit_name__
-        if kind == "savepoint" and not sa_internals.in_transaction(connection):
+        if word == "savepoint" and not sa_internals.in_transaction(connection):
             connection.info[self._savepoint_key] = True
-        return kind == "release_savepoint" and self._savepoint_key in connection.info
+        return word == "release" and self._savepoint_key in connection.info
 
     def unseen(self, info: dict[Any, Any]) -> None:
         """Statements may have run that :meth:`executing` was not told of."""
@@ -500,7 +563,7 @@ class Writes:
         transaction = self._of(info)
         if transaction is None or not transaction.wrote:
             return
-        self._resolve(info, dialect, {})
+        self._resolve_all(transaction, dialect)
         marked = transaction.marked or set()
         tags = transaction.tags - marked
         transaction.marked = marked | tags

@@ -385,6 +385,33 @@ def test_the_unit_of_work_compiles_into_a_cache_of_its_own(live: Live) -> None:
     assert tables_written(bulk.compiled) == {Parent.__table__}
 
 
+def test_a_statement_of_the_unit_of_work_shows_whose_flush_sends_it(live: Live) -> None:
+    """By the argument of a method of the unit of work; the ``bulk_…`` methods send theirs without."""
+    seen: list[Session | None] = []
+
+    def note(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
+        seen.append(sa_internals.flushing_session(context))
+
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as db:
+        event.listen(engine, "do_execute", note)
+        event.listen(engine, "do_executemany", note)
+        child = Child(id=1, parent_id=1)
+        for change in (
+            lambda: db.add(child),
+            lambda: setattr(child, "parent_id", 2),
+            lambda: db.delete(child),
+        ):
+            change()
+            db.flush()
+        assert seen == [db, db, db]
+        db.bulk_insert_mappings(inspect(Parent), [{"id": 2, "name": "c"}])
+        db.bulk_update_mappings(inspect(Parent), [{"id": 2, "name": "d"}])
+        db.execute(update(Parent).values(name="e"))
+        assert seen[3:] == [None, None, None]
+
+
 def test_a_flush_is_seen_to_write_a_secondary_table() -> None:
     """By the name of the method that does it."""
     registry = Registry()

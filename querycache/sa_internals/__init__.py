@@ -50,6 +50,7 @@ from querycache.sa_internals.transactions import (
     connections,
     default_isolation_level,
     driver_isolation_level,
+    has_open_statement,
     in_transaction,
     is_autocommit,
     is_initializing,
@@ -58,6 +59,7 @@ from querycache.sa_internals.transactions import (
     may_block,
     reads_uncommitted,
     root_engine,
+    was_given,
 )
 from querycache.sa_internals.writing import (
     UNKNOWN,
@@ -66,6 +68,7 @@ from querycache.sa_internals.writing import (
     columns_set,
     custom_constructs,
     flushed,
+    flushing_session,
     holds_text,
     inserts_one,
     is_flushing,
@@ -105,8 +108,10 @@ __all__ = [
     "effective_options",
     "expire_loaded_since",
     "flushed",
+    "flushing_session",
     "given_options",
     "has_listeners",
+    "has_open_statement",
     "heed_others",
     "holds_text",
     "in_transaction",
@@ -142,5 +147,6 @@ __all__ = [
     "tell_of_reading",
     "unflushed",
     "untap",
+    "was_given",
     "written",
 ]

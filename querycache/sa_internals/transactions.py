@@ -18,6 +18,7 @@ __all__ = [
     "connections",
     "default_isolation_level",
     "driver_isolation_level",
+    "has_open_statement",
     "in_transaction",
     "info_of",
     "is_autocommit",
@@ -27,6 +28,7 @@ __all__ = [
     "may_block",
     "reads_uncommitted",
     "root_engine",
+    "was_given",
 ]
 
 
@@ -48,16 +50,20 @@ def root_engine(engine: Engine) -> Engine:
     return engine
 
 
-def connections(session: Session) -> list[Connection]:
+def connections(session: Session, bind: Engine | Connection | None = None) -> list[Connection]:
     """The connections of a Session: those it was bound to, and those it has checked out, of its savepoints and
     enclosing transactions as well.
+
+    Args:
+        session: whose.
+        bind: what it is about to ask, which may be a connection that it has been told of for this one statement.
     """
     found: dict[Connection, None] = {}
     # 2.0 keeps them in a name of the class, 2.1 in a plain one
     binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
-    for bind in (session.bind, *binds.values()):
-        if isinstance(bind, Connection) and not bind.closed and not bind.invalidated:
-            found[bind] = None
+    for each in (bind, session.bind, *binds.values()):
+        if isinstance(each, Connection) and not each.closed and not each.invalidated:
+            found[each] = None
     transaction = session._transaction
     while transaction is not None:
         for entry in transaction._connections.values():
@@ -65,6 +71,12 @@ def connections(session: Session) -> list[Connection]:
                 found[entry[0]] = None
         transaction = transaction._parent
     return list(found)
+
+
+def was_given(transaction: Any, connection: Connection) -> bool:
+    """True if a Session's transaction was given its connection, in whatever way, rather than to check out one itself."""
+    closes_it: bool = transaction._connections[connection][3]
+    return not closes_it
 
 
 def checked_out(session: Session, bind: Engine | Connection) -> Connection | None:
@@ -80,10 +92,10 @@ def checked_out(session: Session, bind: Engine | Connection) -> Connection | Non
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself."""
     driver: Any = connection.connection.dbapi_connection
-    if connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True:
-        return True
     told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
-    return told is not None and bool(told())
+    if told is not None:
+        return bool(told())
+    return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
 
 
 def default_isolation_level(dialect: Any) -> str | None:
@@ -97,12 +109,20 @@ def is_initializing(connection: Connection) -> bool:
     return info_of(connection) is None
 
 
-def isolation_level(connection: Connection) -> str | None:
-    """The isolation level of a connection, in capitals and with spaces, without asking the database."""
+def isolation_level(connection: Connection, begun: bool = False) -> str | None:
+    """The isolation level of a connection, in capitals and with spaces, without asking the database.
+
+    Args:
+        connection: whose.
+        begun: True where a transaction was begun by hand: in autocommit mode, too, it has the database's own level.
+    """
     level: str | None = connection.get_execution_options().get("isolation_level")
-    if level:
-        return level.replace("_", " ").upper()
-    return driver_isolation_level(connection) or default_isolation_level(connection.dialect)
+    level = level.replace("_", " ").upper() if level else None
+    level = level or driver_isolation_level(connection) or default_isolation_level(connection.dialect)
+    if begun and level == "AUTOCOMMIT":
+        level = connection.dialect.default_isolation_level  # as the database has told at the first connection
+        return level.replace("_", " ").upper() if level else None
+    return level
 
 
 def is_told(dialect: Dialect) -> bool:
@@ -138,8 +158,27 @@ def reads_uncommitted(session: Session) -> bool:
 
 
 def in_transaction(connection: Connection) -> bool:
-    """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
+    """True if SQLite's driver has a transaction open, whose view of the database may be an old one.
+
+    Most other drivers do not tell.
+    """
     return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+def has_open_statement(connection: Connection) -> bool:
+    """True if a statement of SQLite was not read to its end, outside of a transaction.
+
+    The driver does not tell, but SQLite does when it refuses to VACUUM. This one it refuses in any case, for where it is
+    to write.
+    """
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute("VACUUM INTO NULL")
+    except connection.dialect.loaded_dbapi.Error as refusal:
+        return "in progress" in str(refusal)
+    finally:
+        cursor.close()
+    return False
 
 
 def begins_transaction(connection: Connection, sql: str) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "columns_set",
     "custom_constructs",
     "flushed",
+    "flushing_session",
     "holds_text",
     "inserts_one",
     "is_flushing",
@@ -78,6 +79,24 @@ def is_of_relationship() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def flushing_session(context: Any) -> Session | None:
+    """The Session whose flush sends a statement; None where no flush does. Asked by what sees it executed.
+
+    A connection may serve several Sessions, and the execution does not know for which of them it is; the function of
+    the unit of work that sends it does. It knows of none where it is one of the ``bulk_…`` methods that sends. Nor is
+    there such a function where the application compiles its own statements into a cache of its own.
+    """
+    frame = python_inspect.currentframe() if is_unit_of_work(context) else None
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "sqlalchemy.orm.persistence":
+            if not frame.f_code.co_name.startswith("_emit_"):
+                return None  # an event of the flush, in which somebody else executes
+            flush = frame.f_locals["uowtransaction"]
+            return None if flush is None else cast("Session", flush.session)
+        frame = frame.f_back
+    return None
 
 
 def columns_set(statement: Any) -> list[Any]:

@@ -112,7 +112,7 @@ def _plain_bump() -> None:
     def phase_one(self: Any, info: Any, dialect: Any) -> None:
         transaction = self._of(info)
         if transaction is not None and transaction.wrote:
-            self._resolve(info, dialect, {})
+            self._resolve_all(transaction, dialect)
             for each, keys in self._regions.tag_keys(transaction.tags):
                 each.bump(keys)
 

@@ -1,0 +1,419 @@
+"""Writes that were not noticed, or views of the database that were not recognized, for what a transaction shares.
+
+Each was found in review: what several Sessions write on one connection, transactions that are begun, ended or
+isolated beneath SQLAlchemy, and connections that a Session is given.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    Table,
+    create_engine,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
+
+from querycache import QueryCache
+from tests.writes.library import Author, Book
+from tests.writes.test_pitfalls_e import PRICES, Library, point
+
+EACH = (point(1), point(3), PRICES)
+BOOK: Table = Book.__table__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def library(sqlite_engine: Engine) -> Library:
+    return Library(sqlite_engine)
+
+
+@pytest.fixture
+def on_postgresql(postgresql_engine: Engine) -> Library:
+    return Library(postgresql_engine)
+
+
+@pytest.fixture
+def on_mariadb(mariadb_engine: Engine) -> Library:
+    return Library(mariadb_engine)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request: pytest.FixtureRequest) -> Library:
+    """Where a transaction that writes shows in the driver, and where it does not."""
+    return Library(request.getfixturevalue(f"{request.param}_engine"))
+
+
+def check(library: Library, *statements: Any) -> None:
+    for statement in statements or EACH:
+        assert library.is_right(statement)
+
+
+# --- several Sessions on one connection -----------------------------------------------------------------
+
+
+def test_another_sessions_flush_does_not_tell_the_rows_of_this_one(library: Library) -> None:
+    library.fill(*EACH)
+    with library.engine.begin() as connection, Session(connection) as unattached:
+        unattached.get_one(Book, 3).price = 97
+        unattached.flush()
+        with library.sessions(bind=connection) as attached:
+            attached.get_one(Book, 1).price = 98
+            attached.flush()
+        unattached.commit()
+    check(library)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_flush_within_a_flush(library: Library, attached: bool) -> None:
+    """Of the same table, by an event of the outer one; whichever of the two has the last word."""
+    library.fill(*EACH)
+
+    def write_more(mapper: Mapper[Any], connection: Connection, book: Book) -> None:
+        if book.id == 3:
+            inner = library.sessions(bind=connection) if attached else Session(connection)
+            with inner:
+                inner.get_one(Book, 1).price = 98
+                inner.flush()
+
+    event.listen(Book, "after_update", write_more)
+    try:
+        with library.sessions.begin() as session:
+            session.get_one(Book, 3).price = 97
+    finally:
+        event.remove(Book, "after_update", write_more)
+    check(library)
+
+
+class Elsewhere(DeclarativeBase):
+    pass
+
+
+class Shelf(Elsewhere):
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    place: Mapped[int]
+
+
+def test_two_schemas_in_one_transaction(library: Library) -> None:
+    """Written by Sessions that nobody listens to."""
+    engine = library.engine
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ATTACH DATABASE ':memory:' AS other")
+        metadata = MetaData()
+        for schema in (None, "other"):
+            table = Table(
+                "shelf",
+                metadata,
+                Column("id", Integer, primary_key=True),
+                Column("place", Integer),
+                schema=schema,
+            )
+            table.create(connection)
+            connection.execute(table.insert(), {"id": 1, "place": 0})
+        connection.commit()
+        maps = [{None: None}, {None: "other"}]
+
+        def ask(schemas: Any) -> str:
+            statement = select(Shelf.place).where(Shelf.id == 1)
+            with library.sessions(bind=connection.execution_options(schema_translate_map=schemas)) as session:
+                return f"{library.outcome(statement, session)}: {library.ask(statement, session)}"
+
+        for each in maps:
+            while ask(each) != "hit: [(0,)]":
+                pass
+        with connection.begin():
+            for each in maps:
+                with Session(connection.execution_options(schema_translate_map=each)) as session:
+                    session.get_one(Shelf, 1).place = 1
+                    session.commit()  # not of the connection's transaction
+        assert [ask(each) for each in maps] == ["stale fill: [(1,)]"] * 2
+        connection.invalidate()
+
+
+def test_statements_compiled_into_a_cache_of_the_applications_own(library: Library) -> None:
+    """They look like those of the unit of work, and change other rows."""
+    library.fill(*EACH)
+    options: Any = {"compiled_cache": {}}
+    with library.sessions.begin() as session:
+        book = session.get_one(Book, 1)
+        statement = update(BOOK).where(BOOK.c.id == 3).values(price=97)
+        session.connection().execute(statement, execution_options=options)
+        book.price = 98
+    check(library)
+    library.fill(*EACH)
+
+    def write_more(mapper: Mapper[Any], connection: Connection, book: Book) -> None:
+        statement = update(BOOK).where(BOOK.c.id == 3).values(price=96)
+        connection.execute(statement, execution_options=options)
+
+    event.listen(Book, "after_update", write_more)
+    try:
+        with library.sessions.begin() as session:
+            session.get_one(Book, 1).price = 95
+    finally:
+        event.remove(Book, "after_update", write_more)
+    check(library)
+
+
+# --- connections that a Session is given ----------------------------------------------------------------
+
+
+class Chooses(Session):
+    chosen: Connection
+
+    def get_bind(self, *args: Any, **kwargs: Any) -> Connection:
+        return self.chosen
+
+
+def given(cache: QueryCache, connection: Connection, way: str) -> tuple[Session, dict[str, Any]]:
+    """A Session that asks this connection, and the options with which it does."""
+    if way == "bind_arguments":
+        session, options = Session(), {"bind_arguments": {"bind": connection}}
+    elif way == "get_bind":
+        session, options = Chooses(), {}
+        session.chosen = connection
+    elif way == "binds":
+        session, options = Session(binds={Book: connection}), {}
+    else:
+        session, options = Session(connection), {}
+    cache.attach(session)
+    return session, options
+
+
+WAYS = ["bind_arguments", "get_bind", "binds", "bind"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_given_connections_own_write_is_seen(either: Library, way: str) -> None:
+    either.fill(*EACH)
+    with either.engine.connect() as connection:
+        connection.execute(update(BOOK).values(price=97))
+        session, options = given(either.cache, connection, way)
+        with session:
+            asked = session.execute(PRICES, execution_options={"cache_key": True}, **options)
+            assert {price for _, price in asked} == {97}
+        connection.rollback()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_given_connection_wrote_unseen_is_not_stored(either: Library, way: str) -> None:
+    either.cache.detach(either.engine)
+    unseen = QueryCache("memory://", lease=0.01)
+    with either.engine.connect() as connection:
+        connection.execute(update(BOOK).values(price=97))
+        session, options = given(unseen, connection, way)
+        with session, unseen.recording() as events:
+            for _ in range(5):
+                session.execute(PRICES, execution_options={"cache_key": True}, **options).all()
+                time.sleep(0.02)  # until the store has its lease behind it
+        assert not {"hit", "fill"} & {event.outcome for event in events}
+        connection.rollback()
+
+
+# --- transactions that are begun, isolated or ended beneath SQLAlchemy -----------------------------------
+
+
+def check_old_view(library: Library, connection: Connection, old: list[Any]) -> None:
+    """A transaction that shows the database as it was keeps to itself what it sees, and is told nothing newer."""
+    with library.sessions(bind=connection) as session:
+        for statement in EACH:
+            assert not {"hit", "fill"} & set(library.outcome(statement, session).split())
+        assert library.ask(point(1), session) == old != library.database(point(1))
+    connection.exec_driver_sql("ROLLBACK")
+    check(library)
+    library.fill(*EACH)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    ["START TRANSACTION", "BEGIN", "START TRANSACTION WITH CONSISTENT SNAPSHOT", "SET autocommit = 0"],
+)
+def test_a_transaction_begun_by_hand_in_autocommit_mode(on_mariadb: Library, begin: str) -> None:
+    on_mariadb.fill(*EACH)
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(begin)
+        old = on_mariadb.ask(point(1), on_mariadb.sessions(bind=connection))
+        connection.execute(point(1)).all()
+        on_mariadb.write(update(BOOK).values(price=97))
+        check_old_view(on_mariadb, connection, old)
+        connection.exec_driver_sql("SET autocommit = 1")
+
+
+def test_what_is_written_once_autocommit_is_off_is_known_at_the_commit(on_mariadb: Library) -> None:
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("SET autocommit = 0")
+        connection.execute(update(BOOK).values(price=97))
+        on_mariadb.fill(*EACH)
+        connection.exec_driver_sql("COMMIT")
+        check(on_mariadb)
+        connection.exec_driver_sql("SET autocommit = 1")
+
+
+def test_a_snapshot_of_somebody_else(on_postgresql: Library) -> None:
+    engine = on_postgresql.engine.execution_options(isolation_level="REPEATABLE READ")
+    with engine.connect() as exporter, engine.connect() as connection:
+        name = exporter.exec_driver_sql("SELECT pg_export_snapshot()").scalar_one()
+        old = on_postgresql.database(point(1))
+        on_postgresql.write(update(BOOK).values(price=97))
+        on_postgresql.fill(*EACH)
+        connection.exec_driver_sql(f"SET TRANSACTION SNAPSHOT '{name}'")
+        check_old_view(on_postgresql, connection, old)
+
+
+@pytest.mark.parametrize("schema", ["", "pg_catalog."])
+def test_an_isolation_level_that_a_function_sets(on_postgresql: Library, schema: str) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        setting = f"SELECT {schema}set_config('default_transaction_isolation', 'repeatable read', false)"
+        connection.exec_driver_sql(setting)
+        connection.commit()
+        old = list(map(tuple, connection.execute(point(1))))
+        on_postgresql.write(update(BOOK).values(price=97))
+        check_old_view(on_postgresql, connection, old)
+
+
+@pytest.mark.parametrize("how", ["result", "yield_per", "core", "raw"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_beside_an_open_result_sqlite_shows_what_was_there_when_it_began(
+    library: Library, how: str, begun: bool
+) -> None:
+    with library.engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+        numbers = [{"id": number, "name": "x" * 40} for number in range(100, 3_000)]
+        connection.execute(insert(Author), numbers)
+        connection.commit()
+    library.fill(*EACH)
+    every: Any = select(Author.__table__)
+    with library.sessions() as session:
+        if begun:
+            session.connection()
+        if how == "result":
+            rows: Any = session.execute(every)
+        elif how == "yield_per":
+            rows = session.execute(select(Author), execution_options={"yield_per": 10})
+        elif how == "core":
+            rows = session.connection().execute(every)
+        else:
+            rows = session.connection().connection.cursor().execute("SELECT * FROM author")
+        rows.fetchone()
+        library.write(update(BOOK).values(price=97))
+        for statement in EACH:
+            assert library.outcome(statement, session) == "bypass snapshot"
+        check(library)
+    # and so does its connection when it serves others, unless the result is closed
+    for _ in range(10):
+        with library.cache.recording() as events:
+            prices = [row[2] for row in library.ask(point(1))]
+        assert prices == [97] or events[-1].reason == "snapshot"
+    rows.close()
+    check(library)
+    library.fill(*EACH)
+
+
+def test_a_result_that_was_read_or_closed_leaves_no_old_view(library: Library) -> None:
+    library.fill(*EACH)
+    with library.sessions() as session:
+        session.execute(select(Author.id)).all()
+        session.execute(select(Author.id)).close()
+        assert library.outcome(PRICES, session) == "hit"
+
+
+@pytest.mark.parametrize("isolation_level", [None, "AUTOCOMMIT"])
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("textual", [False, True])
+def test_a_savepoint_that_is_the_transaction_on_sqlite(
+    library: Library, isolation_level: Any, inner: bool, textual: bool
+) -> None:
+    """Its RELEASE commits, and what comes before it does not."""
+    library.fill(*EACH)
+    options: Any = {"isolation_level": isolation_level} if isolation_level else {}
+    with library.engine.connect().execution_options(**options) as connection:
+        if textual:
+            connection.exec_driver_sql("SAVEPOINT a")
+            if inner:
+                connection.exec_driver_sql("SAVEPOINT b")
+                connection.execute(update(BOOK).where(BOOK.c.id == 1).values(price=96))
+                connection.exec_driver_sql("RELEASE b")
+            connection.execute(update(BOOK).where(BOOK.c.id == 3).values(price=97))
+            library.fill(*EACH)
+            connection.exec_driver_sql("RELEASE SAVEPOINT a")
+        else:
+            with connection.begin_nested():
+                if inner:
+                    with connection.begin_nested():
+                        connection.execute(update(BOOK).where(BOOK.c.id == 1).values(price=96))
+                connection.execute(update(BOOK).where(BOOK.c.id == 3).values(price=97))
+                library.fill(*EACH)
+        check(library)
+        connection.rollback()
+    check(library)
+
+
+@pytest.mark.parametrize("between", [" ", " -- done\n", " /* done;\n */ -- really\n\t"])
+def test_a_commit_after_a_comment(on_postgresql: Library, between: str) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        connection.exec_driver_sql(f"UPDATE book SET price = 97;{between}COMMIT")
+        connection.rollback()
+    check(on_postgresql)
+
+
+# --- engines ----------------------------------------------------------------------------------------------
+
+
+def test_a_watched_engine_is_not_kept_alive(tmp_path: Path) -> None:
+    """An application may make one for each tenant, or for each test."""
+    cache = QueryCache("memory://", lease=0.01)
+    engine = create_engine(f"sqlite:///{tmp_path / 'test.db'}")
+    library = Library(engine)
+    cache.attach(engine).attach(library.sessions)
+    library.fill(*EACH)
+    with library.sessions.begin() as session:
+        session.get_one(Book, 1).price = 97
+    with library.sessions() as session:
+        session.connection().exec_driver_sql("BEGIN")
+        library.ask(PRICES, session)
+    engine.dispose()
+    kept = weakref.ref(engine)
+    del engine, library, session
+    gc.collect()
+    assert kept() is None
+    other = create_engine("sqlite://")
+    assert cache.attach(other).detach(other) is cache
+
+
+def test_a_session_that_is_attached_after_its_flush(library: Library) -> None:
+    library.fill(*EACH)
+    library.cache.detach(library.engine)
+    with Session(library.engine) as session:
+        session.get_one(Book, 1).price = 97
+        session.flush()
+        library.cache.attach(session)
+        session.commit()
+    check(library)
+
+
+def test_a_raw_cursors_write_that_is_made_known_is_not_stored(library: Library) -> None:
+    """As the README says."""
+    library.fill(*EACH)
+    with library.sessions() as session:
+        session.connection().connection.cursor().execute("UPDATE book SET price = 97")
+        library.cache.invalidate(tables=["book"], session=session)
+        for statement in EACH:
+            assert library.outcome(statement, session) == "bypass own write"
+        session.rollback()
+    check(library)
