@@ -174,6 +174,8 @@ class Writes:
 
     def watch_bind(self, bind: Engine | Connection) -> None:
         """The same for what a Session is about to ask. A connection that was given may have written unseen."""
+        if self._known(bind.dialect).watched:
+            return
         if self.watch(bind.engine) and isinstance(bind, Connection) and bind.in_transaction():
             self._began_unseen(bind, given=True)
 

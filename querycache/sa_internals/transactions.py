@@ -171,13 +171,11 @@ def has_open_statement(connection: Connection) -> bool:
     The driver does not tell, but SQLite does when it refuses to VACUUM. This one it refuses in any case, for where it is
     to write.
     """
-    cursor = connection.connection.cursor()
+    driver: Any = connection.connection.dbapi_connection
     try:
-        cursor.execute("VACUUM INTO NULL")
+        driver.execute("VACUUM INTO NULL")
     except connection.dialect.loaded_dbapi.Error as refusal:
         return "in progress" in str(refusal)
-    finally:
-        cursor.close()
     return False
 
 
