@@ -105,15 +105,21 @@ class Declarations:
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
     slots: int = DEFAULT_SLOTS
     temporary: set[str] = field(default_factory=set)
-    _digest: tuple[int, bytes] | None = None
+    _digest: bytes | None = None
 
     def digest(self) -> bytes:
-        """16 bytes that are the same in every process that has declared the same."""
-        triggers = sum(map(len, _by_triggers.values()))  # others may have declared some
-        if self._digest is None or self._digest[0] != triggers:
-            parts = map(canonical, (self.sources, _by_triggers, self.slots))
-            self._digest = triggers, digest(parts, size=16)
-        return self._digest[1]
+        """16 bytes that are the same in every process that has declared the same.
+
+        Triggers of denormalized columns are not in it: which of them a process knows is a matter of what it imports.
+        """
+        if self._digest is None:
+            self._digest = digest(map(canonical, (self.sources, self.slots)), size=16)
+        return self._digest
+
+    @property
+    def of_triggers(self) -> int:
+        """The number of dependencies that triggers make, as far as this process knows."""
+        return sum(map(len, _by_triggers.values()))
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""

@@ -117,7 +117,8 @@ class _Load:
         needed: keys of the tags that the answer depends on.
         replays: True where the entry has the statement itself, at least.
         stored: the further statements that the entry has, by fingerprint.
-        fallen: keys of the tags under whose present versions they may not stand any more.
+        checks: True where not all of them may stand, or were stored with all tags that they need.
+        fallen: keys of the tags under whose present versions they do not stand any more.
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once the database was asked for a further statement.
@@ -128,6 +129,7 @@ class _Load:
     needed: set[str]
     replays: bool = False
     stored: Mapping[bytes, FrozenStatement] = field(default_factory=dict)
+    checks: bool = False
     fallen: frozenset[str] = frozenset()
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
@@ -160,9 +162,9 @@ class _Load:
         less than an earlier one.
         """
         frozen = None if self.grown else self.stored.get(mark)
-        if frozen is not None and self.fallen:
+        if frozen is not None and self.checks:
             keys = self.request.region.tag_keys(tags())
-            if not self.fallen.isdisjoint(keys):
+            if self.reading is None or not self.fallen.isdisjoint(keys) or not self.reading.names(keys):
                 return None
             self.needed.update(keys)
             self.loads[mark] = frozen
@@ -397,7 +399,7 @@ class Interceptor:
         self._writes.watch_bind(bind)
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
-        memo = (self, region, options, scope, self._declared.digest())
+        memo = (self, region, options, scope, self._declared.digest(), self._declared.of_triggers)
         derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
         if derived is None:
             derived = self._derive(region, options, plan, scope)
@@ -593,7 +595,9 @@ class Interceptor:
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
-        load = _Load(request, reading, set(request.tag_keys), True, entry.loads, reading.fallen)
+        # which triggers there are may not have been known to the process that has stored it
+        checks = bool(reading.fallen or self._declared.of_triggers)
+        load = _Load(request, reading, set(request.tag_keys), True, entry.loads, checks, reading.fallen)
         sa_internals.autobegin(request.session)
         with load:
             result = merge_frozen_result(request.prepared, entry.main)

@@ -85,6 +85,10 @@ class Reading(msgspec.Struct, frozen=True):
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
 
+    def names(self, tags: Iterable[str]) -> bool:
+        """Whether the versions of all of these were read."""
+        return set(self.tags).issuperset(tags)
+
     def of(self, tags: set[str]) -> Reading:
         """This reading with these of its tags alone."""
         if tags.issuperset(self.tags):

@@ -25,7 +25,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import StaticPool
 
-from querycache import CacheMiss, QueryCache
+from querycache import CacheMiss, QueryCache, dependencies
 from querycache.backends.memory import MemoryBackend
 
 
@@ -550,6 +550,23 @@ def test_writes_to_another_database_of_an_answer_are_followed(tmp_path: Path, st
     with others.begin() as connection:
         connection.execute(update(Child).values(name="new"))
     assert look(second) == look(first) == ["new"]
+
+
+def test_what_was_stored_by_who_did_not_know_of_a_trigger(
+    engine: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which triggers a process knows is a matter of the models that it imports."""
+    _, unknowing = attached(engine, store)
+    family(unknowing)
+    monkeypatch.setattr(dependencies, "_by_triggers", {})
+    dependencies.written_by_triggers(Toy.__table__, [Place.__table__])  # type: ignore[arg-type]
+    cache, factory = attached(engine, store)
+    with cache.recording() as events:
+        family(factory)
+    assert [each.outcome for each in events] == ["fill", "hit"]
+    with factory.begin() as session:
+        session.add(Place(id=1))
+    assert ask(cache, factory, 1) == "stale"
 
 
 def test_a_process_that_only_hits_forgets_tags_too(
