@@ -119,7 +119,7 @@ class Declarations:
     @property
     def of_triggers(self) -> int:
         """The number of dependencies that triggers make, as far as this process knows."""
-        return sum(map(len, _by_triggers.values()))
+        return sum(map(len, _by_triggers.values())) if _by_triggers else 0
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""

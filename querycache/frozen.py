@@ -89,13 +89,12 @@ class Entry(msgspec.Struct, array_like=True, frozen=True):
     created: float
     main: FrozenStatement
     loads: dict[bytes, FrozenStatement]
+    layout: str = ""
 
     @property
     def immutable(self) -> bool:
         """True if no value in it can be changed in place."""
         return self.main.rows.immutable and all(each.rows.immutable for each in self.loads.values())
-
-    layout: str = ""
 
 
 def fingerprint(plan: Plan) -> bytes:

@@ -346,8 +346,7 @@ class Interceptor:
             if type(name) is str and name.startswith("cache_"):
                 if "cache_key" not in given:
                     return self._wanted_by_options(state, given)
-                asked = [item for item in given.items() if str(item[0]).startswith("cache_")]
-                values = tuple(asked), tuple(type(value) for _, value in asked)  # True is not 1 here
+                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
                 try:
                     known = self._known_options.get(values)
                 except TypeError:  # a list or a set among the values

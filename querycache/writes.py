@@ -68,11 +68,13 @@ class _Known:
         watched: whether statements are noticed.
         settled: True once it is found out what its transactions see.
         old_views: True where they may keep an old view of the database for more than a statement.
+        told: True where its driver may be told of isolation levels by itself.
     """
 
     watched: bool = False
     settled: bool = False
     old_views: bool = False
+    told: bool = False
 
 
 @dataclass(slots=True)
@@ -170,7 +172,9 @@ class Writes:
 
     def _known(self, dialect: Dialect) -> _Known:
         found: _Known | None = dialect.__dict__.get(self._info_key)
-        return dialect.__dict__.setdefault(self._info_key, _Known()) if found is None else found
+        if found is None:
+            found = dialect.__dict__.setdefault(self._info_key, _Known(told=sa_internals.is_told(dialect)))
+        return found
 
     def watch_bind(self, bind: Engine | Connection) -> None:
         """The same for what a Session is about to ask. A connection that was given may have written unseen."""
@@ -447,14 +451,17 @@ class Writes:
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
-        if self.watch(connection.engine):
-            self._began_unseen(connection, sa_internals.was_given(transaction, connection))
         dialect = connection.dialect
+        known: _Known | None = dialect.__dict__.get(self._info_key)
+        if known is None or not known.watched:
+            known = self._known(dialect)
+            if self.watch(connection.engine):
+                self._began_unseen(connection, sa_internals.was_given(transaction, connection))
         if sa_internals.has_listeners(dialect):
             unseen = sa_internals.heed_others(dialect)
             if unseen and sa_internals.was_given(transaction, connection):
                 self._note(connection, [EVERYTHING])
-        if sa_internals.is_told(dialect) and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
+        if known.told and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)
 
     def _after_part(self, session: Session, transaction: SessionTransaction) -> None:

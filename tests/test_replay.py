@@ -5,12 +5,15 @@ Each of these was found by running SQLAlchemy's own tests on replayed rows (``te
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from sqlalchemy import ForeignKey, StaticPool, create_engine, event, select
 from sqlalchemy.exc import StatementError
+from sqlalchemy.ext import serializer
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -155,3 +158,42 @@ def test_parameters_that_cannot_be_resolved_raise_what_they_raise_uncached(
 
     assert raised.value.statement is not None
     assert [(each.outcome, each.reason) for each in events] == [("bypass", "parameters")] * len(options)
+
+
+def test_a_statement_that_is_kept_can_be_copied(session: Session) -> None:
+    """What is remembered with it, to prepare it once, belongs to an engine of this process."""
+    mapped = select(Book.id).order_by(Book.id).execution_options(cache_key=True)
+    table = Book.metadata.tables["book"]
+    core = select(table.c.id).order_by(table.c.id).execution_options(cache_key=True)
+    for statement in (mapped, core):
+        for _ in range(4):
+            assert session.scalars(statement).all() == [1, 2]
+    sent = serializer.loads(serializer.dumps(mapped), Base.metadata, session)
+    for other in (sent, pickle.loads(pickle.dumps(core)), copy.copy(mapped), copy.deepcopy(core)):
+        assert session.scalars(other).all() == [1, 2]
+        assert session.scalars(other.limit(1)).all() == [1]
+
+
+def test_results_of_a_statement_that_is_kept_are_read_side_by_side(session: Session) -> None:
+    statement = select(Book.id, Book.author_id).order_by(Book.id).execution_options(cache_key=True)
+    for _ in range(3):
+        session.execute(statement).all()
+    results = [session.execute(statement) for _ in range(3)]
+    assert [result.fetchone() for result in results] == [(1, 1)] * 3
+    assert [result.fetchone() for result in results] == [(2, 1)] * 3
+    assert [result.fetchone() for result in results] == [None] * 3
+
+
+def test_a_statement_that_is_kept_is_asked_of_several_engines(cache: QueryCache) -> None:
+    statement = select(Author.name).execution_options(cache_key=True)
+    engines = [create_engine("sqlite://", poolclass=StaticPool) for _ in range(2)]
+    for number, engine in enumerate(engines):
+        Base.metadata.create_all(engine)
+        cache.attach(maker := sessionmaker(engine))
+        with maker.begin() as db:
+            db.add(Author(name=str(number)))
+    for _ in range(4):
+        for number, engine in enumerate(engines):
+            with Session(engine) as db:
+                cache.attach(db)
+                assert db.scalars(statement).all() == [str(number)]

@@ -155,6 +155,8 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_has_events": lambda live: live.engine.dialect,
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
+    "_echo": lambda live: live.loaded_result.raw,
+    "_metadata": lambda live: live.loaded_result.raw,
     "_multi_values": lambda live: insert(Parent),
     "_new": lambda live: live.session,
     "_on_connect_isolation_level": lambda live: live.engine.dialect,
@@ -204,7 +206,7 @@ def private_names(source: str) -> set[str]:
             case ast.Call(func=ast.Name(id="attrgetter"), args=names):
                 used.update(name.value for name in names if isinstance(name, ast.Constant))
     # these are names of this module's own as well
-    own -= {"_compile_state_cls", "_compiled_cache", "_prop_set"}
+    own -= {"_compile_state_cls", "_compiled_cache", "_echo", "_prop_set"}
     return {name for name in used - own if name.startswith("_") and not name.startswith("__")}
 
 
@@ -321,6 +323,13 @@ def test_rows_are_fetched_from_the_cursor_by_its_strategy(live: Live) -> None:
     assert result.cursor_strategy.fetchall(result, result.cursor) == [(1,)]
     assert result.context.parameters == [()]
     assert result.context.statement == "SELECT 1 AS one"
+
+
+def test_a_result_has_no_more_than_what_is_copied(live: Live) -> None:
+    slots = [name for each in CursorResult.__mro__ for name in vars(each).get("__slots__", ())]
+    assert sorted(slots) == [
+        "__dict__", "_echo", "_metadata", "connection", "context", "cursor", "cursor_strategy", "dialect"
+    ]  # fmt: skip
 
 
 def test_a_transaction_knows_its_connections(live: Live) -> None:

@@ -116,6 +116,8 @@ class Plan:
     Attributes:
         values: parameters by name, as the application gave them.
         sql, parameters: what the driver is given; together with the database they determine the rows.
+        compiled_cache: where the compiled statement was looked for.
+        reused: True once a statement was executed again.
         memo: for callers, to remember what follows from the plan.
         shared_memo: to remember what follows from the statement's structure, whatever its parameters.
     """
@@ -128,19 +130,32 @@ class Plan:
     cache_hit: Any
     param_dict: Sequence[Any]
     given: Mapping[str, Any]
+    compiled_cache: Any
     values: Mapping[str, Any] = field(default_factory=dict)
     sql: str = ""
     parameters: Any = None
+    reused: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
-    _template: Any = None
+    _template: CursorResult[Any] | None = None
+
+    def cursor_result(self, description: Sequence[Sequence[Any]]) -> CursorResult[Any]:
+        """A result over a replay connection, which has columns of this description and no rows yet.
+
+        To make one takes as long as to load a row, so where the plan is used again one is kept, and copied.
+        """
+        template = self._template
+        if template is not None and template.context.cursor.description == description:
+            return _copy(template)
+        context = self.context()
+        context.cursor.description = description
+        result: CursorResult[Any] = context._setup_result_proxy()
+        if self.reused and _ROWS_FIRST.isdisjoint(self.options) and not result._echo:
+            self._template = result
+            return _copy(result)
+        return result
 
     def context(self) -> Any:
         """A new execution context over a replay connection."""
-        if self._template is not None:
-            context = object.__new__(type(self._template))
-            context.__dict__.update(self._template.__dict__)
-            context.cursor = _ReplayCursor()
-            return context
         dialect: Any = self.engine.dialect
         connection = _ReplayConnection(self.engine)
         return dialect.execution_ctx_cls._init_compiled(
@@ -155,6 +170,19 @@ class Plan:
             cache_hit=self.cache_hit,
             **({"param_dict": self.param_dict[0]} if self.param_dict else {}),
         )
+
+    def serves(self, statement: Any, engine: Engine, options: Mapping[str, Any], compiled_cache: Any) -> bool:
+        """True if this is the plan of a statement that is executed without parameters apart from its own."""
+        return (
+            self.statement is statement
+            and self.engine is engine
+            and self.compiled_cache is compiled_cache
+            and self.options == options
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy of the statement, or in another process, makes a plan of its own."""
+        return type(None), ()
 
     @property
     def shared_memo(self) -> dict[Any, Any]:
@@ -189,6 +217,23 @@ class Plan:
             )
             and all(_is_plain(bind.type, self.engine.dialect) for bind in self.compiled.binds.values())
         )
+
+
+def _copy(template: CursorResult[Any]) -> CursorResult[Any]:
+    """A result like one that nothing was taken from, with a cursor and an execution context of its own."""
+    context = object.__new__(type(template.context))
+    context.__dict__.update(template.context.__dict__)
+    result = object.__new__(CursorResult)
+    result.__dict__.update(template.__dict__)
+    result._metadata = template._metadata
+    result.dialect = template.dialect
+    result.cursor_strategy = template.cursor_strategy
+    result.connection = template.connection
+    result._echo = template._echo
+    result.context = context
+    result.cursor = context.cursor = cursor = _ReplayCursor()
+    cursor.description = template.context.cursor.description
+    return result
 
 
 def _is_plain(kind: Any, dialect: Dialect) -> bool:
@@ -268,12 +313,16 @@ class Prepared:
         return _loaded(begun.result)
 
     def _begin(self, description: Sequence[Sequence[Any]], rows: Iterable[Row], rowcount: int) -> _Replay:
-        context, self._context = self._context or self.plan.context(), None
-        cursor = context.cursor
-        cursor.description = description
+        context, self._context = self._context, None
+        if context is None:
+            cursor_result = self.plan.cursor_result(description)
+        else:
+            context.cursor.description = description
+            cursor_result = context._setup_result_proxy()
+        cursor: Any = cursor_result.cursor
         cursor.rowcount = rowcount
         cursor.rows = iter(rows)
-        result = self.invocation.result(context._setup_result_proxy())
+        result = self.invocation.result(cursor_result)
         return _Replay(cursor, result, self.invocation.session.identity_map)
 
 
@@ -415,8 +464,8 @@ class Unpreparable(Exception):
 def prepare(invocation: Invocation) -> Prepared:
     """Compile a statement and process its parameters, exactly as ``Connection.execute`` would do.
 
-    The compiled object remembers the plan of the statement object it was last asked for. A statement is never
-    changed once it is made, so one that is kept and executed again is planned once.
+    The compiled object remembers the plan of the statement object it was last asked for, and that statement, once it is
+    executed again, its plan. A statement is never changed once it is made, so one that is kept is planned once.
 
     Raises:
         Unpreparable: the code of the application that makes the parameters has failed.
@@ -425,20 +474,29 @@ def prepare(invocation: Invocation) -> Prepared:
     engine = invocation.engine
     options = statement._execution_options.merge_with(invocation.connection_options(), invocation.options)
     given = invocation.parameters or {}
+    compiled_cache = _compiled_cache(engine, options)
+    if not given:
+        plan: Plan | None = statement.__dict__.get(_PLAN)
+        if plan is not None and plan.serves(statement, engine, options, compiled_cache):
+            return Prepared(invocation, plan)
     dialect: Any = engine.dialect
     # 2.0 returns (compiled, extracted, cache hit), 2.1 (compiled, extracted, parameter dict, cache hit)
     compiled, extracted, *param_dict, cache_hit = statement._compile_w_cache(
         dialect=dialect,
-        compiled_cache=_compiled_cache(engine, options),
+        compiled_cache=compiled_cache,
         column_keys=sorted(given),
         for_executemany=False,
         schema_translate_map=options.get("schema_translate_map"),
         linting=dialect.compiler_linting | WARN_LINTING,
     )
-    plan: Plan | None = compiled.__dict__.get(_PLAN)
-    if plan is not None and plan.statement is statement and plan.engine is engine and plan.options == options:
+    plan = compiled.__dict__.get(_PLAN)
+    if plan is not None and plan.serves(statement, engine, options, compiled_cache):
+        plan.reused = True
+        statement.__dict__[_PLAN] = plan
         return Prepared(invocation, plan)
-    plan = Plan(engine, statement, compiled, options, extracted or (), cache_hit, param_dict, given)
+    plan = Plan(
+        engine, statement, compiled, options, extracted or (), cache_hit, param_dict, given, compiled_cache
+    )
     try:
         context = plan.context()
         plan.values = context.compiled_parameters[0]
@@ -455,9 +513,7 @@ def prepare(invocation: Invocation) -> Prepared:
     plan.sql = context.statement
     plan.parameters = context.parameters[0]
     if plan.repeatable:
-        plan._template = context
         compiled.__dict__[_PLAN] = plan
-        context = None
     return Prepared(invocation, plan, _context=context)
 
 
