@@ -231,8 +231,9 @@ def _copy(template: CursorResult[Any]) -> CursorResult[Any]:
     result.connection = template.connection
     result._echo = template._echo
     result.context = context
-    result.cursor = context.cursor = cursor = _ReplayCursor()
+    cursor: Any = _ReplayCursor()
     cursor.description = template.context.cursor.description
+    result.cursor = context.cursor = cursor
     return result
 
 
