@@ -215,8 +215,17 @@ class Plan:
                 parameter.callable is None and type(parameter.value) in _IMMUTABLE
                 for parameter in self.extracted
             )
-            and all(_is_plain(bind.type, self.engine.dialect) for bind in self.compiled.binds.values())
+            and self._has_plain_types
         )
+
+    @property
+    def _has_plain_types(self) -> bool:
+        known: bool | None = self.compiled.__dict__.get(_PLAIN)
+        if known is None:
+            dialect = self.engine.dialect
+            known = all(_is_plain(bind.type, dialect) for bind in self.compiled.binds.values())
+            self.compiled.__dict__[_PLAIN] = known
+        return known
 
 
 def _copy(template: CursorResult[Any]) -> CursorResult[Any]:
@@ -454,6 +463,7 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
 
 _DESCRIPTION = "_querycache_description"
 _UNRENDERED = "_querycache_unrendered"
+_PLAIN = "_querycache_plain"
 _PLAN = "_querycache_plan"
 _MEMO = "_querycache_memo"
 
