@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from querycache import sa_internals
-from querycache.dependencies import DEFAULT_SLOTS, Declarations, set_write_tags
+from querycache.dependencies import DEFAULT_SLOTS, Declarations
 from querycache.errors import ConfigurationError
 from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor
@@ -26,6 +26,7 @@ from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
 from querycache.options import Policy, check_ttl, names
 from querycache.regions import Regions
+from querycache.tables import set_write_tags
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
 from querycache.writes import Consistency, OnOutage, Writes
 

@@ -1,29 +1,11 @@
-"""What an answer depends on, and what a write changes: both as tags.
+"""What an answer depends on, as tags.
 
-**Reading.** The tables of a statement are those that its SQL names: subqueries, CTEs, eager joins and the joins
-of inheritance included. They are collected while the dialect's own compiler renders the statement once more, so
-what is collected is what is rendered. Where the WHERE clause pins a *tracked* column (primary key, foreign key,
-unique) of a table to values, the answer depends on the *slots* of these values and on the table's *bulk* tag,
-instead of on the whole table. Only comparisons that mean the same in the database as here can pin: integers and
-UUIDs (two strings that hash apart may be equal under a collation), by ``=`` or ``IN``, in a top-level conjunct,
-of a table that appears nowhere else in the statement.
-
-**Writing.** A *row write*, of which old and new values are known, changes the table and the slots of these values.
-A *set write*, of which only the table is known, changes the table and its bulk tag, and so do foreign keys with
-``ON DELETE`` or ``ON UPDATE`` actions in the tables that refer to it.
-
-    ============  ==================  =========================
-    tag           a reader has it     a writer changes it
-    ============  ==================  =========================
-    table:T       unless T is pinned  by every write to T
-    bulk:T        if T is pinned      by set writes to T
-    slot:T.c:N    if c is pinned      by row writes, old and new
-    change:T      if T is pinned by   by row writes but INSERT
-                  other than its key
-    ============  ==================  =========================
-
-The last is there because the old values of a row come from an object, which may be older than the row: somebody may
-have moved it to another parent meanwhile. Only of its primary key is an UPDATE or DELETE sure, by its WHERE clause.
+The tables of a statement are those that its SQL names: subqueries, CTEs, eager joins and the joins of inheritance
+included. They are collected while the dialect's own compiler renders the statement once more, so what is collected is
+what is rendered. Where the WHERE clause pins a tracked column of a table to values, the answer depends on their slots
+instead of the whole table (:mod:`querycache.tables`). Only comparisons that mean the same in the database as here can
+pin: integers and UUIDs (two strings that hash apart may be equal under a collation), by ``=`` or ``IN``, in a top-level
+conjunct, of a table that appears nowhere else in the statement.
 
 A structure is analysed once and remembered on the compiled object, which lives in SQLAlchemy's bounded cache.
 """
@@ -31,9 +13,8 @@ A structure is analysed once and remembered on the compiled object, which lives 
 from __future__ import annotations
 
 import re
-import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -41,47 +22,38 @@ from typing import Any, cast
 from sqlalchemy import (
     Alias,
     BindParameter,
-    Column,
     ColumnElement,
-    ForeignKey,
-    Integer,
-    MetaData,
     Select,
     String,
     Table,
-    Uuid,
 )
-from sqlalchemy.exc import NoReferenceError
-from sqlalchemy.schema import UniqueConstraint
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 
-from querycache import sa_internals
 from querycache.functions import is_stable, is_system_table
 from querycache.keys import canonical, digest, structure_digest
 from querycache.sa_internals import Plan, custom_constructs
+from querycache.tables import (
+    TableName,
+    declared_tags,
+    label_of,
+    reader_labels,
+    slot_of,
+    tracked_columns,
+    translated,
+)
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 from querycache.textual import read_text
 
 __all__ = [
+    "DEFAULT_SLOTS",
     "MAX_PINNED_VALUES",
     "Analysis",
     "Declarations",
-    "TableName",
     "analyse",
-    "cascades",
-    "declared_tags",
-    "follows_all",
-    "row_write_tags",
-    "set_write_tags",
-    "slot_of",
-    "tracked_columns",
     "written_by_triggers",
 ]
-
-TableName = tuple[str | None, str]
-"""Schema (None for the default one) and name of a table."""
 
 MAX_PINNED_VALUES = 64
 """A list of more values than this makes the answer depend on the whole table."""
@@ -155,55 +127,9 @@ def written_by_triggers(table: Table, on: Iterable[Table]) -> None:
     Schemas make no difference: they are translated by connection, and a table that is taken to be written too often
     is answered by the database.
     """
-    labels = {_label(schema, each.name) for each in on for schema in (None, "?")}
+    labels = {label_of(schema, each.name) for each in on for schema in (None, "?")}
     name = table.name.lower()
     _by_triggers[name] = _by_triggers.get(name, frozenset()) | labels
-
-
-# --- tracked columns and slots -----------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
-    """The columns whose values are followed: primary key, foreign keys and unique ones, of exact types."""
-    tracked = dict.fromkeys(table.primary_key.columns)
-    tracked.update(dict.fromkeys(column for column in table.columns if column.foreign_keys or column.unique))
-    for constraint in table.constraints:
-        if isinstance(constraint, UniqueConstraint):
-            tracked.update(dict.fromkeys(constraint.columns))
-    for index in table.indexes:
-        if index.unique:
-            tracked.update(dict.fromkeys(index.columns))
-    return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
-
-
-def follows_all(table: Table) -> bool:
-    """True if no other declaration of the table, as another class may have one, has further tracked columns."""
-    known = sa_internals.known_metadata()
-    return _follows_all(table, known, sum(len(each.tables) for each in known))
-
-
-@lru_cache(maxsize=4096)
-def _follows_all(table: Table, known: frozenset[MetaData], number: int) -> bool:
-    own = {column.name for column in tracked_columns(table)}
-    others = (each for each in sa_internals.known_tables(table.name) if each.schema == table.schema)
-    return all(column.name in own for other in others for column in tracked_columns(other))
-
-
-def slot_of(value: object, slots: int) -> int | None:
-    """The slot of a value: 0 to ``slots`` - 1; None for one that has no canonical form.
-
-    Equal values of the database have equal slots: integers by their value, UUIDs by their 128 bits, also where
-    they are given as text.
-    """
-    if isinstance(value, int):
-        return int(value) % slots
-    if isinstance(value, str):
-        try:
-            value = uuid.UUID(value)
-        except ValueError:
-            return None
-    return value.int % slots if isinstance(value, uuid.UUID) else None
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -269,7 +195,7 @@ class Analysis:
         for schema, name in sorted(
             {*self.tables, *self.text_tables}, key=lambda table: (table[0] or "", table[1])
         ):
-            label = _label(schema, name)
+            label = label_of(schema, name)
             if is_system_table(schema, name) and declared.sources.keys().isdisjoint(_spellings(label)):
                 return label
         return ""
@@ -289,20 +215,20 @@ class Analysis:
             if None in slots or pin.table in pinned:
                 continue
             pinned.add(pin.table)
-            schema, name = _translated(pin.table, translate)
-            tags.extend(map(bulk_tag, _reader_labels(schema, name)))
-            label = _label(schema, name)
+            schema, name = translated(pin.table, translate)
+            tags.extend(map(bulk_tag, reader_labels(schema, name)))
+            label = label_of(schema, name)
             if not pin.key:
                 tags.append(change_tag(label))
             tags.extend(slot_tag(label, pin.column, slot) for slot in sorted(slots))  # type: ignore[type-var, arg-type]
-        whole = {_translated(table, translate) for table in self.tables if table not in pinned}
+        whole = {translated(table, translate) for table in self.tables if table not in pinned}
         for schema, name in whole:
-            tags.extend(table_tag(label) for label in _reader_labels(schema, name))
+            tags.extend(table_tag(label) for label in reader_labels(schema, name))
         for schema, name in self.text_tables:
-            labels = _reader_labels(schema, name) if schema else [_label(None, name), _label("?", name)]
+            labels = reader_labels(schema, name) if schema else [label_of(None, name), label_of("?", name)]
             tags.extend(map(table_tag, labels))
         if declared.sources or _by_triggers:
-            given = {_label(*_translated(table, translate)) for table in self.tables}
+            given = {label_of(*translated(table, translate)) for table in self.tables}
             named = [table[1] for table in (*self.tables, *self.text_tables)]
             # A source may be a table of the statement, and pinned there: what is made from it is made from all of it.
             called = [spelling for name in self.functions for spelling in _spellings(name)]
@@ -516,130 +442,3 @@ def _base_table(column: Any) -> Table | None:
     if isinstance(owner, Alias):
         owner = owner.element
     return owner if isinstance(owner, Table) else None
-
-
-# --- names of tables -----------------------------------------------------------------------------------
-
-
-def _translated(table: TableName, translate: Mapping[str | None, str | None]) -> TableName:
-    schema, name = table
-    return translate.get(schema, schema), name
-
-
-def _label(schema: str | None, name: str) -> str:
-    return f"{schema}.{name}".lower() if schema else name.lower()
-
-
-def _reader_labels(schema: str | None, name: str) -> list[str]:
-    """What a reader calls a table. With a schema, it also listens to writes that did not say which."""
-    return [_label(schema, name), _label("*", name)] if schema else [_label(None, name)]
-
-
-def _writer_labels(schema: str | None, name: str, default_schema: str | None) -> list[str]:
-    """All that readers may call a table, seen from a connection whose default schema is known."""
-    labels = [_label(schema, name)]
-    if schema is None and default_schema:
-        labels.append(_label(default_schema, name))
-    elif schema is not None:
-        # textual SQL elsewhere may reach it without naming the schema
-        labels.append(_label(None if schema == default_schema else "?", name))
-    return labels
-
-
-def declared_tags(names: Iterable[str]) -> Iterator[str]:
-    """The tags of tables that the application has named; without a schema, those of the name in any."""
-    for each in names:
-        schema, _, name = each.rpartition(".")
-        yield table_tag(each)
-        yield table_tag(_label("*" if schema else "?", name))
-
-
-# --- writing -------------------------------------------------------------------------------------------
-
-
-def set_write_tags(table: TableName, default_schema: str | None, *, anywhere: bool = False) -> Iterator[str]:
-    """The tags that a write changes of which only the table is known.
-
-    Args:
-        table: schema and name, as they are in the database.
-        default_schema: the connection's default schema.
-        anywhere: True where the schema was not said and a search path decides (textual SQL).
-    """
-    labels = _writer_labels(*table, default_schema)
-    if anywhere:
-        labels.append(_label("*", table[1]))
-    for label in labels:
-        yield table_tag(label)
-        yield bulk_tag(label)
-
-
-def row_write_tags(
-    table: Table,
-    schema: str | None,
-    values: Iterable[tuple[str, object]],
-    default_schema: str | None,
-    slots: int,
-    *,
-    moved: bool,
-) -> Iterator[str]:
-    """The tags that writes of rows change.
-
-    Args:
-        table: the table.
-        schema: its schema in the database.
-        values: (name of a tracked column, value), for old and new values.
-        default_schema: the connection's default schema.
-        slots: number of slots of a column.
-        moved: True if these are not all the values that the rows had in the database.
-    """
-    known = []
-    for column, value in values:
-        if value is None:
-            continue  # no comparison with a parameter finds NULL
-        slot = slot_of(value, slots)
-        if slot is None:
-            yield from set_write_tags((schema, table.name), default_schema)
-            return
-        known.append((column, slot))
-    for label in _writer_labels(schema, table.name, default_schema):
-        yield table_tag(label)
-        if moved:
-            yield change_tag(label)
-        for column, slot in known:
-            yield slot_tag(label, column, slot)
-
-
-def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
-    """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    known = sa_internals.known_metadata() | {table.metadata}
-    return _cascades(table, delete, known, sum(len(each.tables) for each in known))
-
-
-@lru_cache(maxsize=4096)
-def _cascades(table: Table, delete: bool, known: frozenset[MetaData], number: int) -> frozenset[Table]:
-    """The number of tables is there to ask once more when further ones were declared."""
-    found: set[tuple[Table, bool]] = set()
-    todo = [(table, delete)]
-    others = [other for metadata in known for other in metadata.tables.values() if other.foreign_keys]
-    while todo:
-        current, deleted = todo.pop()
-        for other in others:
-            for key in other.foreign_keys:
-                action = ((key.ondelete if deleted else key.onupdate) or "").upper()
-                # PostgreSQL: SET NULL (column)
-                if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
-                    continue
-                step = other, deleted and action.startswith("CASCADE")
-                if step not in found and _refers_to(key, current):
-                    found.add(step)
-                    todo.append(step)
-    return frozenset(other for other, _ in found)
-
-
-def _refers_to(key: ForeignKey, table: Table) -> bool:
-    try:
-        referred = key.column.table
-    except NoReferenceError:  # to a table that was not declared
-        return False
-    # not `is`: in statements of the ORM tables are copies with annotations
-    return referred.key == table.key and referred.metadata is table.metadata

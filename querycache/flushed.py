@@ -20,7 +20,7 @@ from sqlalchemy import Column, Table, and_, or_, select
 from sqlalchemy.engine import Connection
 
 from querycache import sa_internals
-from querycache.dependencies import tracked_columns
+from querycache.tables import tracked_columns
 
 __all__ = ["FlushedRows", "Returned", "SchemaMap", "followed_columns"]
 

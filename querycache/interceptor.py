@@ -32,7 +32,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
-from querycache.dependencies import Analysis, Declarations, analyse, declared_tags
+from querycache.dependencies import Analysis, Declarations, analyse
 from querycache.errors import CacheMiss
 from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
@@ -52,6 +52,7 @@ from querycache.ledger import Reading
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
 from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
+from querycache.tables import declared_tags
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
 from querycache.writes import Transaction, Writes
 

@@ -35,20 +35,14 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
 
 from querycache import sa_internals
-from querycache.dependencies import (
-    Declarations,
-    TableName,
-    cascades,
-    follows_all,
-    row_write_tags,
-    set_write_tags,
-)
+from querycache.dependencies import Declarations
 from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.events import Telemetry
 from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
 from querycache.ledger import Ledger, Marks
 from querycache.options import names
 from querycache.regions import Regions
+from querycache.tables import TableName, cascades, follows_all, row_write_tags, set_write_tags
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 

@@ -33,7 +33,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from querycache import QueryCache
-from querycache.dependencies import cascades
+from querycache.tables import cascades
 
 _who: ContextVar[int] = ContextVar("who", default=1)
 

@@ -55,7 +55,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateSequence
 
-from querycache import QueryCache, dependencies, sa_internals
+from querycache import QueryCache, dependencies, sa_internals, tables
 from querycache.backends.memory import MemoryBackend
 from querycache.errors import CacheUnavailable
 from querycache.flushed import FlushedRows
@@ -275,12 +275,12 @@ def check_cascade(library: Library) -> None:
 
 def test_E4_the_databases_own_cascades(library: Library) -> None:
     check_cascade(library)
-    with naive(dependencies, "_cascades", lambda *_: frozenset()):
+    with naive(tables, "_cascades", lambda *_: frozenset()):
         check_cascade(Library(library.engine))
 
 
 def check_cascade_of_bulk_delete(library: Library) -> None:
-    dependencies._cascades.cache_clear()
+    tables._cascades.cache_clear()
     library.fill(PRICES, LOANS)
     with library.sessions.begin() as session:
         # first with the table as the ORM has it, a copy with annotations, for which nothing may be remembered
@@ -293,16 +293,16 @@ def check_cascade_of_bulk_delete(library: Library) -> None:
 
 def test_E4_cascades_of_a_bulk_delete(library: Library) -> None:
     check_cascade_of_bulk_delete(library)
-    with naive(dependencies, "_refers_to", lambda key, table: key.column.table is table):
+    with naive(tables, "_refers_to", lambda key, table: key.column.table is table):
         check_cascade_of_bulk_delete(Library(library.engine))
-    dependencies._cascades.cache_clear()
+    tables._cascades.cache_clear()
 
 
 def test_E4_a_table_declared_later_is_followed_too(sqlite_engine: Engine) -> None:
     library = Library(sqlite_engine)
     metadata = MetaData()
     parent = Table("parent", metadata, sa_column("id"))
-    assert dependencies.cascades(parent, delete=True) == frozenset()
+    assert tables.cascades(parent, delete=True) == frozenset()
     child = Table("child", metadata, sa_column("id"), sa_column("parent_id", "parent.id"))
     metadata.create_all(sqlite_engine)
     library.write(parent.insert().values(id=1), child.insert().values(id=1, parent_id=1))
@@ -589,9 +589,14 @@ def test_E13_strings_do_not_pin(members: Library) -> None:
     def every_column(table: Table) -> tuple[Any, ...]:
         return tuple(table.columns)
 
+    def hashed(value: object, slots: int) -> int:
+        return hash(value) % slots
+
     with (
         mock.patch("querycache.flushed.tracked_columns", every_column),
-        mock.patch.object(dependencies, "slot_of", lambda value, slots: hash(value) % slots),
+        mock.patch.object(tables, "tracked_columns", every_column),
+        mock.patch.object(tables, "slot_of", hashed),
+        mock.patch.object(dependencies, "slot_of", hashed),
         naive(dependencies, "tracked_columns", every_column),
     ):
         check_collation(members_again(members))

@@ -1,0 +1,224 @@
+"""Tables as tags: what is told apart in them, and which tags a write changes.
+
+A *tracked* column (primary key, foreign key, unique) of an exact type is divided into *slots* by its values. A *row
+write*, of which old and new values are known, changes the table and the slots of these values. A *set write*, of which
+only the table is known, changes the table and its bulk tag, and so do foreign keys with ``ON DELETE`` or ``ON UPDATE``
+actions in the tables that refer to it. Where a statement pins a tracked column of a table to values, its answer depends
+on their slots and on the bulk tag, instead of on the whole table (:mod:`querycache.dependencies`).
+
+    ============  ==================  =========================
+    tag           a reader has it     a writer changes it
+    ============  ==================  =========================
+    table:T       unless T is pinned  by every write to T
+    bulk:T        if T is pinned      by set writes to T
+    slot:T.c:N    if c is pinned      by row writes, old and new
+    change:T      if T is pinned by   by row writes but INSERT
+                  other than its key
+    ============  ==================  =========================
+
+The last is there because the old values of a row come from an object, which may be older than the row: somebody may
+have moved it to another parent meanwhile. Only of its primary key is an UPDATE or DELETE sure, by its WHERE clause.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, UniqueConstraint, Uuid
+from sqlalchemy.exc import NoReferenceError
+
+from querycache import sa_internals
+from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
+
+__all__ = [
+    "TableName",
+    "cascades",
+    "declared_tags",
+    "follows_all",
+    "label_of",
+    "reader_labels",
+    "row_write_tags",
+    "set_write_tags",
+    "slot_of",
+    "tracked_columns",
+    "translated",
+]
+
+TableName = tuple[str | None, str]
+"""Schema (None for the default one) and name of a table."""
+
+
+# --- tracked columns and slots -----------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
+    """The columns whose values are followed: primary key, foreign keys and unique ones, of exact types."""
+    tracked = dict.fromkeys(table.primary_key.columns)
+    tracked.update(dict.fromkeys(column for column in table.columns if column.foreign_keys or column.unique))
+    for constraint in table.constraints:
+        if isinstance(constraint, UniqueConstraint):
+            tracked.update(dict.fromkeys(constraint.columns))
+    for index in table.indexes:
+        if index.unique:
+            tracked.update(dict.fromkeys(index.columns))
+    return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
+
+
+def follows_all(table: Table) -> bool:
+    """True if no other declaration of the table, as another class may have one, has further tracked columns."""
+    known = sa_internals.known_metadata()
+    return _follows_all(table, known, sum(len(each.tables) for each in known))
+
+
+@lru_cache(maxsize=4096)
+def _follows_all(table: Table, known: frozenset[MetaData], number: int) -> bool:
+    own = {column.name for column in tracked_columns(table)}
+    others = (each for each in sa_internals.known_tables(table.name) if each.schema == table.schema)
+    return all(column.name in own for other in others for column in tracked_columns(other))
+
+
+def slot_of(value: object, slots: int) -> int | None:
+    """The slot of a value: 0 to ``slots`` - 1; None for one that has no canonical form.
+
+    Equal values of the database have equal slots: integers by their value, UUIDs by their 128 bits, also where
+    they are given as text.
+    """
+    if isinstance(value, int):
+        return int(value) % slots
+    if isinstance(value, str):
+        try:
+            value = uuid.UUID(value)
+        except ValueError:
+            return None
+    return value.int % slots if isinstance(value, uuid.UUID) else None
+
+
+# --- names -------------------------------------------------------------------------------------------
+
+
+def translated(table: TableName, translate: Mapping[str | None, str | None]) -> TableName:
+    schema, name = table
+    return translate.get(schema, schema), name
+
+
+def label_of(schema: str | None, name: str) -> str:
+    return f"{schema}.{name}".lower() if schema else name.lower()
+
+
+def reader_labels(schema: str | None, name: str) -> list[str]:
+    """What a reader calls a table. With a schema, it also listens to writes that did not say which."""
+    return [label_of(schema, name), label_of("*", name)] if schema else [label_of(None, name)]
+
+
+def _writer_labels(schema: str | None, name: str, default_schema: str | None) -> list[str]:
+    """All that readers may call a table, seen from a connection whose default schema is known."""
+    labels = [label_of(schema, name)]
+    if schema is None and default_schema:
+        labels.append(label_of(default_schema, name))
+    elif schema is not None:
+        # textual SQL elsewhere may reach it without naming the schema
+        labels.append(label_of(None if schema == default_schema else "?", name))
+    return labels
+
+
+def declared_tags(names: Iterable[str]) -> Iterator[str]:
+    """The tags of tables that the application has named; without a schema, those of the name in any."""
+    for each in names:
+        schema, _, name = each.rpartition(".")
+        yield table_tag(each)
+        yield table_tag(label_of("*" if schema else "?", name))
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def set_write_tags(table: TableName, default_schema: str | None, *, anywhere: bool = False) -> Iterator[str]:
+    """The tags that a write changes of which only the table is known.
+
+    Args:
+        table: schema and name, as they are in the database.
+        default_schema: the connection's default schema.
+        anywhere: True where the schema was not said and a search path decides (textual SQL).
+    """
+    labels = _writer_labels(*table, default_schema)
+    if anywhere:
+        labels.append(label_of("*", table[1]))
+    for label in labels:
+        yield table_tag(label)
+        yield bulk_tag(label)
+
+
+def row_write_tags(
+    table: Table,
+    schema: str | None,
+    values: Iterable[tuple[str, object]],
+    default_schema: str | None,
+    slots: int,
+    *,
+    moved: bool,
+) -> Iterator[str]:
+    """The tags that writes of rows change.
+
+    Args:
+        table: the table.
+        schema: its schema in the database.
+        values: (name of a tracked column, value), for old and new values.
+        default_schema: the connection's default schema.
+        slots: number of slots of a column.
+        moved: True if these are not all the values that the rows had in the database.
+    """
+    known = []
+    for column, value in values:
+        if value is None:
+            continue  # no comparison with a parameter finds NULL
+        slot = slot_of(value, slots)
+        if slot is None:
+            yield from set_write_tags((schema, table.name), default_schema)
+            return
+        known.append((column, slot))
+    for label in _writer_labels(schema, table.name, default_schema):
+        yield table_tag(label)
+        if moved:
+            yield change_tag(label)
+        for column, slot in known:
+            yield slot_tag(label, column, slot)
+
+
+def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
+    """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
+    known = sa_internals.known_metadata() | {table.metadata}
+    return _cascades(table, delete, known, sum(len(each.tables) for each in known))
+
+
+@lru_cache(maxsize=4096)
+def _cascades(table: Table, delete: bool, known: frozenset[MetaData], number: int) -> frozenset[Table]:
+    """The number of tables is there to ask once more when further ones were declared."""
+    found: set[tuple[Table, bool]] = set()
+    todo = [(table, delete)]
+    others = [other for metadata in known for other in metadata.tables.values() if other.foreign_keys]
+    while todo:
+        current, deleted = todo.pop()
+        for other in others:
+            for key in other.foreign_keys:
+                action = ((key.ondelete if deleted else key.onupdate) or "").upper()
+                # PostgreSQL: SET NULL (column)
+                if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
+                    continue
+                step = other, deleted and action.startswith("CASCADE")
+                if step not in found and _refers_to(key, current):
+                    found.add(step)
+                    todo.append(step)
+    return frozenset(other for other, _ in found)
+
+
+def _refers_to(key: ForeignKey, table: Table) -> bool:
+    try:
+        referred = key.column.table
+    except NoReferenceError:  # to a table that was not declared
+        return False
+    # not `is`: in statements of the ORM tables are copies with annotations
+    return referred.key == table.key and referred.metadata is table.metadata
