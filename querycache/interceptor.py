@@ -1,9 +1,9 @@
-"""The read path, whole: decide, look up, replay or freeze.
+"""The read path: decide, look up, replay or freeze.
 
 One handler of ``do_orm_execute`` answers every select for which somebody asked the cache:
 
-1. **Decide.** Options of the statement, or a policy of its entity, ask for the cache. Some statements are
-   never answered from it (row locks, refreshes, server-side cursors …): they are *bypassed*, with a reason.
+1. **Decide** what is asked (:mod:`querycache.requests`). Some statements are never answered from the cache: they are
+   *bypassed*, with a reason.
 2. **Let the others speak.** Handlers registered later may still change the statement (tenant filters!), or
    run it several times (shards). They are run first, and the cache answers each statement that comes out; where
    none does, the answer is a handler's own, and none of the cache's business.
@@ -24,88 +24,34 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any, cast
 
-from sqlalchemy.engine import Connection, Engine, Result
+from sqlalchemy.engine import Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
-from querycache.dependencies import Analysis, Declarations, analyse
+from querycache.dependencies import Declarations
 from querycache.errors import CacheMiss
 from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
-from querycache.frozen import (
-    Entry,
-    FrozenStatement,
-    canonical_parameters,
-    discriminators,
-    fingerprint,
-    fits,
-    freeze,
-    layout,
-    merge_frozen_result,
-)
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
+from querycache.frozen import Entry, FrozenStatement, fits, freeze, layout, merge_frozen_result
 from querycache.ledger import Reading
-from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
+from querycache.options import CacheOptions, Policy
 from querycache.regions import Region
-from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
-from querycache.tables import declared_tags
-from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
-from querycache.writes import Transaction, Writes
+from querycache.requests import Completion, Refresh, Refused, Request, Requests
+from querycache.sa_internals import Prepared
+from querycache.writes import Writes
 
-__all__ = ["Interceptor", "Request"]
-
-# Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
-_DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
-
+__all__ = ["Interceptor"]
 
 # What a handler makes itself cannot be looked up before that handler has run: it may as well have changed the statement,
 # or read what no tag of the statement covers. Once it has run, there is nothing left to save.
 _BY_A_HANDLER = "answered by a handler"
 
 
-class _Bypass(Exception):
-    """The statement goes to the database, for the reason given."""
-
-
-class _Refresh(_Bypass):
-    """The statement refreshes an object."""
-
-
 class _Torn(Exception):
     """The database shows something later than what was replayed already, and by this transaction it must not."""
-
-
-@dataclass(slots=True)
-class Request:
-    """A statement that asks for the cache, with all that is known before it is looked up.
-
-    Attributes:
-        key: of the answer in the store.
-        tags, tag_keys: what the answer depends on, as far as the statement shows; and their keys in the store.
-        name: what to call it in events.
-        transactions: those that the session takes part in.
-    """
-
-    region: Region
-    options: CacheOptions
-    prepared: Prepared
-    key: str
-    tags: list[str]
-    tag_keys: tuple[str, ...]
-    name: str
-    transactions: Sequence[Transaction]
-
-    @property
-    def session(self) -> Session:
-        return self.prepared.invocation.session
-
-    @property
-    def bind(self) -> Engine | Connection:
-        return self.prepared.invocation.bind
 
 
 @dataclass(slots=True)
@@ -116,10 +62,8 @@ class _Load:
         reading: versions of the tags, read before a statement that depends on them was run; None where the server
             did not answer.
         needed: keys of the tags that the answer depends on.
-        replays: True where the entry has the statement itself, at least.
-        stored: the further statements that the entry has, by fingerprint.
-        checks: True where not all of them may stand, or were stored with all tags that they need.
-        fallen: keys of the tags under whose present versions they do not stand any more.
+        entry: what was found, of which the statement itself is replayed; None where the database is asked for it.
+        checks: True where not all further statements of the entry may stand, or were stored with all tags they need.
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once the database was asked for a further statement.
@@ -128,10 +72,8 @@ class _Load:
     request: Request
     reading: Reading | None
     needed: set[str]
-    replays: bool = False
-    stored: Mapping[bytes, FrozenStatement] = field(default_factory=dict)
+    entry: Entry | None = None
     checks: bool = False
-    fallen: frozenset[str] = frozenset()
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
@@ -156,19 +98,19 @@ class _Load:
                 self.spoiled = refusal.reason
         return frozen, prepared.replay(description, rows, rowcount)
 
-    def find(self, mark: bytes, tags: Callable[[], Sequence[str]]) -> FrozenStatement | None:
+    def find(self, asked: Completion) -> FrozenStatement | None:
         """A further statement that the entry has and that still stands.
 
         None once one was asked of the database: SQLAlchemy asks them one after the other, so a later one never knows
         less than an earlier one.
         """
-        frozen = None if self.grown else self.stored.get(mark)
+        frozen = None if self.grown or self.entry is None else self.entry.loads.get(asked.mark)
         if frozen is not None and self.checks:
-            keys = self.request.region.tag_keys(tags())
-            if self.reading is None or not self.fallen.isdisjoint(keys) or not self.reading.names(keys):
+            keys, reading = self.request.region.tag_keys(asked.tags()), self.reading
+            if reading is None or not reading.fallen.isdisjoint(keys) or not reading.names(keys):
                 return None
             self.needed.update(keys)
-            self.loads[mark] = frozen
+            self.loads[asked.mark] = frozen
         return frozen
 
     def observe(self, tags: Sequence[str]) -> None:
@@ -229,13 +171,11 @@ class Interceptor:
         policies: Mapping[type, Policy],
     ) -> None:
         self._region_for = region_for
+        self._requests = Requests(writes, declared, scope, policies)
         self._writes = writes
         self._declared = declared
         self._telemetry = telemetry
-        self._scope = scope
-        self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
         self._flights = Flights()
-        self._known_options: dict[object, CacheOptions | None] = {}
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
@@ -245,7 +185,7 @@ class Interceptor:
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
             if sa_internals.completes(state):
                 return self._complete(load, state)
-        options = self._wanted(state)
+        options = self._requests.wanted(state)
         if options is None and not _explaining.get():
             return None
         if later := sa_internals.later_handlers(state):
@@ -272,7 +212,7 @@ class Interceptor:
         if load is not None and load.request.session is state.session and sa_internals.completes(state):
             result = self._complete(load, state)
         else:
-            result = self._answer(state, self._wanted(state))
+            result = self._answer(state, self._requests.wanted(state))
         return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
@@ -282,8 +222,8 @@ class Interceptor:
             return None
         region = self._region_for(options.region)
         try:
-            request = self._decide(state, region, options)
-        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+            request = self._requests.request(state, region, options)
+        except Refused as refusal:
             self._leave(region, options, str(refusal))
             return None
         before = sa_internals.loads_so_far()
@@ -316,8 +256,8 @@ class Interceptor:
             return Explanation(False, "no cache_key, no policy")
         region = self._region_for(options.region)
         try:
-            request = self._decide(state, region, options)
-        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+            request = self._requests.request(state, region, options)
+        except Refused as refusal:
             return Explanation(False, str(refusal), region.name)
         lookup = region.lookup(request.key, request.tag_keys, request.options.exact)
         distrust = "" if lookup.reading is None else self._distrust(request, lookup.reading)
@@ -332,203 +272,6 @@ class Interceptor:
             age=None if entry is None else max(0.0, time.time() - entry.created),
             promise=region.promise,
         )
-
-    # --- decide ------------------------------------------------------------------------------------
-
-    def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
-        """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
-        # Every statement comes through here, cached or not. So there are loops and no generators, and
-        # state.execution_options, which is made for whoever asks, is not asked for.
-        for name in state.local_execution_options:
-            if type(name) is str and name.startswith("cache_"):
-                return self._wanted_by_options(state, sa_internals.effective_options(state))
-        given, others = sa_internals.given_options(state.statement)
-        for name in given:
-            if type(name) is str and name.startswith("cache_"):
-                if "cache_key" not in given:
-                    return self._wanted_by_options(state, given)
-                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
-                try:
-                    known = self._known_options.get(values)
-                except TypeError:  # a list or a set among the values
-                    return CacheOptions.from_execution_options(given)
-                if known is None:
-                    known = CacheOptions.from_execution_options(given)
-                    if len(self._known_options) > 1000:
-                        self._known_options.clear()
-                    self._known_options[values] = known
-                return known
-        return self._asked_otherwise(state, others) if others or self._policies else None
-
-    def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
-        refined = None
-        if "cache_key" not in options:
-            refined = self._asked_otherwise(state, sa_internals.given_options(state.statement)[1])
-        return CacheOptions.from_execution_options(options, refined)
-
-    def _asked_otherwise(self, state: ORMExecuteState, options: Sequence[Any]) -> CacheOptions | None:
-        """What is asked for a statement by its other options, or by a policy."""
-        for option in options:
-            if isinstance(option, FromCache):
-                return option.cache_options
-            if isinstance(option, RelationshipCache) and state.is_relationship_load:
-                path: Any = state.loader_strategy_path
-                if option.applies_to(path[-2], path[-1].key):
-                    return option.cache_options
-        if self._policies and state.is_select and state.bind_mapper is not None:
-            for cls in state.bind_mapper.class_.__mro__:
-                if cls in self._policies:
-                    return self._policies[cls]
-        return None
-
-    def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
-        """All that is needed to look the statement up.
-
-        Raises:
-            _Bypass: no cache can answer this statement.
-            UnkeyableValue: a parameter, or the scope, has no canonical form.
-            Unpreparable: a parameter has no value.
-        """
-        if options.mode == "bypass":
-            raise _Bypass("mode")
-        self._refuse(state)
-        session = state.session
-        prepared = sa_internals.prepare(Invocation.take(state))
-        plan = prepared.plan
-        bind = prepared.invocation.bind
-        self._writes.watch_bind(bind)
-        scope = "" if self._scope is None else canonical(self._scope(session))
-        # For a statement that is executed again and again, all of this follows from its plan.
-        memo = (self, region, options, scope, self._declared.digest(), self._declared.of_triggers)
-        derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
-        if derived is None:
-            derived = self._derive(region, options, plan, scope)
-            if len(plan.memo) > 16:
-                plan.memo.clear()
-            plan.memo[memo] = derived
-        self._refuse_temporary(plan)
-        transactions = self._writes.transactions(session, bind, before_lookup=True)
-        request = Request(region, options, prepared, *derived, transactions)
-        if self._writes.owes(region.ledger):
-            raise _Bypass("unavailable")
-        for transaction in transactions:
-            if transaction.hides(request.tags):
-                raise _Bypass("own write")
-        return request
-
-    def _derive(
-        self, region: Region, options: CacheOptions, plan: Plan, scope: str
-    ) -> tuple[str, list[str], tuple[str, ...], str]:
-        """The key of an answer, its tags and their keys, and what it is called.
-
-        Raises:
-            _Bypass: no cache can answer this statement.
-            UnkeyableValue: a parameter has no canonical form.
-        """
-        analysis = analyse(plan.compiled)
-        self._refuse_content(analysis, plan, options)
-        key = self._key(region, options, plan, analysis, scope)
-        tags = self._tags(region, options, plan, analysis)
-        return key, tags, region.tag_keys(tags), options.name or key[-40:-28]
-
-    @staticmethod
-    def _refuse(state: ORMExecuteState, within: bool = False) -> None:
-        """Raise _Bypass for what no cache can answer, as far as it shows before the statement is compiled."""
-        statement: Any = state.statement
-        session = state.session
-        options = sa_internals.effective_options(state)
-        if not (statement.is_select or statement.is_from_statement or sa_internals.is_textual(statement)):
-            raise _Bypass("not a select")
-        if statement.is_dml:
-            raise _Bypass("not a select")
-        if state.is_executemany:
-            raise _Bypass("several parameter sets")
-        if "sa_top_level_orm_context" in options and not within:
-            raise _Bypass("part of another load")
-        if not session.is_active:
-            raise _Bypass("transaction failed")
-        if sa_internals.is_flushing(session):
-            raise _Bypass("flushing")
-        if not _DATABASE_ONLY.isdisjoint(options):
-            for name in _DATABASE_ONLY.intersection(options):
-                if options[name]:
-                    raise _Bypass(name)
-        load_options = sa_internals.load_options(options)
-        if load_options is not None:
-            refreshed = load_options["refresh_state"]
-            # A loader may need a column that the statement has deferred: what it asks then is part of the answer.
-            if refreshed is not None and (not within or refreshed.expired or refreshed.expired_attributes):
-                raise _Refresh("refresh")
-            for name in ("populate_existing", "yield_per"):
-                if load_options[name]:
-                    raise _Bypass(name)
-
-    def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
-        """Raise _Bypass for what no cache can answer, as far as it shows in what the statement says."""
-        for name in _DATABASE_ONLY.intersection(plan.options):  # of the connection or the engine
-            if plan.options[name]:
-                raise _Bypass(name)
-        if analysis.locks:
-            raise _Bypass("for update")
-        if analysis.writes:
-            raise _Bypass("not a select")
-        if options.ttl is not None:
-            return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
-        unstable = analysis.unstable(plan, self._declared)
-        if unstable:
-            raise _Bypass(f"function {unstable}")
-        system = analysis.system_table(self._declared)
-        if system:
-            raise _Bypass(f"system table {system}")
-        if analysis.opaque and not options.tables:
-            raise _Bypass("text")
-
-    def _refuse_temporary(self, plan: Plan) -> None:
-        """Raise _Bypass for what every connection has a table of its own for."""
-        temporary = self._declared.temporary
-        if temporary and analyse(plan.compiled).reads_any(temporary):
-            raise _Bypass("temporary table")
-
-    def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        declared = self._declared.digest()
-        if options.exact:
-            schemas = canonical(dict(plan.schema_translate_map))
-            identity = bind_identity(plan.engine)
-            return region.entry_key(digest((region.name, options.name, scope, identity, schemas, declared)))
-        # Parameters apart, all of it is the same for a statement that is built anew for each execution.
-        memo = (self, region, options, scope, plan.engine, plan.sql, declared)
-        begun: blake2b | None = plan.shared_memo.get(memo)
-        if begun is None:
-            parts = (
-                analysis.structure,
-                bind_identity(plan.engine),
-                plan.sql,
-                options.name,
-                scope,
-                # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
-                region.name,
-                canonical(frozenset(options.tags)),
-                canonical(frozenset(options.tables)),
-                # Who asks for a short time must not be given what was stored for a long one.
-                canonical(options.ttl),
-                # What was stored by who knew less of views and triggers may not have the tags that it needs.
-                declared,
-            )
-            begun = hashed(parts, blake2b(digest_size=20))
-            if len(plan.shared_memo) > 64:
-                plan.shared_memo.clear()
-            plan.shared_memo[memo] = begun
-        parameters = canonical_parameters(plan), discriminators(plan)
-        return region.entry_key(hashed(parameters, begun.copy()).digest())
-
-    def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
-        tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
-        if isinstance(options.key, str):
-            tags.append(key_tag(options.key))
-        tags.extend(map(user_tag, options.tags))
-        tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
-        tags.extend(analysis.tags(plan, self._declared))
-        return tags
 
     # --- look up -----------------------------------------------------------------------------------
 
@@ -597,7 +340,7 @@ class Interceptor:
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
         # which triggers there are may not have been known to the process that has stored it
         checks = bool(reading.fallen or self._declared.of_triggers)
-        load = _Load(request, reading, set(request.tag_keys), True, entry.loads, checks, reading.fallen)
+        load = _Load(request, reading, set(request.tag_keys), entry, checks)
         sa_internals.autobegin(request.session)
         with load:
             result = merge_frozen_result(request.prepared, entry.main)
@@ -619,30 +362,24 @@ class Interceptor:
     def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
         try:
-            self._refuse(state, within=True)
-            prepared = sa_internals.prepare(Invocation.take(state))
-            self._writes.watch_bind(prepared.invocation.bind)
-            analysis = analyse(prepared.plan.compiled)
-            self._refuse_content(analysis, prepared.plan, load.request.options)
-            self._refuse_temporary(prepared.plan)
-            mark = fingerprint(prepared.plan)
-        except _Refresh:
+            asked = self._requests.completion(state, load.request.options)
+        except Refresh:
             return None  # not part of the answer, but of what the application does with it
-        except (_Bypass, UnkeyableValue, Unpreparable) as refusal:
+        except Refused as refusal:
             load.spoiled, load.grown = str(refusal), True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
-        stored = load.find(mark, lambda: analysis.tags(prepared.plan, self._declared))
+        stored = load.find(asked)
         if stored is not None:
-            return merge_frozen_result(prepared, stored)
+            return merge_frozen_result(asked.prepared, stored)
         _check_allowed(load.request.region, load.request.options, "incomplete")
-        load.observe(analysis.tags(prepared.plan, self._declared))
+        load.observe(asked.tags())
         load.grown = True
-        frozen, result = load.run(prepared)
-        if load.replays and self._is_torn(load):
+        frozen, result = load.run(asked.prepared)
+        if load.entry is not None and self._is_torn(load):
             raise _Torn
         if frozen is not None:
-            load.loads[mark] = frozen
+            load.loads[asked.mark] = frozen
         return result
 
     def _is_torn(self, load: _Load) -> bool:

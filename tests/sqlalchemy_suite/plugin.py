@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
-from sqlalchemy.engine import Result
+from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import interceptor, sa_internals
@@ -33,12 +33,12 @@ from querycache.codec import Codec, Unstorable
 from querycache.dependencies import Declarations
 from querycache.events import Telemetry
 from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_result
-from querycache.interceptor import Interceptor, Request
-from querycache.keys import UnkeyableValue
+from querycache.interceptor import Interceptor
 from querycache.ledger import DEFAULT_LEASE, Reading
 from querycache.options import CacheOptions
 from querycache.regions import Region, Regions
-from querycache.sa_internals import Prepared, Unpreparable
+from querycache.requests import Refused, Request, Requests
+from querycache.sa_internals import Prepared
 from querycache.writes import Transaction, Writes
 from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, PROPERTY
 
@@ -77,38 +77,44 @@ class _Load(interceptor._Load):
 class _Writes(Writes):
     """Notes what is written, and keeps it from readers."""
 
-    def transactions(self, session: Session, before_lookup: bool = False) -> list[Transaction]:
+    def transactions(
+        self, session: Session, bind: Engine | Connection, before_lookup: bool = False
+    ) -> list[Transaction]:
         return []
 
 
-class _Replay(Interceptor):
-    """Answers every select from the store, filling it just before."""
+class _Requests(Requests):
+    """Asks for the cache with every select, as far as it can be replayed."""
 
-    def _wanted(self, state: ORMExecuteState) -> CacheOptions | None:
+    def wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         return _OPTIONS
 
     @staticmethod
     def _refuse(state: ORMExecuteState, within: bool = False) -> None:
         statement: Any = state.statement
         if not (statement.is_select or statement.is_from_statement or sa_internals.is_textual(statement)):
-            raise interceptor._Bypass("not a select")
+            raise Refused("not a select")
         if statement.is_dml:
-            raise interceptor._Bypass("not a select")
+            raise Refused("not a select")
         if state.is_executemany:
-            raise interceptor._Bypass("several parameter sets")
+            raise Refused("several parameter sets")
         if not state.session.is_active:
-            raise interceptor._Bypass("transaction failed")
+            raise Refused("transaction failed")
         options = sa_internals.effective_options(state)
         load_options = sa_internals.load_options(options)
         if options.get("yield_per") or (load_options is not None and load_options["yield_per"]):
-            raise interceptor._Bypass("yield_per")
+            raise Refused("yield_per")
 
-    def _decide(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+    def request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
         try:
-            return super()._decide(state, region, options)
-        except (interceptor._Bypass, UnkeyableValue, Unpreparable) as refusal:
+            return super().request(state, region, options)
+        except Refused as refusal:
             _counts[str(refusal)] += 1
             raise
+
+
+class _Replay(Interceptor):
+    """Answers every select from the store, filling it just before."""
 
     def _complete(self, load: interceptor._Load, state: ORMExecuteState) -> Result[Any] | None:
         result = super()._complete(load, state)
@@ -151,6 +157,7 @@ _listeners = {**_writes.session_listeners(), "do_orm_execute": _replay}
 
 def pytest_configure() -> None:
     interceptor._Load = _Load  # type: ignore[misc]
+    _replay._requests = _Requests(_writes, _declared, None, {})
     sa_internals.load_in_order()
 
 

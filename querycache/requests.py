@@ -1,0 +1,326 @@
+"""What asks for the cache, and what is asked: the first half of the read path, before anything is looked up.
+
+Options of a statement, or a policy of its entity, ask for the cache. Some statements are never answered from it (row
+locks, refreshes, server-side cursors …): they are refused, with a reason. For the others the key of the answer and its
+tags are found, from the statement as it is compiled and its parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from typing import Any
+
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.orm import ORMExecuteState, Session
+
+from querycache import sa_internals
+from querycache.dependencies import Analysis, Declarations, analyse
+from querycache.frozen import canonical_parameters, discriminators, fingerprint
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
+from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
+from querycache.regions import Region
+from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
+from querycache.tables import declared_tags
+from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
+from querycache.writes import Transaction, Writes
+
+__all__ = ["Completion", "Refresh", "Refused", "Request", "Requests"]
+
+# Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
+_DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
+
+
+class Refused(Exception):
+    """The statement goes to the database, for the reason given."""
+
+
+class Refresh(Refused):
+    """The statement refreshes an object."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A statement that asks for the cache, with all that is known before it is looked up.
+
+    Attributes:
+        key: of the answer in the store.
+        tags, tag_keys: what the answer depends on, as far as the statement shows; and their keys in the store.
+        name: what to call it in events.
+        transactions: those that the session takes part in.
+    """
+
+    region: Region
+    options: CacheOptions
+    prepared: Prepared
+    key: str
+    tags: list[str]
+    tag_keys: tuple[str, ...]
+    name: str
+    transactions: Sequence[Transaction]
+
+    @property
+    def session(self) -> Session:
+        return self.prepared.invocation.session
+
+    @property
+    def bind(self) -> Engine | Connection:
+        return self.prepared.invocation.bind
+
+
+@dataclass(slots=True)
+class Completion:
+    """A statement by which SQLAlchemy completes the objects of another.
+
+    Attributes:
+        mark: tells it from the others in an entry, 16 bytes.
+        tags: gives what it depends on.
+    """
+
+    prepared: Prepared
+    mark: bytes
+    tags: Callable[[], Sequence[str]]
+
+
+class Requests:
+    """Makes requests of statements.
+
+    Args:
+        writes: knows what the transactions of a session have written.
+        declared: what the application has said about views, triggers and functions.
+        scope: gives, for a session, a value that keeps answers apart (tenant, locale, role).
+        policies: what is cached without a word in the statement, by mapped class.
+    """
+
+    def __init__(
+        self,
+        writes: Writes,
+        declared: Declarations,
+        scope: Callable[[Session], object] | None,
+        policies: Mapping[type, Policy],
+    ) -> None:
+        self._writes = writes
+        self._declared = declared
+        self._scope = scope
+        self._policies = {cls: policy.cache_options() for cls, policy in policies.items()}
+        self._known_options: dict[object, CacheOptions | None] = {}
+
+    def wanted(self, state: ORMExecuteState) -> CacheOptions | None:
+        """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
+        # Every statement comes through here, cached or not. So there are loops and no generators, and
+        # state.execution_options, which is made for whoever asks, is not asked for.
+        for name in state.local_execution_options:
+            if type(name) is str and name.startswith("cache_"):
+                return self._wanted_by_options(state, sa_internals.effective_options(state))
+        given, others = sa_internals.given_options(state.statement)
+        for name in given:
+            if type(name) is str and name.startswith("cache_"):
+                if "cache_key" not in given:
+                    return self._wanted_by_options(state, given)
+                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
+                try:
+                    known = self._known_options.get(values)
+                except TypeError:  # a list or a set among the values
+                    return CacheOptions.from_execution_options(given)
+                if known is None:
+                    known = CacheOptions.from_execution_options(given)
+                    if len(self._known_options) > 1000:
+                        self._known_options.clear()
+                    self._known_options[values] = known
+                return known
+        return self._asked_otherwise(state, others) if others or self._policies else None
+
+    def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
+        refined = None
+        if "cache_key" not in options:
+            refined = self._asked_otherwise(state, sa_internals.given_options(state.statement)[1])
+        return CacheOptions.from_execution_options(options, refined)
+
+    def _asked_otherwise(self, state: ORMExecuteState, options: Sequence[Any]) -> CacheOptions | None:
+        """What is asked for a statement by its other options, or by a policy."""
+        for option in options:
+            if isinstance(option, FromCache):
+                return option.cache_options
+            if isinstance(option, RelationshipCache) and state.is_relationship_load:
+                path: Any = state.loader_strategy_path
+                if option.applies_to(path[-2], path[-1].key):
+                    return option.cache_options
+        if self._policies and state.is_select and state.bind_mapper is not None:
+            for cls in state.bind_mapper.class_.__mro__:
+                if cls in self._policies:
+                    return self._policies[cls]
+        return None
+
+    def request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        """All that is needed to look the statement up.
+
+        Raises:
+            Refused: no cache can answer this statement.
+        """
+        try:
+            return self._request(state, region, options)
+        except (UnkeyableValue, Unpreparable) as refusal:
+            raise Refused(str(refusal)) from refusal
+
+    def completion(self, state: ORMExecuteState, options: CacheOptions) -> Completion:
+        """The same for a statement that completes the objects of one that was made with these options.
+
+        Raises:
+            Refresh: it is not part of the answer, but of what the application does with it.
+            Refused: no cache can answer it.
+        """
+        try:
+            self._refuse(state, within=True)
+            prepared = sa_internals.prepare(Invocation.take(state))
+            plan = prepared.plan
+            self._writes.watch_bind(prepared.invocation.bind)
+            analysis = analyse(plan.compiled)
+            self._refuse_content(analysis, plan, options)
+            self._refuse_temporary(plan)
+            return Completion(prepared, fingerprint(plan), partial(analysis.tags, plan, self._declared))
+        except (UnkeyableValue, Unpreparable) as refusal:
+            raise Refused(str(refusal)) from refusal
+
+    def _request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        if options.mode == "bypass":
+            raise Refused("mode")
+        self._refuse(state)
+        session = state.session
+        prepared = sa_internals.prepare(Invocation.take(state))
+        plan = prepared.plan
+        bind = prepared.invocation.bind
+        self._writes.watch_bind(bind)
+        scope = "" if self._scope is None else canonical(self._scope(session))
+        # For a statement that is executed again and again, all of this follows from its plan.
+        memo = (self, region, options, scope, self._declared.digest(), self._declared.of_triggers)
+        derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
+        if derived is None:
+            derived = self._derive(region, options, plan, scope)
+            if len(plan.memo) > 16:
+                plan.memo.clear()
+            plan.memo[memo] = derived
+        self._refuse_temporary(plan)
+        transactions = self._writes.transactions(session, bind, before_lookup=True)
+        request = Request(region, options, prepared, *derived, transactions)
+        if self._writes.owes(region.ledger):
+            raise Refused("unavailable")
+        for transaction in transactions:
+            if transaction.hides(request.tags):
+                raise Refused("own write")
+        return request
+
+    def _derive(
+        self, region: Region, options: CacheOptions, plan: Plan, scope: str
+    ) -> tuple[str, list[str], tuple[str, ...], str]:
+        """The key of an answer, its tags and their keys, and what it is called.
+
+        Raises:
+            Refused: no cache can answer this statement.
+            UnkeyableValue: a parameter has no canonical form.
+        """
+        analysis = analyse(plan.compiled)
+        self._refuse_content(analysis, plan, options)
+        key = self._key(region, options, plan, analysis, scope)
+        tags = self._tags(region, options, plan, analysis)
+        return key, tags, region.tag_keys(tags), options.name or key[-40:-28]
+
+    @staticmethod
+    def _refuse(state: ORMExecuteState, within: bool = False) -> None:
+        """Raise Refused for what no cache can answer, as far as it shows before the statement is compiled."""
+        statement: Any = state.statement
+        session = state.session
+        options = sa_internals.effective_options(state)
+        if not (statement.is_select or statement.is_from_statement or sa_internals.is_textual(statement)):
+            raise Refused("not a select")
+        if statement.is_dml:
+            raise Refused("not a select")
+        if state.is_executemany:
+            raise Refused("several parameter sets")
+        if "sa_top_level_orm_context" in options and not within:
+            raise Refused("part of another load")
+        if not session.is_active:
+            raise Refused("transaction failed")
+        if sa_internals.is_flushing(session):
+            raise Refused("flushing")
+        if not _DATABASE_ONLY.isdisjoint(options):
+            for name in _DATABASE_ONLY.intersection(options):
+                if options[name]:
+                    raise Refused(name)
+        load_options = sa_internals.load_options(options)
+        if load_options is not None:
+            refreshed = load_options["refresh_state"]
+            # A loader may need a column that the statement has deferred: what it asks then is part of the answer.
+            if refreshed is not None and (not within or refreshed.expired or refreshed.expired_attributes):
+                raise Refresh("refresh")
+            for name in ("populate_existing", "yield_per"):
+                if load_options[name]:
+                    raise Refused(name)
+
+    def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
+        """Raise Refused for what no cache can answer, as far as it shows in what the statement says."""
+        for name in _DATABASE_ONLY.intersection(plan.options):  # of the connection or the engine
+            if plan.options[name]:
+                raise Refused(name)
+        if analysis.locks:
+            raise Refused("for update")
+        if analysis.writes:
+            raise Refused("not a select")
+        if options.ttl is not None:
+            return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
+        unstable = analysis.unstable(plan, self._declared)
+        if unstable:
+            raise Refused(f"function {unstable}")
+        system = analysis.system_table(self._declared)
+        if system:
+            raise Refused(f"system table {system}")
+        if analysis.opaque and not options.tables:
+            raise Refused("text")
+
+    def _refuse_temporary(self, plan: Plan) -> None:
+        """Raise Refused for what every connection has a table of its own for."""
+        temporary = self._declared.temporary
+        if temporary and analyse(plan.compiled).reads_any(temporary):
+            raise Refused("temporary table")
+
+    def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
+        declared = self._declared.digest()
+        if options.exact:
+            schemas = canonical(dict(plan.schema_translate_map))
+            identity = bind_identity(plan.engine)
+            return region.entry_key(digest((region.name, options.name, scope, identity, schemas, declared)))
+        # Parameters apart, all of it is the same for a statement that is built anew for each execution.
+        memo = (self, region, options, scope, plan.engine, plan.sql, declared)
+        begun: blake2b | None = plan.shared_memo.get(memo)
+        if begun is None:
+            parts = (
+                analysis.structure,
+                bind_identity(plan.engine),
+                plan.sql,
+                options.name,
+                scope,
+                # Regions may share a store; and who names a tag must not be given an answer that was stored without it.
+                region.name,
+                canonical(frozenset(options.tags)),
+                canonical(frozenset(options.tables)),
+                # Who asks for a short time must not be given what was stored for a long one.
+                canonical(options.ttl),
+                # What was stored by who knew less of views and triggers may not have the tags that it needs.
+                declared,
+            )
+            begun = hashed(parts, blake2b(digest_size=20))
+            if len(plan.shared_memo) > 64:
+                plan.shared_memo.clear()
+            plan.shared_memo[memo] = begun
+        parameters = canonical_parameters(plan), discriminators(plan)
+        return region.entry_key(hashed(parameters, begun.copy()).digest())
+
+    def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
+        tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
+        if isinstance(options.key, str):
+            tags.append(key_tag(options.key))
+        tags.extend(map(user_tag, options.tags))
+        tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
+        tags.extend(analysis.tags(plan, self._declared))
+        return tags
