@@ -143,7 +143,9 @@ def _dump_zone(zone: tzinfo | None) -> Any:
     if type(zone) is ZoneInfo and zone.key:
         return zone.key
     if type(zone) is timezone:
-        return [zone.utcoffset(None) // _MICROSECOND, zone.tzname(None)]
+        # the application's own name, which may have lone surrogates
+        name = str(zone.tzname(None)).encode("utf-8", "surrogatepass")
+        return [zone.utcoffset(None) // _MICROSECOND, name]
     raise Unstorable(f"time zone {_type_name(type(zone))}", repr(zone))
 
 
@@ -152,9 +154,9 @@ def _load_zone(packed: Any) -> tzinfo | None:
         return None
     if isinstance(packed, str):
         return ZoneInfo(packed)
-    offset = timezone(timedelta(microseconds=packed[0]))
+    offset, name = timezone(timedelta(microseconds=packed[0])), packed[1].decode("utf-8", "surrogatepass")
     # Without a name of its own where it had none, so that timezone.utc comes back as itself.
-    return offset if offset.tzname(None) == packed[1] else timezone(offset.utcoffset(None), packed[1])
+    return offset if offset.tzname(None) == name else timezone(offset.utcoffset(None), name)
 
 
 def _dump_moment(moment: datetime | time) -> Any:

@@ -245,6 +245,12 @@ def test_both_readings_of_an_ambiguous_local_time_stay_apart() -> None:
     assert_exact([(winter.time(), winter.timetz())], 2)
 
 
+@pytest.mark.parametrize("name", ["", "Büro", "a\0b", "\ud800"])
+def test_a_zone_keeps_the_name_that_it_was_given(name: str) -> None:
+    zone = timezone(timedelta(hours=1), name)
+    assert_exact([(time(1, tzinfo=zone), datetime(2024, 1, 1, tzinfo=zone)), (None, None)], 2)
+
+
 def test_the_zone_of_a_datetime_is_the_same_object_in_this_process() -> None:
     for zone in (ZoneInfo("Asia/Tokyo"), timezone.utc):
         moment = datetime(2024, 1, 1, tzinfo=zone)
