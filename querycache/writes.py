@@ -293,22 +293,15 @@ class Writes:
         connection: Connection = context.root_connection
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
-            text = _told(sql, context) or read_text(sql, connection.dialect.name)
+            text = _told(sql, context) or read_text(sql, dialect.name)
             if name := temporary_table(sql):
                 self._declared.temporary.add(name)
-            if text.begins:
-                connection.info[self._begun_key] = True
-                if self._takes_snapshots(connection):
-                    # perhaps at once, and in autocommit mode unlike other transactions
-                    self._expect_old_views(dialect)
-                    self._before_snapshot(connection)
-            elif text.rolls_back:
-                connection.info.pop(self._begun_key, None)
+            self._note_begin(connection, text)
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
             if self._ends_savepoint(connection, first_word(sql)):
-                self._phase_one(connection.info, connection.dialect)
+                self._phase_one(connection.info, dialect)
                 return True
         elif context.isddl:
             wrote = True
@@ -317,18 +310,21 @@ class Writes:
             self._note_ddl(connection, context)
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
-        elif self._ends_savepoint(connection, compiled.statement.__visit_name__.removesuffix("_savepoint")):
-            self._phase_one(connection.info, connection.dialect)
-            return True
-        elif compiled.statement.is_select or sa_internals.is_of_savepoint(compiled.statement):
-            if dialect.name != "sqlite" or compiled.statement.is_select:
+        elif word := sa_internals.savepoint_word(compiled.statement):
+            if self._ends_savepoint(connection, word):
+                self._phase_one(connection.info, dialect)
+                return True
+            if dialect.name != "sqlite":
                 sa_internals.note_reading(context)
+            return False
+        elif compiled.statement.is_select:
+            sa_internals.note_reading(context)
             return False
         else:
             # the application's own kind of statement: what it renders is all that is known of it
             wrote = self._note_text(connection, read_text(sql, dialect.name))
         if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
-            self._phase_one(connection.info, connection.dialect)
+            self._phase_one(connection.info, dialect)
             return True
         return False
 
@@ -412,6 +408,17 @@ class Writes:
             self._note(connection, set_write_tags(_name(table, _schema_map(context)), default))
         else:
             self._note(connection, [EVERYTHING])
+
+    def _note_begin(self, connection: Connection, text: TextStatement) -> None:
+        """Remember whether a transaction was begun by hand."""
+        if text.begins:
+            connection.info[self._begun_key] = True
+            if self._takes_snapshots(connection):
+                # perhaps at once, and in autocommit mode unlike other transactions
+                self._expect_old_views(connection.dialect)
+                self._before_snapshot(connection)
+        elif text.rolls_back:
+            connection.info.pop(self._begun_key, None)
 
     def _note_text(self, connection: Connection, text: TextStatement) -> bool:
         if text.isolation:

@@ -30,7 +30,6 @@ __all__ = [
     "inserts_one",
     "is_flushing",
     "is_of_relationship",
-    "is_of_savepoint",
     "is_unit_of_work",
     "known_metadata",
     "known_tables",
@@ -38,6 +37,7 @@ __all__ = [
     "names_entity",
     "old_and_new",
     "replaces",
+    "savepoint_word",
     "tables_of",
     "unflushed",
     "written",
@@ -61,9 +61,13 @@ def is_unit_of_work(context: Any) -> bool:
     return not context.invoked_statement._propagate_attrs
 
 
-def is_of_savepoint(statement: Any) -> bool:
-    """True for SAVEPOINT, and for what ends one."""
-    return statement.__visit_name__ in ("savepoint", "rollback_to_savepoint", "release_savepoint")
+def savepoint_word(statement: Any) -> str:
+    """What a statement begins with that makes a savepoint or ends one: "savepoint", "release" or "rollback_to"; else "".
+
+    SQLAlchemy has no other mark for these.
+    """
+    name: str = statement.__visit_name__
+    return name.removesuffix("_savepoint") if name.endswith("savepoint") else ""
 
 
 def is_of_relationship() -> bool:
