@@ -3,7 +3,8 @@
 `bulk_save_objects()`, `bulk_insert_mappings()`, Core statements on a connection, DML inside a CTE or `from_statement()`
 reach no event of the Session that could bring the aggregates forward. They do reach the dialect, and there they are
 stopped, unless they are a flush's own or a covered bulk statement; a CTE even then, since what is accounted for is the
-statement around it. Those that mapper events execute during a flush are not its own. Whoever knows better says so, and
+statement around it. Those that mapper events execute during a flush are not its own, and neither are those of `bulk_…`
+methods that these call. Whoever knows better says so, and
 repairs afterwards:
 
     connection.execute(insert(Comment), rows, execution_options={"denormalize": "unchecked"})
@@ -27,7 +28,7 @@ from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 from querycache.denormalize.dml import columns_written, set_elsewhere
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of, planned_table
-from querycache.sa_internals import is_of_relationship, is_unit_of_work
+from querycache.sa_internals import flushing_session, is_of_relationship
 
 __all__ = [
     "check_elsewhere",
@@ -76,7 +77,7 @@ def _is_accounted_for(context: Any) -> bool:
     if _bulk.get():
         return True
     # The shorter question first: it is all that a flush without mapper events pays.
-    return is_covered() and (is_unit_of_work(context) or is_of_relationship())
+    return is_covered() and (flushing_session(context) is not None or is_of_relationship())
 
 
 @contextmanager

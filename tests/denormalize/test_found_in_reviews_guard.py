@@ -79,6 +79,29 @@ def test_bulk_update_aggregate_with_named_parameters(opened: Open) -> None:
     right(s, m)
 
 
+@pytest.mark.parametrize("what", ["bulk_insert_mappings", "bulk_update_mappings", "own compiled cache"])
+def test_what_looks_like_the_flush_in_a_mapper_event(opened: Open, what: str) -> None:
+    m = family("r_like", n)
+
+    @event.listens_for(m.Parent, "after_update")
+    def more(mapper: Any, connection: Any, target: Any) -> None:
+        if what == "own compiled cache":
+            statement = sa.insert(m.Child.__table__).values(id=99, parent_id=1, size=3)
+            connection.execute(statement, execution_options={"compiled_cache": {}})
+        elif what == "bulk_insert_mappings":
+            s.bulk_insert_mappings(m.Child, [{"id": 99, "parent_id": 1, "size": 3}])
+        else:
+            s.bulk_update_mappings(m.Child, [{"id": 1, "size": 100}])
+
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Parent, 2).title = "x"
+    with pytest.raises(UncoveredChange, match="outside the unit of work"):
+        s.commit()
+    s.rollback()
+    right(s, m)
+
+
 @pytest.mark.parametrize("what", ["insert", "update", "delete"])
 def test_core_in_a_mapper_event(opened: Open, what: str) -> None:
     m = family(f"r_core{what}", n)
