@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import StaticPool, create_engine, delete, insert, select, update
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy import ForeignKey, StaticPool, create_engine, delete, insert, select, update
+from sqlalchemy.ext.declarative import DeferredReflection
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column, relationship, sessionmaker
 
 from querycache import QueryCache
+from querycache.denormalize import count_of
 
 
 class Base(DeclarativeBase):
@@ -60,3 +62,49 @@ def test_a_write_whose_returned_rows_are_loaded_by_from_statement(
 
     with sessions() as session:
         assert session.scalars(NAMES).all() == names
+
+
+def test_classes_that_are_declared_and_not_mapped_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until prepare() reflects their tables, ``registry.mappers`` fails."""
+
+    class Declared(DeclarativeBase):
+        pass
+
+    class Later(DeferredReflection, Declared):
+        __tablename__ = "later"
+
+    class Thread(Declared):
+        __tablename__ = "thread"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        comments: Mapped[list[Comment]] = relationship()
+        number: Mapped[int] = count_of("comments")
+
+    class Comment(Declared):
+        __tablename__ = "comment"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        thread_id: Mapped[int] = mapped_column(ForeignKey("thread.id"))
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE later (id INTEGER PRIMARY KEY, thread_id INTEGER UNIQUE)")
+    Declared.metadata.create_all(engine)
+    maker = sessionmaker(engine)
+    monkeypatch.setattr(Mapper, "_prop_set", None)  # as before any cache was attached
+    QueryCache().attach(maker)
+    numbers = select(Thread.number).execution_options(cache_key=True)
+    for count in (1, 2):
+        with maker.begin() as session:
+            thread = session.get(Thread, 1) or Thread(id=1)
+            thread.comments.append(Comment())
+            session.add(thread)
+        with maker() as session:
+            assert session.scalars(numbers).all() == [count]
+    Later.prepare(engine)
+    later = select(Later.id).where(Later.thread_id == 1).execution_options(cache_key=True)
+    with maker() as session:
+        assert session.scalars(later).all() == []
+    with maker.begin() as session:
+        session.add(Later(id=1, thread_id=1))
+    with maker() as session:
+        assert session.scalars(later).all() == [1]
+    engine.dispose()

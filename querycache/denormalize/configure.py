@@ -26,6 +26,7 @@ from querycache.denormalize.chain import Aggregate, Chain
 from querycache.denormalize.declare import INFO_KEY, Declaration
 from querycache.denormalize.plan import Plan
 from querycache.errors import ConfigurationError
+from querycache.sa_internals import mappers_of
 
 __all__ = ["aggregates_of", "any_broken", "broken", "build", "maintain", "note", "on_plan", "raise_if_broken"]
 
@@ -73,7 +74,7 @@ def build() -> None:
         # Mappers are noted one by one, the plan is made of all that share the tables.
         together = {held for held in _pending if _metadata(held) is metadata}
         together |= {
-            held for held in mapper.registry.mappers if held.configured and _metadata(held) is metadata
+            held for held in mappers_of(mapper.registry) if held.configured and _metadata(held) is metadata
         }
         _pending.difference_update(together)
         try:
@@ -205,7 +206,7 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
                 chain = chains[identity] = Chain(root, steps, name)
             aggregates.append(Aggregate(declaration, chain, key, column, name))
     checks.check(aggregates)
-    plan = Plan(metadata, aggregates, mapper.registry.mappers)
+    plan = Plan(metadata, aggregates, mappers_of(mapper.registry))
     checks.check_plan(plan)
     return plan
 

@@ -29,6 +29,7 @@ from sqlalchemy.sql.elements import BindParameter
 
 from querycache.sa_internals.dialect import Row, sent
 from querycache.sa_internals.handlers import uninterpreted_options, untouched
+from querycache.sa_internals.writing import mappers_of
 
 __all__ = [
     "Invocation",
@@ -539,7 +540,7 @@ def load_in_order() -> None:
         return
     Mapper._prop_set = _in_order  # type: ignore[method-assign]
     for registry in _all_registries():
-        for mapper in registry.mappers:
+        for mapper in mappers_of(registry):
             mapper.__dict__.pop("_prop_set", None)  # remembered from before
 
 

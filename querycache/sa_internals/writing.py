@@ -34,6 +34,7 @@ __all__ = [
     "known_metadata",
     "known_tables",
     "made_by_flush",
+    "mappers_of",
     "names_entity",
     "old_and_new",
     "replaces",
@@ -290,6 +291,13 @@ def cache_key_of(statement: Any) -> Any:
     return key.key if key is not None else None
 
 
+def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:
+    """The mappers of a registry. ``registry.mappers`` fails while one of its classes is declared, but not mapped yet."""
+    for manager in list(registry._managers):
+        if manager.is_mapped:
+            yield manager.mapper
+
+
 def known_metadata() -> frozenset[MetaData]:
     """Where the mapped tables are declared."""
     return _known_metadata(frozenset((registry, len(registry._managers)) for registry in _all_registries()))
@@ -297,14 +305,15 @@ def known_metadata() -> frozenset[MetaData]:
 
 @lru_cache(maxsize=1)
 def _known_metadata(registries: frozenset[tuple[Any, int]]) -> frozenset[MetaData]:
-    """Their numbers of classes are there to look once more when further ones were mapped."""
-    return frozenset(
-        table.metadata
-        for registry, _ in registries
-        for mapper in registry.mappers
-        for table in mapper.tables
-        if isinstance(table, Table)
-    )
+    """Their numbers of classes are there to look once more when further ones were declared.
+
+    A class may be declared and mapped later (DeferredReflection), mostly with a table of its registry's metadata.
+    """
+    found = {registry.metadata for registry, _ in registries}
+    for registry, _ in registries:
+        for mapper in mappers_of(registry):
+            found.update(table.metadata for table in mapper.tables if isinstance(table, Table))
+    return frozenset(found)
 
 
 def known_tables(name: str) -> list[Table]:
