@@ -44,6 +44,7 @@ class Watch:
         owners: the relationships with delete-orphan that its instances may leave, by class and name.
         guards_deletes: whether a database or ORM cascade from its tables can reach rows of a place.
         roots: aggregates held in its rows.
+        copied: its key attributes, if it has several tables: the UPDATE of one sets those of the next to what they are.
     """
 
     places: list[tuple[Place, frozenset[str]]] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Watch:
     owners: list[tuple[type[Any], str]] = field(default_factory=list)
     guards_deletes: bool = False
     roots: list[Aggregate] = field(default_factory=list)
+    copied: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.places or self.collections or self.orphans or self.owners or self.guards_deletes)
@@ -195,6 +197,11 @@ class Plan:
         ]
         watch.guards_deletes = any(table in self.edges for table in mapper.tables)
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
+        if len(mapper.tables) > 1:
+            keys = [
+                (t.fullname, c.name) for t in mapper.tables if isinstance(t, Table) for c in t.primary_key
+            ]
+            watch.copied = frozenset(mapped_attributes(mapper, keys))
         return watch
 
     def _matters(self, mapper: Mapper[Any]) -> bool:

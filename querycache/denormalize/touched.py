@@ -6,7 +6,7 @@ knows and the session does not. Taking in too much is harmless (`images.py`), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -157,7 +157,7 @@ class Sorter:
 
     def _dirty(self, instance: Any, watch: Watch, touched: Touched, least: int | None) -> None:
         state = sqlalchemy_inspect(instance)
-        changed = state.committed_state.keys()
+        changed = _changed(state, watch)
         for place, relevant in watch.places:
             if not relevant.isdisjoint(changed):
                 touched.add(place, state.identity)
@@ -222,6 +222,18 @@ class Sorter:
         if state.identity is not None and known is not None and state not in touched.orphans:
             touched.orphans[state] = instance
             self._deleted(instance, known[1], touched)
+
+
+def _changed(state: Any, watch: Watch) -> Set[str]:
+    """The attributes that were set, without keys that SQLAlchemy has copied from table to table."""
+    changed: dict[str, Any] = state.committed_state
+    if watch.copied.isdisjoint(changed):
+        return changed.keys()
+    values = state.dict
+    same = {
+        name for name in watch.copied & changed.keys() if name in values and changed[name] == values[name]
+    }
+    return changed.keys() - same
 
 
 def _is_orphan(instance: Any, watch: Watch) -> bool:
@@ -361,7 +373,7 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         late = {
             key
             for key in keys - before.rows.get(place, set()) - new.get(place, {}).keys()
-            if not _follows(place, key, plan.relevant[place], before, again)
+            if not _follows(place, key, plan, before, again)
         }
         if not late:
             continue
@@ -374,7 +386,7 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         )
 
 
-def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, again: Touched) -> bool:
+def _follows(place: Place, key: Key, plan: Plan, before: Touched, again: Touched) -> bool:
     """Whether the flush itself changed this row, because its parent went away or took another key: its link changed
     with that of nothing else, and the parent's own change accounts for it."""
     instance = again.changed.get((place, key))
@@ -383,7 +395,8 @@ def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, 
     state = sqlalchemy_inspect(instance)
     chain, level = place.chain, place.level
     names = chain.links[level - 1].attributes
-    changed = state.committed_state.keys() & relevant
+    relevant = plan.relevant[place]
+    changed = _changed(state, plan.watch(state.mapper)) & relevant
     if not names or not changed <= {*names, *chain.reverses[level - 1]}:
         return False
     old = tuple(state.committed_state.get(name, instance.__dict__.get(name)) for name in names)

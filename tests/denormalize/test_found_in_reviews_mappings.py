@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Boolean, Integer
-from sqlalchemy.orm import Session, defer, load_only
+from sqlalchemy import Boolean, ForeignKey, Integer, String
+from sqlalchemy.orm import Session, declarative_base, defer, load_only, mapped_column, relationship
 
-from querycache.denormalize import count_of, exists_of, max_of
+from querycache.denormalize import count_of, exists_of, max_of, sum_of
 from tests.denormalize.family import Open, family, right, two
 
 STRATEGIES = ["sql", "recount", "flush", "memory", "trigger"]
@@ -63,4 +64,81 @@ def test_a_parent_is_merged_onto_one_that_is_not_loaded(
     s.commit()
     with Session(engine) as other:
         assert other.get_one(m.Parent, 1).title == "new"
+    right(s, m)
+
+
+def joined(name: str, strategy: str, key: str = "id", **options: Any) -> SimpleNamespace:
+    """Threads, some of which have a table more, below a forum, with comments of their own."""
+    Base: Any = declarative_base()
+
+    class Forum(Base):
+        __tablename__ = f"{name}_forum"
+        id = mapped_column(Integer, primary_key=True)
+        threads = relationship("Thread", back_populates="forum")
+        n = count_of("threads", strategy=strategy, type_=Integer)
+        if strategy not in ("flush", "memory"):
+            comments = count_of("threads.comments", strategy=strategy, type_=Integer)
+
+    class Thread(Base):
+        __tablename__ = f"{name}_thread"
+        id = mapped_column(Integer, primary_key=True)
+        kind = mapped_column(String(10))
+        title = mapped_column(String(10))
+        forum_id = mapped_column(ForeignKey(Forum.id))
+        forum = relationship(Forum, back_populates="threads")
+        comments = relationship("Comment", back_populates="thread")
+        n = count_of("comments", strategy=strategy, type_=Integer)
+        total = sum_of("comments", "size", strategy=strategy, type_=Integer)
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "thread", **options}
+
+    class Poll(Thread):
+        __tablename__ = f"{name}_poll"
+        locals()[key] = mapped_column(ForeignKey(Thread.id), primary_key=True)
+        question = mapped_column(String(10))
+        __mapper_args__ = {"polymorphic_identity": "poll"}
+
+    class Comment(Base):
+        __tablename__ = f"{name}_comment"
+        id = mapped_column(Integer, primary_key=True)
+        size = mapped_column(Integer)
+        thread_id = mapped_column(ForeignKey(Thread.id))
+        thread = relationship(Thread, back_populates="comments")
+
+    return SimpleNamespace(Base=Base, Forum=Forum, Thread=Thread, Poll=Poll, Comment=Comment)
+
+
+def filled(s: Session, m: SimpleNamespace) -> None:
+    """Two forums, a thread and a poll in the first, with two comments each."""
+    s.add_all([m.Forum(id=1), m.Forum(id=2)])
+    s.flush()
+    s.add_all([m.Thread(id=1, forum_id=1), m.Poll(id=2, forum_id=1)])
+    s.flush()
+    s.add_all([m.Comment(id=i, thread_id=i % 2 + 1, size=i) for i in (1, 2, 3, 4)])
+    s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory"])
+@pytest.mark.parametrize("key", ["id", "poll_id"])
+def test_a_child_in_two_tables_is_changed_in_the_first(opened: Open, strategy: str, key: str) -> None:
+    """SQLAlchemy copies its key to the second once more, which is no change."""
+    m = joined(f"m_joined_{strategy}_{key}", strategy, key)
+    s = opened(m)
+    filled(s, m)
+    poll = s.get_one(m.Poll, 2)
+    assert poll.forum.n == 2
+    for name in ("title", "question"):
+        setattr(poll, name, "new")
+        s.commit()
+    assert (poll.n, poll.title) == (2, "new")
+    s.get_one(m.Comment, 1).size = 20  # which an UPDATE of the poll counts
+    s.commit()
+    right(s, m)
+    poll.forum = s.get_one(m.Forum, 2)
+    poll.title = "moved"
+    s.commit()
+    right(s, m)
+    s.delete(s.get_one(m.Forum, 2))
+    s.commit()
+    assert poll.forum_id is None
     right(s, m)
