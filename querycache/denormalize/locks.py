@@ -138,7 +138,7 @@ class Locks:
             if not self._written:
                 self._write_nothing(table)
             return
-        key = tuple(table.primary_key.columns)
+        key = self.plan.key_of(table)
         statement = self.plan.memo(
             ("for delete", table),
             lambda: select(*key).where(key_condition(key)).order_by(*key).with_for_update(),

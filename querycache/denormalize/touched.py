@@ -304,7 +304,7 @@ def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) ->
     while pending:
         table, keys = pending.popitem()
         for number, edge in enumerate(plan.edges.get(table, ())):
-            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, table)))
+            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, plan, table)))
             reached: set[Key] = set()
             for chunk in chunks(keys):
                 reached.update(
@@ -322,13 +322,13 @@ def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) ->
                     pending.setdefault(edge.table, set()).update(fresh)
 
 
-def _edge(edge: Any, table: Table) -> Any:
+def _edge(edge: Any, plan: Plan, table: Table) -> Any:
     above, below = table.alias(), edge.table.alias()
     on = and_(*(below.c[held.key] == above.c[referred.key] for held, referred in edge.joins))
     return (
         select(*(below.c[column.key] for column in edge.keys))
         .join_from(below, above, on)
-        .where(key_condition(tuple(above.c[column.key] for column in table.primary_key.columns)))
+        .where(key_condition(tuple(above.c[column.key] for column in plan.key_of(table))))
     )
 
 

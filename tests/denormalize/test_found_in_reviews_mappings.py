@@ -8,9 +8,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Boolean, ForeignKey, Integer, String
-from sqlalchemy.orm import Session, declarative_base, defer, load_only, mapped_column, relationship
+from sqlalchemy.orm import (
+    Session,
+    configure_mappers,
+    declarative_base,
+    defer,
+    load_only,
+    mapped_column,
+    relationship,
+)
 
-from querycache.denormalize import count_of, exists_of, max_of, repair, sum_of
+from querycache.denormalize import UncoveredChange, count_of, exists_of, maintain, max_of, repair, sum_of
+from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right, two
 
 STRATEGIES = ["sql", "recount", "flush", "memory", "trigger"]
@@ -179,3 +188,152 @@ def test_a_mapper_that_selects_its_subclasses_as_well(
         connection.exec_driver_sql(f"UPDATE {m.Thread.__table__.name} SET n = 50")
     assert repair(engine, m.Base).repaired == 2
     right(s, m)
+
+
+def coded(name: str, strategy: str, table_key: bool = True) -> SimpleNamespace:
+    """Threads that are mapped by another key than that of their table, or by one where it has none, between a forum and
+    comments that go with them; and stickers that go with the comments."""
+    Base: Any = declarative_base()
+    live = strategy in ("flush", "memory")
+    goes = {} if live else {"passive_deletes": True, "cascade": "all"}
+    rule = None if live else "CASCADE"
+    threads = sa.Table(
+        f"{name}_thread",
+        Base.metadata,
+        *([sa.Column("id", Integer, primary_key=True, autoincrement=False)] if table_key else []),
+        sa.Column("code", Integer, unique=True, nullable=False),
+        sa.Column("forum_id", ForeignKey(f"{name}_forum.id")),
+        sa.Column("n", Integer, nullable=False, server_default="0"),
+    )
+
+    class Forum(Base):
+        __tablename__ = f"{name}_forum"
+        id = mapped_column(Integer, primary_key=True)
+        threads = relationship("Thread", back_populates="forum")
+        n = count_of("threads" if live else "threads.comments", strategy=strategy, type_=Integer)
+
+    class Thread(Base):
+        __table__ = threads
+        forum = relationship(Forum, back_populates="threads")
+        comments = relationship("Comment", back_populates="thread", **goes)
+        __mapper_args__ = {"primary_key": [threads.c.code]}
+
+    class Comment(Base):
+        __tablename__ = f"{name}_comment"
+        id = mapped_column(Integer, primary_key=True)
+        thread_code = mapped_column(ForeignKey(threads.c.code, ondelete=rule))
+        thread = relationship(Thread, back_populates="comments")
+        stickers = relationship("Sticker", **goes)
+
+    class Label(Base):
+        __tablename__ = f"{name}_label"
+        id = mapped_column(Integer, primary_key=True)
+        stickers = relationship("Sticker")
+        n = count_of("stickers", strategy=strategy, type_=Integer)
+
+    class Sticker(Base):
+        __tablename__ = f"{name}_sticker"
+        id = mapped_column(Integer, primary_key=True)
+        comment_id = mapped_column(ForeignKey(Comment.id, ondelete=rule))
+        label_id = mapped_column(ForeignKey(Label.id))
+
+    maintain(Thread, "n", count_of("comments", strategy=strategy))
+    return SimpleNamespace(
+        Base=Base, Forum=Forum, Thread=Thread, Comment=Comment, Label=Label, Sticker=Sticker
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("table_key", [True, False])
+def test_a_parent_mapped_by_another_key(
+    opened: Open, engine: sa.Engine, strategy: str, table_key: bool
+) -> None:
+    if strategy == "trigger" and engine.dialect.name == "mysql":
+        pytest.skip("MariaDB runs no triggers for what cascades")
+    m = coded(f"m_coded_{strategy}_{table_key:d}", strategy, table_key)
+    s = opened(m)
+    s.add_all([m.Forum(id=1), m.Forum(id=2), m.Label(id=1)])
+    s.flush()
+    number = {code: {"id": 4 - code} if table_key else {} for code in (1, 2, 3)}
+    s.add_all([m.Thread(code=code, forum_id=1, **number[code]) for code in (1, 2, 3)])
+    s.flush()
+    held = [*s.scalars(sa.select(m.Thread)), *s.scalars(sa.select(m.Forum)), s.get_one(m.Label, 1)]
+    for key, code in enumerate((1, 1, 1, 3, 2), 1):
+        s.add(m.Comment(id=key, thread_code=code))
+        s.flush()
+        s.add(m.Sticker(id=key, comment_id=key, label_id=1))
+        s.commit()
+        right(s, m)
+    assert [s.get_one(m.Thread, code).n for code in (1, 2, 3)] == [3, 1, 1]
+    s.get_one(m.Comment, 1).thread_code = 3
+    s.get_one(m.Thread, 2).forum_id = 2
+    s.commit()
+    right(s, m)
+    s.execute(sa.update(m.Comment).where(m.Comment.id == 2).values(thread_code=2))
+    s.execute(sa.update(m.Thread).where(m.Thread.code == 1).values(forum_id=2))
+    s.commit()
+    right(s, m)
+    if strategy in ("flush", "memory"):
+        del held
+        return
+    s.delete(s.get_one(m.Thread, 3))
+    s.commit()
+    assert s.get_one(m.Label, 1).n == 3
+    right(s, m)
+    s.execute(sa.delete(m.Thread).where(m.Thread.code == 2))
+    s.commit()
+    right(s, m)
+    s.execute(sa.delete(m.Thread.__table__))
+    s.commit()
+    assert s.get_one(m.Label, 1).n == 0
+    right(s, m)
+
+
+def test_a_bulk_update_of_the_mapped_key_is_refused(opened: Open) -> None:
+    m = coded("m_codebulk", "sql")
+    s = opened(m)
+    s.add_all([m.Forum(id=1), m.Thread(id=1, code=2, forum_id=1)])
+    s.commit()
+    for target in (m.Thread, m.Thread.__table__):
+        with pytest.raises(UncoveredChange, match="a bulk UPDATE of the primary key"):
+            s.execute(sa.update(target).values(code=3))
+    s.execute(sa.insert(m.Thread).values(id=2, code=1, forum_id=1))
+    s.execute(sa.insert(m.Thread.__table__).values(id=3, code=3, forum_id=1))
+    s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("what", ["aggregate", "deletion"])
+def test_a_table_without_the_mapped_key_is_refused(what: str) -> None:
+    """The rows to be written, or that a deletion takes along, cannot be told there."""
+    Base: Any = declarative_base()
+
+    class Thread(Base):
+        __tablename__ = f"m_keyless_{what}_thread"
+        id = mapped_column(Integer, primary_key=True)
+        code = mapped_column(Integer, unique=True)
+        comments = relationship("Comment")
+        __mapper_args__ = {"primary_key": [code]}
+        if what == "deletion":
+            n = count_of("comments", type_=Integer)
+
+    class Poll(Thread):
+        __tablename__ = f"m_keyless_{what}_poll"
+        id = mapped_column(ForeignKey(Thread.id), primary_key=True)
+        if what == "aggregate":
+            n = count_of("comments", type_=Integer)
+
+    class Comment(Base):
+        __tablename__ = f"m_keyless_{what}_comment"
+        id = mapped_column(Integer, primary_key=True)
+        thread_code = mapped_column(ForeignKey(Thread.code))
+        if what == "deletion":
+            poll_id = mapped_column(ForeignKey(Poll.id, ondelete="CASCADE"))
+
+    said = {
+        "aggregate": "does not hold the primary key",
+        "deletion": "a deletion of rows of m_keyless_deletion_poll",
+    }
+    with pytest.raises(ConfigurationError, match=said[what]):
+        configure_mappers()
+    Base.registry.dispose()
