@@ -19,7 +19,7 @@ from querycache.denormalize.chain import Key, changed_by_update, in_order, key_c
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
-from querycache.sa_internals import unflushed
+from querycache.sa_internals import just_flushed, unflushed
 
 __all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "replaced", "spread"]
 
@@ -91,15 +91,18 @@ class Sorter:
             found = self._classes[cls] = (plan, watch) if plan is not None and watch else None
             return found
 
-    def collect(self, session: Session, locked_from: LockedFrom) -> tuple[dict[Plan, Touched], Fresh]:
+    def collect(
+        self, session: Session, locked_from: LockedFrom, flushed: Any = None
+    ) -> tuple[dict[Plan, Touched], Fresh]:
         """What the pending changes of `session` touch among the rows that are there, and the objects of watched classes
         that are to get rows (or, once the flush has run, got them).
 
         Args:
             locked_from: tells the least level whose rows must be locked before the flush.
+            flushed: the context of the flush, once it has run.
         """
         found: dict[Plan, Touched] = {}
-        new, dirty, deleted = unflushed(session)
+        new, dirty, deleted = unflushed(session) if flushed is None else just_flushed(session, flushed)
         for instance in deleted:
             known = self.watch(type(instance))
             if known is not None:
@@ -380,7 +383,8 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         raise UncoveredChange(
             f"{place.chain.mappers[place.level].class_.__name__} {in_order(late)[0]!r} was changed after"
             f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
-            " listener registered later than this package's, or by a mapper event such as before_update. Make the change"
+            " listener registered later than this package's, by a mapper event such as before_update, or by an after_flush"
+            " listener, of whose changes SQLAlchemy writes none. Make the change"
             " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
             " registered on the Session class before the mappers configure"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Boolean, ForeignKey, Integer, String
+from sqlalchemy import Boolean, ForeignKey, Integer, String, event
 from sqlalchemy.orm import (
     Session,
     configure_mappers,
@@ -337,3 +337,54 @@ def test_a_table_without_the_mapped_key_is_refused(what: str) -> None:
     with pytest.raises(ConfigurationError, match=said[what]):
         configure_mappers()
     Base.registry.dispose()
+
+
+def n_and_total(strategy: str) -> dict[str, Any]:
+    return {
+        "n": count_of("children", strategy=strategy, type_=Integer),
+        "total": sum_of("children", "size", strategy=strategy, type_=Integer),
+    }
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("how", ["add", "delete", "change"])
+def test_an_after_flush_listener_that_comes_first(opened: Open, strategy: str, how: str) -> None:
+    """What it adds or deletes is for the next flush; what it changes SQLAlchemy would forget. The strategies that look at
+    objects refuse what it adds, as they do with what others add in a flush."""
+    m = family(f"m_after_{strategy}_{how}", lambda: n_and_total(strategy))
+    s = opened(m)
+    two(s, m)
+    parents = [s.get_one(m.Parent, key) for key in (1, 2)]
+    child = s.get_one(m.Child, 1)
+
+    def listener(session: Session, context: Any) -> None:
+        if any(isinstance(each, m.Parent) for each in session.new):
+            if how == "add":
+                session.add(m.Child(id=9, parent_id=2, size=4))
+            elif how == "delete":
+                session.delete(child)
+            else:
+                child.size = 50
+
+    event.listen(Session, "after_flush", listener, insert=True)
+    try:
+        s.add_all([m.Parent(id=3), m.Child(id=8, parent=parents[0], size=1)])
+        refused = (
+            strategy != "trigger" if how == "change" else how == "add" and strategy in ("flush", "memory")
+        )
+        if refused:
+            with pytest.raises(UncoveredChange, match=r"was (added or )?changed after"):
+                s.commit()
+            s.rollback()
+        elif how == "change":
+            with pytest.warns(sa.exc.SAWarning, match="will not result in database updates"):
+                s.commit()
+        else:
+            s.commit()
+    finally:
+        event.remove(Session, "after_flush", listener)
+    found = {"add": [(3, 13), (1, 4)], "delete": [(2, 8), (0, 0)], "change": [(3, 13), (0, 0)]}[how]
+    if refused:
+        found = [(2, 12), (0, 0)]
+    assert [(each.n, each.total) for each in parents] == found
+    right(s, m)
