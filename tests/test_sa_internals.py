@@ -361,6 +361,26 @@ def test_what_a_flush_would_write_is_what_the_session_says(live: Live) -> None:
         assert (len(new), dirty, deleted) == (1, [kept], [gone])
 
 
+def test_what_a_flush_has_written_is_what_it_would_write(live: Live) -> None:
+    found = []
+
+    def note(session: Session, context: Any) -> None:
+        session.add(Parent(id=10))
+        session.delete(other)
+        found.append(sa_internals.just_flushed(session, context))
+
+    with Session(live.engine) as db:
+        db.add_all([Parent(id=7), Parent(id=8), Parent(id=9)])
+        db.flush()
+        kept, gone, other = (db.get_one(Parent, key) for key in (7, 8, 9))
+        kept.name, gone.name = "changed", "changed too"
+        db.delete(gone)
+        db.add(made := Parent(id=11))
+        event.listen(db, "after_flush", note)
+        db.flush()
+        assert found == [([made], [kept], [gone])]
+
+
 def test_a_post_load_shows_what_runs_around_it(live: Live) -> None:
     first, second, third, _ = live.states
     assert "sa_top_level_orm_context" not in first.execution_options

@@ -171,13 +171,13 @@ class _Target:
     def key(self) -> tuple[Any, ...]:
         if self.mapper is not None:
             return attribute_columns(self.mapper.class_, primary_keys(self.mapper))
-        return tuple(self.table.primary_key.columns)
+        return self.plan.key_of(self.table)
 
     @property
     def key_names(self) -> tuple[str, ...]:
         if self.mapper is not None:
             return primary_keys(self.mapper)
-        return tuple(column.key for column in self.table.primary_key.columns)
+        return tuple(column.key for column in self.plan.key_of(self.table))
 
 
 def _insert(target: _Target, statement: Insert) -> Result[Any]:
@@ -215,6 +215,7 @@ def _tells_its_key(target: _Target, statement: Insert) -> bool:
         and not by_sets
         and inserts_one(statement)
         and len(statement.exported_columns) == 0
+        and set(target.table.primary_key) == set(target.plan.key_of(target.table))
         and set(_table_key(target)) == set(target.key_names)
     )
 
@@ -261,7 +262,8 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
         and target.places
         and (
             target.columns is None
-            or target.columns & {str(column.key) for column in target.table.primary_key}
+            or target.columns
+            & {str(c.key) for c in (*target.table.primary_key, *target.plan.key_of(target.table))}
         )
         and not target.by_key
     ):

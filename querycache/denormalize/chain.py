@@ -20,7 +20,9 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
+    BinaryExpression,
     BindParameter,
+    Column,
     ColumnClause,
     ColumnElement,
     FromClause,
@@ -38,7 +40,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty, aliased
-from sqlalchemy.sql import visitors
+from sqlalchemy.sql import operators, visitors
 
 from querycache.denormalize.declare import INFO_KEY, Declaration, Expression
 from querycache.denormalize.errors import DenormalizeError
@@ -58,6 +60,7 @@ __all__ = [
     "changed_by_update",
     "in_order",
     "key_condition",
+    "key_in",
     "mapped_attributes",
     "primary_keys",
 ]
@@ -72,6 +75,24 @@ Key = tuple[Any, ...]
 def primary_keys(mapper: Mapper[Any]) -> tuple[str, ...]:
     """The names of the primary key attributes of `mapper`, in its order."""
     return tuple(mapper.get_property_by_column(column).key for column in mapper.primary_key)
+
+
+def key_in(table: Table, mapper: Mapper[Any]) -> tuple[Column[Any], ...] | None:
+    """The columns of `table` that hold the primary key of `mapper`, which need not be that of the table, in its order; None
+    if it does not hold it. What its tables are joined by is the same in each."""
+    pairs = [
+        {each.left, each.right}
+        for each in visitors.iterate(mapper.persist_selectable)
+        if isinstance(each, BinaryExpression) and each.operator is operators.eq
+    ]
+    found = []
+    for column in mapper.primary_key:
+        same = {column, *mapper.get_property_by_column(column).columns}
+        for _ in pairs:
+            same.update(*(pair for pair in pairs if not pair.isdisjoint(same)))
+        held = [each for each in table.columns if each in same]
+        found.extend(held[:1])
+    return tuple(found) if len(found) == len(mapper.primary_key) else None
 
 
 def attribute_columns(entity: Any, names: Sequence[str]) -> tuple[ColumnElement[Any], ...]:
@@ -325,6 +346,7 @@ class Aggregate:
     Attributes:
         name: "Thread.word_count", as errors and reports call it.
         key: the attribute on the parent; `column` its column, in `table`.
+        table_key: the columns of `table` that hold the parent's key, in the order of its mapper.
         chain: the join that it is computed over.
         in_python: whether its measure or condition can only be computed in Python.
     """
@@ -338,6 +360,14 @@ class Aggregate:
         self.column = column
         self.table: Table = column.table
         self.name = name
+        held = key_in(column.table, chain.root)
+        if held is None:
+            raise ConfigurationError(
+                f"{name}: its table, {column.table.fullname}, does not hold the primary key by which"
+                f" {chain.root.class_.__name__} is mapped ({', '.join(map(str, chain.root.primary_key))}), so the row to be"
+                " written cannot be told; declare it on a class whose table does"
+            )
+        self.table_key = held
         self.in_python = any(
             given is not None and given.sql is None for given in (declaration.measure, declaration.where)
         )
@@ -394,15 +424,6 @@ class Aggregate:
         if self.declaration.order_by is not None:
             read[-1].add(self.declaration.order_by)
         return read
-
-    @cached_property
-    def table_key(self) -> tuple[Any, ...]:
-        """The primary key columns of `table` in the order of the parent mapper's primary key."""
-        by_name = {self.chain.root.get_property_by_column(c).key: c for c in self.table.primary_key.columns}
-        keys = self.chain.keys[0]
-        if set(by_name) == set(keys):
-            return tuple(by_name[key] for key in keys)
-        return tuple(self.table.primary_key.columns)
 
     def measure(self, entities: tuple[Any, ...]) -> ColumnElement[Any] | None:
         built = sql_of(self.declaration.measure, entities)

@@ -298,8 +298,8 @@ class Keeper:
             self._levels[root] = _LOCKED_FROM.get(name, 0)
         return self._levels[root]
 
-    def after_flush(self, session: Session) -> None:
-        again, objects = self._sorter.collect(session, _nowhere)
+    def after_flush(self, session: Session, flush_context: Any) -> None:
+        again, objects = self._sorter.collect(session, _nowhere, flush_context)
         alone = self._one_newcomer(session, again, objects)
         if alone:
             return

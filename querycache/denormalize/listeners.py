@@ -109,7 +109,7 @@ def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
 
 def _after_flush(session: Session, flush_context: Any) -> None:
     guard.uncover(session)
-    keeper_of(session).after_flush(session)
+    keeper_of(session).after_flush(session, flush_context)
 
 
 def _after_flush_postexec(session: Session, flush_context: Any) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, Table, false, func, literal_column, select, update
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import KEYS, Chain, Key, attribute_columns, in_order, key_condition
+from querycache.denormalize.chain import KEYS, Chain, Key, in_order, key_condition, primary_keys
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.plan import Place, Plan
 
@@ -138,7 +138,7 @@ class Locks:
             if not self._written:
                 self._write_nothing(table)
             return
-        key = tuple(table.primary_key.columns)
+        key = self.plan.key_of(table)
         statement = self.plan.memo(
             ("for delete", table),
             lambda: select(*key).where(key_condition(key)).order_by(*key).with_for_update(),
@@ -175,15 +175,17 @@ class Locks:
                 yield Place(place.chain, place.level - 1), self._through(place, keys)
 
     def _statement(self, mapper: Mapper[Any], names: Sequence[str]) -> tuple[Select[Any], int]:
-        entity = mapper.class_
-        keys = attribute_columns(entity, [mapper.get_property_by_column(c).key for c in mapper.primary_key])
+        keys = [mapper.columns[name] for name in primary_keys(mapper)]
         if self.dialect == "postgresql":
             isolation: Any = func.current_setting("transaction_isolation")
         else:
             mariadb = getattr(self.connection.dialect, "is_mariadb", False)
             isolation = literal_column("@@tx_isolation" if mariadb else "@@transaction_isolation")
+        # The tables of the mapper itself: what it selects from may join those of its subclasses as well, which need no lock,
+        # and PostgreSQL locks nothing that is joined outerly.
         statement = (
-            select(*keys, *attribute_columns(entity, names), isolation)
+            select(*keys, *(mapper.columns[name] for name in names), isolation)
+            .select_from(mapper.persist_selectable)
             .where(key_condition(keys))
             .order_by(*keys)
             .with_for_update(key_share=True)

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, ForeignKeyConstraint, MetaData, Table, TableClause
+from sqlalchemy import Column, ColumnElement, ForeignKeyConstraint, MetaData, Table, TableClause
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, mapped_attributes
+from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, key_in, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
+from querycache.errors import ConfigurationError
 
 __all__ = ["Edge", "Place", "Plan", "Watch", "foreign_keys", "plan_of", "planned_table", "relevant"]
 
@@ -44,6 +45,7 @@ class Watch:
         owners: the relationships with delete-orphan that its instances may leave, by class and name.
         guards_deletes: whether a database or ORM cascade from its tables can reach rows of a place.
         roots: aggregates held in its rows.
+        copied: its key attributes, if it has several tables: the UPDATE of one sets those of the next to what they are.
     """
 
     places: list[tuple[Place, frozenset[str]]] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Watch:
     owners: list[tuple[type[Any], str]] = field(default_factory=list)
     guards_deletes: bool = False
     roots: list[Aggregate] = field(default_factory=list)
+    copied: frozenset[str] = frozenset()
 
     def __bool__(self) -> bool:
         return bool(self.places or self.collections or self.orphans or self.owners or self.guards_deletes)
@@ -91,9 +94,9 @@ class Plan:
             for chain in self.by_chain
         }
         """The places of each chain below its parent, from the top."""
+        self._statements: dict[tuple[Any, ...], Any] = {}
         self.edges = self._edges()
         self._rank = self._ranks()
-        self._statements: dict[tuple[Any, ...], Any] = {}
         self._watches: dict[Mapper[Any], Watch] = {}
         self.tables: frozenset[Table] = frozenset(
             table
@@ -159,6 +162,16 @@ class Plan:
         """A mapper whose own table this is."""
         return next((mapper for mapper in self._mappers if mapper.local_table is table), None)
 
+    def key_of(self, table: Table) -> tuple[Column[Any], ...]:
+        """The columns of `table` that hold the keys of its rows, as objects have them; empty if it does not hold them."""
+
+        def key() -> tuple[Column[Any], ...]:
+            mapper = self.mapper_of(table)
+            return tuple(table.primary_key.columns) if mapper is None else key_in(table, mapper) or ()
+
+        found: tuple[Column[Any], ...] = self.memo(("key", table), key)
+        return found
+
     def mapped_to(self, table: Table) -> Iterable[Mapper[Any]]:
         """The mappers that have `table` among theirs."""
         return (mapper for mapper in self._mappers if table in mapper.tables)
@@ -195,6 +208,11 @@ class Plan:
         ]
         watch.guards_deletes = any(table in self.edges for table in mapper.tables)
         watch.roots = [held for held in self.aggregates if mapper.isa(held.chain.root)]
+        if len(mapper.tables) > 1:
+            keys = [
+                (t.fullname, c.name) for t in mapper.tables if isinstance(t, Table) for c in t.primary_key
+            ]
+            watch.copied = frozenset(mapped_attributes(mapper, keys))
         return watch
 
     def _matters(self, mapper: Mapper[Any]) -> bool:
@@ -267,11 +285,20 @@ class Plan:
             if grown == useful:
                 break
             useful = grown
-        return {
+        edges = {
             table: [edge for edge in edges if edge.places or (edge.spreads and edge.table in useful)]
             for table, edges in found.items()
             if table in useful
         }
+        for table in {*edges, *(edge.table for held in edges.values() for edge in held if not edge.keys)}:
+            owner = self.mapper_of(table)
+            if owner is not None and not self.key_of(table):
+                raise ConfigurationError(
+                    f"a deletion of rows of {table.fullname} changes aggregates, and which rows cannot be told: it does not"
+                    f" hold the primary key by which {owner.class_.__name__} is mapped"
+                    f" ({', '.join(map(str, owner.primary_key))})"
+                )
+        return edges
 
     def _by_constraint(self, table: Table, constraint: ForeignKeyConstraint) -> Iterable[Edge]:
         rule = (constraint.ondelete or "").upper()
@@ -280,7 +307,7 @@ class Plan:
         columns = [held for held, _ in joins]
         places = tuple(self._hit(table, columns, spreads, stays=rule == "SET DEFAULT"))
         if places or spreads:
-            yield Edge(table, joins, places, spreads, tuple(table.primary_key.columns))
+            yield Edge(table, joins, places, spreads, self.key_of(table))
         for place in self.relevant if spreads else ():
             # Through the keys of either side it comes from a row that is touched or gone itself.
             link = place.chain.links[place.level - 1]
@@ -297,7 +324,7 @@ class Plan:
         if not isinstance(table, Table):
             return None
         places = tuple(self._hit(table, [held for held, _ in joins], True))
-        return Edge(table, joins, places, True, tuple(table.primary_key.columns))
+        return Edge(table, joins, places, True, self.key_of(table))
 
     def _hit(
         self, table: Table, columns: list[Any], spreads: bool, *, stays: bool = False

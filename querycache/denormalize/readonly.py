@@ -10,12 +10,13 @@ import inspect
 from typing import Any
 
 from sqlalchemy import event
+from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import ColumnProperty
 from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize.chain import Aggregate
 from querycache.denormalize.errors import ReadOnlyAggregate
-from querycache.denormalize.strategies.base import is_assigning
+from querycache.denormalize.strategies.base import assigning, is_assigning
 
 __all__ = ["protect"]
 
@@ -30,8 +31,7 @@ def protect(aggregate: Aggregate) -> None:
         if is_assigning():
             return value
         if _merging():
-            # NO_VALUE and NEVER_SET are the same object to a reader of the old value: there is none.
-            return aggregate.kind.empty if not _known(old) else old
+            return old if _known(old) else _stored(aggregate, instance)
         raise ReadOnlyAggregate(
             f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set (got {value!r}); change the"
             f" {aggregate.chain.leaf.class_.__name__} rows that it is computed from, or run repair()"
@@ -40,7 +40,23 @@ def protect(aggregate: Aggregate) -> None:
     event.listen(attribute, "set", refuse, retval=True, propagate=True)
 
 
+def _stored(aggregate: Aggregate, instance: Any) -> Any:
+    """The value of an object that has not loaded it, in place of that which is merged onto it."""
+    state = sqlalchemy_inspect(instance)
+    if not state.persistent:
+        return aggregate.kind.empty
+    session = state.session
+    assert session is not None
+    session.refresh(instance, [aggregate.key])  # also where the query, or the mapping, says not to load it
+    stored = getattr(instance, aggregate.key)
+    # Assigned once more, so that the old value is known to be the same, and is not written: the row may have another by then.
+    with assigning():
+        setattr(instance, aggregate.key, stored)
+    return stored
+
+
 def _known(old: Any) -> bool:
+    # NO_VALUE and NEVER_SET are the same object to a reader of the old value: there is none.
     return old is not NO_VALUE and type(old) is not type(NO_VALUE)
 
 

@@ -6,7 +6,7 @@ knows and the session does not. Taking in too much is harmless (`images.py`), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from querycache.denormalize.chain import Key, changed_by_update, in_order, key_c
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of
-from querycache.sa_internals import unflushed
+from querycache.sa_internals import just_flushed, unflushed
 
 __all__ = ["Fresh", "Sorter", "Touched", "inserted", "missed", "replaced", "spread"]
 
@@ -91,15 +91,18 @@ class Sorter:
             found = self._classes[cls] = (plan, watch) if plan is not None and watch else None
             return found
 
-    def collect(self, session: Session, locked_from: LockedFrom) -> tuple[dict[Plan, Touched], Fresh]:
+    def collect(
+        self, session: Session, locked_from: LockedFrom, flushed: Any = None
+    ) -> tuple[dict[Plan, Touched], Fresh]:
         """What the pending changes of `session` touch among the rows that are there, and the objects of watched classes
         that are to get rows (or, once the flush has run, got them).
 
         Args:
             locked_from: tells the least level whose rows must be locked before the flush.
+            flushed: the context of the flush, once it has run.
         """
         found: dict[Plan, Touched] = {}
-        new, dirty, deleted = unflushed(session)
+        new, dirty, deleted = unflushed(session) if flushed is None else just_flushed(session, flushed)
         for instance in deleted:
             known = self.watch(type(instance))
             if known is not None:
@@ -157,7 +160,7 @@ class Sorter:
 
     def _dirty(self, instance: Any, watch: Watch, touched: Touched, least: int | None) -> None:
         state = sqlalchemy_inspect(instance)
-        changed = state.committed_state.keys()
+        changed = _changed(state, watch)
         for place, relevant in watch.places:
             if not relevant.isdisjoint(changed):
                 touched.add(place, state.identity)
@@ -222,6 +225,18 @@ class Sorter:
         if state.identity is not None and known is not None and state not in touched.orphans:
             touched.orphans[state] = instance
             self._deleted(instance, known[1], touched)
+
+
+def _changed(state: Any, watch: Watch) -> Set[str]:
+    """The attributes that were set, without keys that SQLAlchemy has copied from table to table."""
+    changed: dict[str, Any] = state.committed_state
+    if watch.copied.isdisjoint(changed):
+        return changed.keys()
+    values = state.dict
+    same = {
+        name for name in watch.copied & changed.keys() if name in values and changed[name] == values[name]
+    }
+    return changed.keys() - same
 
 
 def _is_orphan(instance: Any, watch: Watch) -> bool:
@@ -292,7 +307,7 @@ def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) ->
     while pending:
         table, keys = pending.popitem()
         for number, edge in enumerate(plan.edges.get(table, ())):
-            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, table)))
+            statement = locks.read(plan.memo(("edge", table, number), partial(_edge, edge, plan, table)))
             reached: set[Key] = set()
             for chunk in chunks(keys):
                 reached.update(
@@ -310,13 +325,13 @@ def spread(locks: Locks, touched: Touched, deleted: Mapping[Table, set[Key]]) ->
                     pending.setdefault(edge.table, set()).update(fresh)
 
 
-def _edge(edge: Any, table: Table) -> Any:
+def _edge(edge: Any, plan: Plan, table: Table) -> Any:
     above, below = table.alias(), edge.table.alias()
     on = and_(*(below.c[held.key] == above.c[referred.key] for held, referred in edge.joins))
     return (
         select(*(below.c[column.key] for column in edge.keys))
         .join_from(below, above, on)
-        .where(key_condition(tuple(above.c[column.key] for column in table.primary_key.columns)))
+        .where(key_condition(tuple(above.c[column.key] for column in plan.key_of(table))))
     )
 
 
@@ -361,20 +376,21 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         late = {
             key
             for key in keys - before.rows.get(place, set()) - new.get(place, {}).keys()
-            if not _follows(place, key, plan.relevant[place], before, again)
+            if not _follows(place, key, plan, before, again)
         }
         if not late:
             continue
         raise UncoveredChange(
             f"{place.chain.mappers[place.level].class_.__name__} {in_order(late)[0]!r} was changed after"
             f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
-            " listener registered later than this package's, or by a mapper event such as before_update. Make the change"
+            " listener registered later than this package's, by a mapper event such as before_update, or by an after_flush"
+            " listener, of whose changes SQLAlchemy writes none. Make the change"
             " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
             " registered on the Session class before the mappers configure"
         )
 
 
-def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, again: Touched) -> bool:
+def _follows(place: Place, key: Key, plan: Plan, before: Touched, again: Touched) -> bool:
     """Whether the flush itself changed this row, because its parent went away or took another key: its link changed
     with that of nothing else, and the parent's own change accounts for it."""
     instance = again.changed.get((place, key))
@@ -383,7 +399,8 @@ def _follows(place: Place, key: Key, relevant: frozenset[str], before: Touched, 
     state = sqlalchemy_inspect(instance)
     chain, level = place.chain, place.level
     names = chain.links[level - 1].attributes
-    changed = state.committed_state.keys() & relevant
+    relevant = plan.relevant[place]
+    changed = _changed(state, plan.watch(state.mapper)) & relevant
     if not names or not changed <= {*names, *chain.reverses[level - 1]}:
         return False
     old = tuple(state.committed_state.get(name, instance.__dict__.get(name)) for name in names)

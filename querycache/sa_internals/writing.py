@@ -31,6 +31,7 @@ __all__ = [
     "is_flushing",
     "is_of_relationship",
     "is_unit_of_work",
+    "just_flushed",
     "known_metadata",
     "known_tables",
     "made_by_flush",
@@ -195,6 +196,18 @@ def unflushed(session: Session) -> tuple[list[Any], list[Any], list[Any]]:
     deleted = session._deleted
     dirty = [state.obj() for state in session._dirty_states if state not in deleted]
     return list(session._new.values()), dirty, list(deleted.values())
+
+
+def just_flushed(session: Session, context: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """What :func:`unflushed` gave when the flush began that has just sent its statements, as far as can be told.
+
+    What an ``after_flush`` listener has added or deleted since is left out, which is for the next flush. What such a
+    listener has changed is not: SQLAlchemy will forget of it when the flush ends, and no flush writes it.
+    """
+    states = context.states  # each with (is deleted, is only listed)
+    gone = {state: instance for state, instance in session._deleted.items() if states.get(state, (False,))[0]}
+    new = [instance for state, instance in session._new.items() if state in states]
+    return new, [state.obj() for state in session._dirty_states if state not in gone], list(gone.values())
 
 
 def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
