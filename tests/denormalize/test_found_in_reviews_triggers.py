@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy import Boolean, Engine, ForeignKey, Integer, Numeric, String, create_engine, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import avg_of, count_of, exists_of, sum_of, trigger_sql, verify
+from querycache.denormalize import avg_of, count_of, exists_of, latest_of, max_of, sum_of, trigger_sql, verify
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import family
 
@@ -313,3 +313,33 @@ def test_the_database_of_nobody(engine: Engine) -> None:
     m.Base.metadata.drop_all(mock, checkfirst=False)
     assert len(said) >= 4
     assert isinstance(m.Child.__table__.c.message.type, String)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_new_parent_shows_what_was_null_when_it_was_inserted(engine: Engine, at_once: bool) -> None:
+    m = family(
+        "t_new",
+        lambda: {
+            "most": max_of("children", "size", type_=Integer, strategy="trigger"),
+            "mean": avg_of("children", "size", type_=Numeric(12, 2), strategy="trigger"),
+            "last": latest_of("children", "size", order_by="id", type_=Integer, strategy="trigger"),
+        },
+        child=lambda: {
+            "__table_args__": (
+                sa.Index("t_new_by_size", "parent_id", "size"),
+                sa.Index("t_new_by_id", "parent_id", "id"),
+            )
+        },
+    )
+    with tables(engine, m) as session:
+        parent = m.Parent(id=2)
+        session.add(parent)
+        if not at_once:
+            session.flush()
+        session.add(m.Child(id=1, parent=parent, size=5))
+        session.flush()
+        assert (parent.most, parent.mean, parent.last) == (5, 5, 5)
+        session.add(m.Child(id=2, parent_id=2, size=7))
+        session.flush()
+        assert (parent.most, parent.mean, parent.last) == (7, 6, 7)
+        session.rollback()
