@@ -453,3 +453,28 @@ def test_text_that_changes_into_one_that_a_collation_calls_equal(engine: Engine)
         session.commit()
         assert session.get_one(m.Parent, 1).last == "ABC"
         assert wrong(engine, m) == []
+
+
+def test_sqlite_is_not_locked_for_rows_that_nothing_is_read_from() -> None:
+    """Other databases are: flushes of several rows would meet in deadlocks."""
+    engine = create_engine("sqlite://")
+    sides = iter([{"cascade": "all"}, {}])
+    m = family("t_locks", counted, rel=lambda m: next(sides))
+    said: list[str] = []
+    with tables(engine, m) as session:
+        parent = session.get_one(m.Parent, 1)
+        parent.children.extend(m.Child(id=key) for key in (1, 2))
+        session.commit()
+        children = list(parent.children)
+        event.listen(engine, "before_cursor_execute", lambda *given: said.append(given[2].split("\n")[0]))
+        children[0].parent_id = None
+        session.flush()
+        session.expire(parent, ["children"])
+        session.delete(parent)
+        session.flush()
+        said = [each for each in said if not each.startswith(("SELECT", "RELEASE", "SAVEPOINT"))]
+        assert [each.partition(" SET ")[0].partition(" WHERE ")[0] for each in said] == [
+            "UPDATE t_locks_child",
+            "DELETE FROM t_locks_child",
+            "DELETE FROM t_locks_parent",
+        ]
