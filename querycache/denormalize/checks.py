@@ -35,6 +35,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     for aggregate in aggregates:
         _check_column(aggregate)
         _check_joins(aggregate)
+        _check_classes(aggregate)
         measure = check_expression(aggregate, aggregate.declaration.measure, "the measure")
         check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
@@ -188,6 +189,19 @@ def _check_joins(aggregate: Aggregate) -> None:
             f" {', '.join(sorted(read))}, whose changes are not followed; take a relationship that joins by the key alone,"
             " with where= over the children"
         )
+
+
+def _check_classes(aggregate: Aggregate) -> None:
+    """SQLAlchemy does not tell the rows of a class by an expression where its table has an alias, as it has in most queries
+    here; and what such an expression reads would have to be followed."""
+    for mapper in aggregate.chain.mappers:
+        told_by = mapper.polymorphic_on
+        if mapper.single and told_by is not None and not isinstance(told_by, Column):
+            raise ConfigurationError(
+                f"{aggregate.name}: rows of {mapper.class_.__name__} are told from others of their table by an expression,"
+                f" {getattr(told_by, 'element', told_by)}; take a column as polymorphic_on, or aggregate over all rows of the"
+                " table with where="
+            )
 
 
 def _check_order(aggregate: Aggregate) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.orm import configure_mappers, mapped_column, relationship
+from sqlalchemy.orm import column_property, configure_mappers, declarative_base, mapped_column, relationship
 
 from querycache.denormalize import (
     UncoveredChange,
@@ -40,7 +40,7 @@ from querycache.denormalize import (
     sum_of,
 )
 from querycache.errors import ConfigurationError
-from tests.denormalize.family import Open, family, right, two
+from tests.denormalize.family import Open, family, n, right, two
 
 
 @pytest.mark.parametrize(
@@ -293,4 +293,58 @@ def test_moments_with_a_timezone(opened: Open, strategy: str, moment: Any) -> No
         ]
     )
     s.commit()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory", "trigger"])
+def test_rows_of_a_class_are_told_by_a_column(strategy: str) -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "x_kind_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Small")
+        n = count_of("children", type_=Integer, strategy=strategy)
+
+    class Child(Base):
+        __tablename__ = "x_kind_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(Parent.id))
+        size = mapped_column(Integer)
+        kind = column_property(sa.case((size < 10, "small"), else_="any"))
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "any"}
+
+    class Small(Child):
+        __mapper_args__ = {"polymorphic_identity": "small"}
+
+    with pytest.raises(
+        ConfigurationError, match=r"Parent\.n: .* Small .* CASE WHEN .*; take a column .* where="
+    ):
+        configure_mappers()
+    Base.registry.dispose()
+
+
+def test_all_rows_of_a_table_count_however_their_classes_are_told(opened: Open) -> None:
+    def child() -> dict[str, Any]:
+        size = mapped_column(Integer)
+        kind = column_property(sa.case((size < 10, "small"), else_="any"))
+        return {
+            "size": size,
+            "kind": kind,
+            "__mapper_args__": {"polymorphic_on": kind, "polymorphic_identity": "any"},
+        }
+
+    m = family("x_kinds", n, child)
+
+    class Small(m.Child):  # type: ignore[misc, name-defined]
+        __mapper_args__ = {"polymorphic_identity": "small"}
+
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.flush()
+    s.add_all([m.Child(id=1, parent_id=1, size=20), Small(id=2, parent_id=1, size=2)])
+    s.commit()
+    s.execute(sa.update(m.Child).values(size=3).where(m.Child.id == 1))
+    s.commit()
+    assert (s.get_one(m.Parent, 1).n, s.get_one(m.Parent, 1).total) == (2, 5)
     right(s, m)
