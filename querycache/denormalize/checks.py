@@ -43,6 +43,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
         if reason is not None:
             raise ConfigurationError(f"{aggregate.name}: {reason} (the column is {aggregate.column.type!r})")
         _check_extreme(aggregate)
+        _check_collation(aggregate, measure)
         if aggregate.strategy in ("flush", "memory"):
             _check_python(aggregate)
         if aggregate.strategy == "trigger":
@@ -240,6 +241,19 @@ def _check_extreme(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
                 " database does; take strategy 'sql'"
             )
+
+
+def _check_collation(aggregate: Aggregate, measure: types.TypeEngine[Any] | None) -> None:
+    """A new value is compared with the column's, by the column's collation; the recount orders by that of the measure."""
+    if aggregate.kind not in (MIN, MAX) or aggregate.strategy != "sql" or measure is None:
+        return
+    ours, theirs = (getattr(each, "collation", None) for each in (aggregate.column.type, measure))
+    if ours != theirs and not isinstance(measure, types.NullType):
+        raise ConfigurationError(
+            f"{aggregate.name}: its values have the collation {theirs or 'of the database'}, and the column has"
+            f" {ours or 'that of the database'}, by which another may be the extreme; give it the same, by type_= with"
+            f" collation={theirs!r}, or take strategy 'recount' or 'trigger'"
+        )
 
 
 def _stored(type_: types.TypeEngine[Any]) -> types.TypeEngine[Any]:

@@ -29,7 +29,14 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.orm import column_property, configure_mappers, declarative_base, mapped_column, relationship
+from sqlalchemy.orm import (
+    Session,
+    column_property,
+    configure_mappers,
+    declarative_base,
+    mapped_column,
+    relationship,
+)
 
 from querycache.denormalize import (
     UncoveredChange,
@@ -389,3 +396,74 @@ def test_a_row_that_becomes_one_of_a_counted_class(opened: Open, strategy: str) 
         s.commit()
     s.expire_all()
     assert s.get_one(Parent, 1).n == (3 if strategy == "trigger" else 2)
+
+
+COLLATIONS = {
+    "sqlite": ("NOCASE", "BINARY"),
+    "postgresql": ("C", "en-x-icu"),
+    "mysql": ("utf8mb4_bin", "utf8mb4_general_ci"),
+}
+
+
+def named(name: str, strategy: str, ours: str | None, theirs: str | None) -> SimpleNamespace:
+    """A parent with the first and last name of its children, in columns with a collation of their own."""
+    given: dict[str, Any] = {"type_": String(20, collation=ours), "strategy": strategy}
+    return family(
+        name,
+        lambda: {
+            "first": min_of("children", "name", **given),
+            "last": max_of("children", "name", where=lambda c: c.size > 0, **given),
+        },
+        lambda: {
+            "name": mapped_column(String(20, collation=theirs)),
+            "__table_args__": (sa.Index(f"{name}_by_name", "parent_id", "name"),),
+        },
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_extremes_of_texts_with_a_collation(engine: Engine, strategy: str, which: int) -> None:
+    collation = COLLATIONS[engine.dialect.name][which]
+    _extremes_of_texts(engine, named(f"x_coll{which}_{strategy}", strategy, collation, collation))
+
+
+@pytest.mark.parametrize("strategy", ["recount", "trigger"])
+def test_extremes_of_texts_whose_collations_differ(engine: Engine, strategy: str) -> None:
+    ours, theirs = COLLATIONS[engine.dialect.name]
+    _extremes_of_texts(engine, named(f"x_colls_{strategy}", strategy, ours, theirs))
+    _extremes_of_texts(engine, named(f"x_swapped_{strategy}", strategy, theirs, ours))
+    _extremes_of_texts(engine, named(f"x_our_{strategy}", strategy, None, theirs))
+    _extremes_of_texts(engine, named(f"x_their_{strategy}", strategy, ours, None))
+
+
+def _extremes_of_texts(engine: Engine, m: SimpleNamespace) -> None:
+    """What the database itself says is least and greatest, whatever comes in which order."""
+    m.Base.metadata.drop_all(engine)
+    m.Base.metadata.create_all(engine)
+    with Session(engine) as s:
+        s.add_all([m.Parent(id=1), m.Parent(id=2)])
+        s.commit()
+        for parent, names in ((1, "bCaD"), (2, "BcAd")):
+            for name in names:
+                s.add(m.Child(parent_id=parent, name=name, size=1))
+                s.commit()
+                least, most = s.execute(
+                    select(func.min(m.Child.name), func.max(m.Child.name)).where(m.Child.parent_id == parent)
+                ).one()
+                held = s.get_one(m.Parent, parent)
+                assert (held.first.lower(), held.last.lower()) == (least.lower(), most.lower())
+                right(s, m)
+            s.execute(sa.delete(m.Child).where(m.Child.name == names[1]))
+            s.commit()
+            right(s, m)
+    m.Base.metadata.drop_all(engine)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("C", "POSIX"), (None, "C"), ("NOCASE", None)])
+def test_collations_that_differ(ours: str | None, theirs: str | None) -> None:
+    m = named("x_differ", "sql", ours, theirs)
+    said = f"Parent.first: .* {theirs or 'of the database'}, .* {ours or 'that of the database'}, .* collation={theirs!r}, "
+    with pytest.raises(ConfigurationError, match=said):
+        configure_mappers()
+    m.Base.registry.dispose()
