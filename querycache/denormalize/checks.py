@@ -35,6 +35,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     for aggregate in aggregates:
         _check_column(aggregate)
         _check_joins(aggregate)
+        _check_classes(aggregate)
         measure = check_expression(aggregate, aggregate.declaration.measure, "the measure")
         check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
@@ -42,6 +43,7 @@ def check(aggregates: Sequence[Aggregate]) -> None:
         if reason is not None:
             raise ConfigurationError(f"{aggregate.name}: {reason} (the column is {aggregate.column.type!r})")
         _check_extreme(aggregate)
+        _check_collation(aggregate, measure)
         if aggregate.strategy in ("flush", "memory"):
             _check_python(aggregate)
         if aggregate.strategy == "trigger":
@@ -190,6 +192,19 @@ def _check_joins(aggregate: Aggregate) -> None:
         )
 
 
+def _check_classes(aggregate: Aggregate) -> None:
+    """SQLAlchemy does not tell the rows of a class by an expression where its table has an alias, as it has in most queries
+    here; and what such an expression reads would have to be followed."""
+    for mapper in aggregate.chain.mappers:
+        told_by = mapper.polymorphic_on
+        if mapper.single and told_by is not None and not isinstance(told_by, Column):
+            raise ConfigurationError(
+                f"{aggregate.name}: rows of {mapper.class_.__name__} are told from others of their table by an expression,"
+                f" {getattr(told_by, 'element', told_by)}; take a column as polymorphic_on, or aggregate over all rows of the"
+                " table with where="
+            )
+
+
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
     if order is not None and order in aggregate.chain.leaf.column_attrs:
@@ -226,6 +241,19 @@ def _check_extreme(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
                 " database does; take strategy 'sql'"
             )
+
+
+def _check_collation(aggregate: Aggregate, measure: types.TypeEngine[Any] | None) -> None:
+    """A new value is compared with the column's, by the column's collation; the recount orders by that of the measure."""
+    if aggregate.kind not in (MIN, MAX) or aggregate.strategy != "sql" or measure is None:
+        return
+    ours, theirs = (getattr(each, "collation", None) for each in (aggregate.column.type, measure))
+    if ours != theirs and not isinstance(measure, types.NullType):
+        raise ConfigurationError(
+            f"{aggregate.name}: its values have the collation {theirs or 'of the database'}, and the column has"
+            f" {ours or 'that of the database'}, by which another may be the extreme; give it the same, by type_= with"
+            f" collation={theirs!r}, or take strategy 'recount' or 'trigger'"
+        )
 
 
 def _stored(type_: types.TypeEngine[Any]) -> types.TypeEngine[Any]:

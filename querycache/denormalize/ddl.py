@@ -14,6 +14,8 @@ from typing import Any
 
 from sqlalchemy import Table
 from sqlalchemy.engine import Dialect
+from sqlalchemy.sql import operators, visitors
+from sqlalchemy.sql.elements import BinaryExpression
 
 from querycache.denormalize.chain import Aggregate
 
@@ -37,7 +39,7 @@ class Ddl:
 
     def text(self, element: Any) -> str:
         schemas = {"schema_translate_map": self.schemas, "render_schema_translate": True}
-        compiled = element.compile(
+        compiled = _with_values(element, self.dialect).compile(
             dialect=self.dialect,
             compile_kwargs={"literal_binds": True},
             **(schemas if self.schemas else {}),
@@ -63,6 +65,29 @@ class Ddl:
     def _single(self, text: str) -> str:
         # These double the percent signs, for a DBAPI that looks for parameters.
         return text.replace("%%", "%") if self.dialect.paramstyle in ("format", "pyformat") else text
+
+
+def _with_values(element: Any, dialect: Dialect) -> Any:
+    """`element` with IS DISTINCT FROM in the database's own words: for SQLite, MariaDB and MySQL SQLAlchemy writes it with
+    parameters even where values are to be in the text."""
+    if dialect.name == "postgresql" or not any(map(_distinguishes, visitors.iterate(element))):
+        return element
+
+    def own(element: Any, **_: Any) -> Any:
+        if not _distinguishes(element):
+            return None
+        left, right = (_with_values(side, dialect) for side in (element.left, element.right))
+        same = left.bool_op("IS" if dialect.name == "sqlite" else "<=>")(right)
+        return ~same if element.operator is operators.is_distinct_from else same
+
+    return visitors.replacement_traverse(element, {}, own)
+
+
+def _distinguishes(element: Any) -> bool:
+    return isinstance(element, BinaryExpression) and element.operator in (
+        operators.is_distinct_from,
+        operators.is_not_distinct_from,
+    )
 
 
 def trigger_name(aggregate: Aggregate, place: int, table: Table, event: str) -> str:

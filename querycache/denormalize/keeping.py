@@ -115,17 +115,20 @@ class Work:
         return found
 
     def look_before(self, aggregates: dict[Chain, list[Aggregate]]) -> None:
-        """Lock everything touched and take the images before."""
+        """Lock what is touched, and take the images before."""
         deleted: dict[Locks, dict[Table, set[Key]]] = {}
         for table in self.touched.deleted.keys() & self.plan.edges.keys():
             locks = self._locks_on(self.plan.mapper_of(table))
-            deleted.setdefault(locks, {})[table] = self.touched.deleted[table]
+            if _to_lock(locks, self.plan.depending_on(table)):
+                deleted.setdefault(locks, {})[table] = self.touched.deleted[table]
         for locks, tables in deleted.items():
             spread(locks, self.touched, tables)
         wanted: dict[Locks, dict[Place, set[Key]]] = {}
         for held in (self.touched.rows, self.touched.parents):
             for place, keys in held.items():
-                wanted.setdefault(self.locks_of(place.chain), {}).setdefault(place, set()).update(keys)
+                locks = self.locks_of(place.chain)
+                if _to_lock(locks, self.plan.by_chain[place.chain]):
+                    wanted.setdefault(locks, {}).setdefault(place, set()).update(keys)
         for locks, places in wanted.items():
             locks.lock(places, roots=locks.parents_first)
         for chain, kept in aggregates.items():
@@ -218,6 +221,12 @@ class Work:
             locks.lock({Place(chain, level): keys for level, keys in levels.items()}, roots=False)
         now = image(locks, chain, _measured(aggregates), levels)
         return changes_between(aggregates, before, now, lambda one: STRATEGIES[one.strategy].recounts)
+
+
+def _to_lock(locks: Locks, aggregates: Iterable[Aggregate]) -> bool:
+    """Whether rows that these depend on are to be locked. Of those under "trigger" nothing is read here; but where there can
+    be several writers at once, these meet in deadlocks unless all of them lock in one order."""
+    return locks.dialect != "sqlite" or any(held.strategy != "trigger" for held in aggregates)
 
 
 def _measured(aggregates: Iterable[Aggregate]) -> list[Aggregate]:

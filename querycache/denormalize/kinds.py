@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Literal
 
-from sqlalchemy import ColumnElement, case, func, literal_column, null, true, types
+from sqlalchemy import Case, ColumnElement, case, collate, func, literal_column, null, true, types
 
 from querycache.denormalize.errors import DenormalizeError
 
@@ -277,15 +277,21 @@ class Extreme(Kind):
         return _other_family(column, measure)
 
 
+def _collated(value: ColumnElement[Any]) -> ColumnElement[Any]:
+    """SQLite forgets within CASE by which collation a column is ordered."""
+    collation = getattr(value.type, "collation", None)
+    return collate(value, collation) if collation is not None and isinstance(value, Case) else value
+
+
 class Min(Extreme):
     name = "min_of"
     how = "least"
 
     def parts(self, value: ColumnElement[Any]) -> Sequence[ColumnElement[Any]]:
-        return (func.count(value), func.min(value))
+        return (func.count(value), func.min(_collated(value)))
 
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
-        return func.min(value)
+        return func.min(_collated(value))
 
 
 class Max(Extreme):
@@ -293,10 +299,10 @@ class Max(Extreme):
     how = "greatest"
 
     def parts(self, value: ColumnElement[Any]) -> Sequence[ColumnElement[Any]]:
-        return (func.count(value), func.max(value))
+        return (func.count(value), func.max(_collated(value)))
 
     def whole(self, value: ColumnElement[Any]) -> ColumnElement[Any]:
-        return func.max(value)
+        return func.max(_collated(value))
 
 
 class Avg(Kind):

@@ -12,7 +12,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, and_, case, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Table,
+    and_,
+    case,
+    func,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+    types,
+    update,
+)
 from sqlalchemy.engine import Dialect
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql.elements import quoted_name
@@ -21,7 +33,6 @@ from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
 from querycache.denormalize.checks import changed_by_keys
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.ddl import Ddl, trigger_name
-from querycache.denormalize.kinds import AVG
 from querycache.denormalize.plan import Plan, foreign_keys, plan_of, relevant
 from querycache.errors import ConfigurationError
 
@@ -166,7 +177,7 @@ class _Writer:
         """(name, table, event, statements, condition) of each."""
         for place, (level, table) in enumerate(_levels(self.aggregate)):
             secondary = table is self.chain.links[level - 1].secondary
-            columns = [] if secondary else self._columns(level, table)
+            columns = [] if secondary else self._columns(level)
             for event in _events(self.ddl):
                 rows = _EVENTS.get(event)
                 if rows is None:
@@ -183,20 +194,33 @@ class _Writer:
                     self._differs(columns) if columns and event == "UPDATE" else "",
                 )
 
-    def _columns(self, level: int, table: Table) -> list[str]:
-        """The columns of `table` whose change matters."""
+    def _columns(self, level: int) -> list[Any]:
+        """The columns whose change in a row at `level` matters."""
         mapper = self.chain.mappers[level]
         names = relevant(self.chain, level, [self.aggregate], rows=True)
-        return sorted(
-            mapper.column_attrs[name].columns[0].name for name in names if name in mapper.column_attrs
+        columns = [mapper.column_attrs[name].columns[0] for name in names if name in mapper.column_attrs]
+        return sorted(columns, key=lambda column: column.name)
+
+    def _differs(self, columns: Sequence[Any]) -> str:
+        unequal = {"postgresql": "{} IS DISTINCT FROM {}", "sqlite": "{} IS NOT {}"}
+        return " OR ".join(
+            unequal.get(self.dialect.name, "NOT ({} <=> {})").format(
+                self._as_it_is("OLD", column), self._as_it_is("NEW", column)
+            )
+            for column in columns
         )
 
-    def _differs(self, columns: Sequence[str]) -> str:
-        unequal = {
-            "postgresql": "OLD.{0} IS DISTINCT FROM NEW.{0}",
-            "sqlite": "OLD.{0} IS NOT NEW.{0}",
-        }.get(self.dialect.name, "NOT (OLD.{0} <=> NEW.{0})")
-        return " OR ".join(unequal.format(self.ddl.name(name)) for name in columns)
+    def _as_it_is(self, row: str, column: Any) -> str:
+        """What a row holds, to be compared with what another does: a collation may call texts equal that are not the same,
+        and PostgreSQL does not compare JSON but as text."""
+        held, type_ = f"{row}.{self.ddl.name(column.name)}", column.type.dialect_impl(self.dialect)
+        if isinstance(type_, types.TypeDecorator):
+            type_ = type_.impl_instance
+        postgresql = self.dialect.name == "postgresql"
+        if not isinstance(type_, (types.String, types.JSON) if postgresql else types.String):
+            return held
+        as_it_is = {"postgresql": '{}::text COLLATE "C"', "sqlite": "{} COLLATE BINARY"}
+        return as_it_is.get(self.dialect.name, "CAST({} AS BINARY)").format(held)
 
     def _row(self, row: str, column: Any) -> ColumnElement[Any]:
         return literal_column(f"{row}.{self.ddl.name(column.name)}", column.type)
@@ -299,16 +323,15 @@ class _Writer:
             statement = aggregate.last(aggregate.table_key)
         else:
             entities = self.chain.entities()
-            whole, scale = aggregate.whole(entities), getattr(aggregate.column.type, "scale", None)
-            if self.dialect.name == "sqlite" and aggregate.kind is AVG and scale is not None:
-                # Other databases round when they store a Numeric.
-                whole = func.round(whole, scale)
-            statement = self.chain.join(select(whole), entities, outer=False)
+            statement = self.chain.join(select(aggregate.whole(entities)), entities, outer=False)
             keys = attribute_columns(entities[0], self.chain.keys[0])
             statement = statement.where(*(a == b for a, b in zip(keys, aggregate.table_key, strict=True)))
         if self.dialect.name in ("mysql", "mariadb"):
             statement = statement.with_for_update(read=True)
-        return statement.correlate(aggregate.table).scalar_subquery()
+        value = statement.correlate(aggregate.table).scalar_subquery()
+        scale = getattr(aggregate.column.type, "scale", None)
+        # Other databases round when they store a Numeric.
+        return func.round(value, scale) if self.dialect.name == "sqlite" and scale is not None else value
 
     def _above(self, level: int, row: str) -> Any:
         """The parents of a row at `level`: a tuple of expressions, or a SELECT of keys."""
@@ -395,9 +418,12 @@ def _render(ddl: Ddl, name: str, table: Table, event: str, body: Iterable[str], 
         when = f"\nWHEN ({condition})" if condition else ""
         each = "STATEMENT" if event == "TRUNCATE" else "ROW"
         function = ddl.beside(table, name)
+        quote = "$querycache$"
+        while quote in lines:  # in a text of the aggregate's own
+            quote = f"$_{quote[1:]}"
         return [
-            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $querycache$\nBEGIN\n{lines}\n"
-            "  RETURN NULL;\nEND $querycache$",
+            f"CREATE OR REPLACE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS {quote}\nBEGIN\n{lines}\n"
+            f"  RETURN NULL;\nEND {quote}",
             f"CREATE TRIGGER {name} AFTER {event} ON {on} FOR EACH {each}{when} EXECUTE FUNCTION {function}()",
         ]
     name = ddl.beside(table, name)

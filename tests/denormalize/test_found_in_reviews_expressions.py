@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import enum
 import re
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,14 @@ from sqlalchemy import (
     select,
     text,
 )
-from sqlalchemy.orm import configure_mappers, mapped_column, relationship
+from sqlalchemy.orm import (
+    Session,
+    column_property,
+    configure_mappers,
+    declarative_base,
+    mapped_column,
+    relationship,
+)
 
 from querycache.denormalize import (
     UncoveredChange,
@@ -40,7 +49,7 @@ from querycache.denormalize import (
     sum_of,
 )
 from querycache.errors import ConfigurationError
-from tests.denormalize.family import Open, family, right, two
+from tests.denormalize.family import Open, family, n, right, two
 
 
 @pytest.mark.parametrize(
@@ -294,3 +303,167 @@ def test_moments_with_a_timezone(opened: Open, strategy: str, moment: Any) -> No
     )
     s.commit()
     right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory", "trigger"])
+def test_rows_of_a_class_are_told_by_a_column(strategy: str) -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "x_kind_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Small")
+        n = count_of("children", type_=Integer, strategy=strategy)
+
+    class Child(Base):
+        __tablename__ = "x_kind_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(Parent.id))
+        size = mapped_column(Integer)
+        kind = column_property(sa.case((size < 10, "small"), else_="any"))
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "any"}
+
+    class Small(Child):
+        __mapper_args__ = {"polymorphic_identity": "small"}
+
+    with pytest.raises(
+        ConfigurationError, match=r"Parent\.n: .* Small .* CASE WHEN .*; take a column .* where="
+    ):
+        configure_mappers()
+    Base.registry.dispose()
+
+
+def test_all_rows_of_a_table_count_however_their_classes_are_told(opened: Open) -> None:
+    def child() -> dict[str, Any]:
+        size = mapped_column(Integer)
+        kind = column_property(sa.case((size < 10, "small"), else_="any"))
+        return {
+            "size": size,
+            "kind": kind,
+            "__mapper_args__": {"polymorphic_on": kind, "polymorphic_identity": "any"},
+        }
+
+    m = family("x_kinds", n, child)
+
+    class Small(m.Child):  # type: ignore[misc, name-defined]
+        __mapper_args__ = {"polymorphic_identity": "small"}
+
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.flush()
+    s.add_all([m.Child(id=1, parent_id=1, size=20), Small(id=2, parent_id=1, size=2)])
+    s.commit()
+    s.execute(sa.update(m.Child).values(size=3).where(m.Child.id == 1))
+    s.commit()
+    assert (s.get_one(m.Parent, 1).n, s.get_one(m.Parent, 1).total) == (2, 5)
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_a_row_that_becomes_one_of_a_counted_class(opened: Open, strategy: str) -> None:
+    """As docs/denormalize.md says."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = f"x_becomes_{strategy}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Small")
+        n = count_of("children", type_=Integer, strategy=strategy)
+
+    class Child(Base):
+        __tablename__ = f"x_becomes_{strategy}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(Parent.id))
+        kind = mapped_column(String(9))
+        __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "any"}
+
+    class Small(Child):
+        __mapper_args__ = {"polymorphic_identity": "small"}
+
+    m = SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+    s = opened(m)
+    s.add(Parent(id=1))
+    s.flush()
+    s.add_all([Child(id=1, parent_id=1), Child(id=2, parent_id=1), Small(id=3, parent_id=1)])
+    s.commit()
+    s.execute(sa.update(Child).values(kind="small").where(Child.id == 1))
+    s.commit()
+    assert s.get_one(Parent, 1).n == 2
+    right(s, m)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SQLAlchemy too has something to say of it
+        s.get_one(Child, 2).kind = "small"
+        s.commit()
+    s.expire_all()
+    assert s.get_one(Parent, 1).n == (3 if strategy == "trigger" else 2)
+
+
+COLLATIONS = {
+    "sqlite": ("NOCASE", "BINARY"),
+    "postgresql": ("C", "en-x-icu"),
+    "mysql": ("utf8mb4_bin", "utf8mb4_general_ci"),
+}
+
+
+def named(name: str, strategy: str, ours: str | None, theirs: str | None) -> SimpleNamespace:
+    """A parent with the first and last name of its children, in columns with a collation of their own."""
+    given: dict[str, Any] = {"type_": String(20, collation=ours), "strategy": strategy}
+    return family(
+        name,
+        lambda: {
+            "first": min_of("children", "name", **given),
+            "last": max_of("children", "name", where=lambda c: c.size > 0, **given),
+        },
+        lambda: {
+            "name": mapped_column(String(20, collation=theirs)),
+            "__table_args__": (sa.Index(f"{name}_by_name", "parent_id", "name"),),
+        },
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_extremes_of_texts_with_a_collation(engine: Engine, strategy: str, which: int) -> None:
+    collation = COLLATIONS[engine.dialect.name][which]
+    _extremes_of_texts(engine, named(f"x_coll{which}_{strategy}", strategy, collation, collation))
+
+
+@pytest.mark.parametrize("strategy", ["recount", "trigger"])
+def test_extremes_of_texts_whose_collations_differ(engine: Engine, strategy: str) -> None:
+    ours, theirs = COLLATIONS[engine.dialect.name]
+    _extremes_of_texts(engine, named(f"x_colls_{strategy}", strategy, ours, theirs))
+    _extremes_of_texts(engine, named(f"x_swapped_{strategy}", strategy, theirs, ours))
+    _extremes_of_texts(engine, named(f"x_our_{strategy}", strategy, None, theirs))
+    _extremes_of_texts(engine, named(f"x_their_{strategy}", strategy, ours, None))
+
+
+def _extremes_of_texts(engine: Engine, m: SimpleNamespace) -> None:
+    """What the database itself says is least and greatest, whatever comes in which order."""
+    m.Base.metadata.drop_all(engine)
+    m.Base.metadata.create_all(engine)
+    with Session(engine) as s:
+        s.add_all([m.Parent(id=1), m.Parent(id=2)])
+        s.commit()
+        for parent, names in ((1, "bCaD"), (2, "BcAd")):
+            for name in names:
+                s.add(m.Child(parent_id=parent, name=name, size=1))
+                s.commit()
+                least, most = s.execute(
+                    select(func.min(m.Child.name), func.max(m.Child.name)).where(m.Child.parent_id == parent)
+                ).one()
+                held = s.get_one(m.Parent, parent)
+                assert (held.first.lower(), held.last.lower()) == (least.lower(), most.lower())
+                right(s, m)
+            s.execute(sa.delete(m.Child).where(m.Child.name == names[1]))
+            s.commit()
+            right(s, m)
+    m.Base.metadata.drop_all(engine)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("C", "POSIX"), (None, "C"), ("NOCASE", None)])
+def test_collations_that_differ(ours: str | None, theirs: str | None) -> None:
+    m = named("x_differ", "sql", ours, theirs)
+    said = f"Parent.first: .* {theirs or 'of the database'}, .* {ours or 'that of the database'}, .* collation={theirs!r}, "
+    with pytest.raises(ConfigurationError, match=said):
+        configure_mappers()
+    m.Base.registry.dispose()

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Boolean, Engine, ForeignKey, Integer, Numeric, String, create_engine, event
+from sqlalchemy import JSON, Boolean, Engine, ForeignKey, Integer, Numeric, String, create_engine, event
 from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import avg_of, count_of, exists_of, sum_of, trigger_sql, verify
+from querycache.denormalize import (
+    avg_of,
+    count_of,
+    exists_of,
+    latest_of,
+    max_of,
+    min_of,
+    sum_of,
+    trigger_sql,
+    verify,
+)
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import family
 
@@ -313,3 +323,158 @@ def test_the_database_of_nobody(engine: Engine) -> None:
     m.Base.metadata.drop_all(mock, checkfirst=False)
     assert len(said) >= 4
     assert isinstance(m.Child.__table__.c.message.type, String)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_new_parent_shows_what_was_null_when_it_was_inserted(engine: Engine, at_once: bool) -> None:
+    m = family(
+        "t_new",
+        lambda: {
+            "most": max_of("children", "size", type_=Integer, strategy="trigger"),
+            "mean": avg_of("children", "size", type_=Numeric(12, 2), strategy="trigger"),
+            "last": latest_of("children", "size", order_by="id", type_=Integer, strategy="trigger"),
+        },
+        child=lambda: {
+            "__table_args__": (
+                sa.Index("t_new_by_size", "parent_id", "size"),
+                sa.Index("t_new_by_id", "parent_id", "id"),
+            )
+        },
+    )
+    with tables(engine, m) as session:
+        parent = m.Parent(id=2)
+        session.add(parent)
+        if not at_once:
+            session.flush()
+        session.add(m.Child(id=1, parent=parent, size=5))
+        session.flush()
+        assert (parent.most, parent.mean, parent.last) == (5, 5, 5)
+        session.add(m.Child(id=2, parent_id=2, size=7))
+        session.flush()
+        assert (parent.most, parent.mean, parent.last) == (7, 6, 7)
+        session.rollback()
+
+
+def test_extremes_and_the_latest_are_rounded_as_numeric_columns_are(engine: Engine) -> None:
+    def columns() -> dict[str, Any]:
+        given: dict[str, Any] = {"type_": Numeric(8, 2), "strategy": "trigger"}
+        return {
+            "least": min_of("children", "price", **given),
+            "most": max_of("children", "price", **given),
+            "last": latest_of("children", "price", order_by="id", **given),
+        }
+
+    m = family(
+        "t_round",
+        columns,
+        child=lambda: {
+            "price": mapped_column(Numeric(8, 4)),
+            "__table_args__": (
+                sa.Index("t_round_by_price", "parent_id", "price"),
+                sa.Index("t_round_by_id", "parent_id", "id"),
+            ),
+        },
+    )
+    with tables(engine, m) as session:
+        for price in ("2.6781", "-1.0051", "1.0149"):
+            session.add(m.Child(parent_id=1, price=Decimal(price)))
+            session.commit()
+            assert wrong(engine, m) == []
+        stored = session.execute(sa.text("SELECT least, most, last FROM t_round_parent")).one()
+        assert [str(each) for each in stored] == ["-1.01", "2.68", "1.01"]
+
+
+UNEQUAL: dict[str, Callable[[Any], Any]] = {
+    "json": lambda c: c.held["a"].as_integer() == 1,
+    "text of json": lambda c: c.held["b"].as_string() == "it's",
+    "distinct": lambda c: sa.or_(c.message.is_(None), c.size.is_distinct_from(2)),
+    "not distinct": lambda c: ~c.size.is_not_distinct_from(2) & (c.id > 0),
+    "dollars": lambda c: c.message != "$querycache$",
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_conditions_that_a_database_writes_in_its_own_way(engine: Engine, case: str) -> None:
+    given: dict[str, Any] = {"where": UNEQUAL[case], "strategy": "trigger"}
+    m = family(
+        "t_own_way",
+        lambda: {
+            "n": count_of("children", type_=Integer, **given),
+            "any": exists_of("children", type_=Boolean, **given),
+        },
+        child=lambda: {"held": mapped_column(JSON)},
+    )
+    values: list[dict[str, Any]] = [
+        {"size": 1, "held": {"a": 1, "b": "it's"}, "message": "abc"},
+        {"size": 2, "held": {"a": 2, "b": "x"}, "message": "$querycache$"},
+    ]
+    with tables(engine, m) as session:
+        session.add_all([m.Child(id=1, parent_id=1, **values[0]), m.Child(id=2, parent_id=1, **values[1])])
+        session.commit()
+        child = session.get_one(m.Child, 1)
+        for kind in (values[1], values[0]):
+            for name, value in kind.items():
+                setattr(child, name, value)
+            session.commit()
+            right = 1 if kind is values[0] else 0
+            assert (session.get_one(m.Parent, 1).n, session.get_one(m.Parent, 1).any) == (right, bool(right))
+            assert wrong(engine, m) == []
+        child.size = None
+        session.commit()
+        assert wrong(engine, m) == []
+
+
+def test_text_that_changes_into_one_that_a_collation_calls_equal(engine: Engine) -> None:
+    collation = {"sqlite": "NOCASE", "postgresql": "t_any_case"}.get(
+        engine.dialect.name, "utf8mb4_general_ci"
+    )
+    m = family(
+        "t_case",
+        lambda: {
+            "last": latest_of("children", "name", order_by="id", type_=String(20), strategy="trigger"),
+        },
+        child=lambda: {
+            "name": mapped_column(String(20, collation=collation)),
+            "__table_args__": (sa.Index("t_case_by_id", "parent_id", "id"),),
+        },
+    )
+    with ExitStack() as stack:
+        if engine.dialect.name == "postgresql":
+            connection = stack.enter_context(engine.connect())
+            connection.exec_driver_sql(
+                "CREATE COLLATION IF NOT EXISTS t_any_case (provider = icu, locale = 'und-u-ks-level2',"
+                " deterministic = false)"
+            )
+            connection.commit()
+        session = stack.enter_context(tables(engine, m))
+        session.add(m.Child(id=1, parent_id=1, name="abc"))
+        session.commit()
+        session.get_one(m.Child, 1).name = "ABC"
+        session.commit()
+        assert session.get_one(m.Parent, 1).last == "ABC"
+        assert wrong(engine, m) == []
+
+
+def test_sqlite_is_not_locked_for_rows_that_nothing_is_read_from() -> None:
+    """Other databases are: flushes of several rows would meet in deadlocks."""
+    engine = create_engine("sqlite://")
+    sides = iter([{"cascade": "all"}, {}])
+    m = family("t_locks", counted, rel=lambda m: next(sides))
+    said: list[str] = []
+    with tables(engine, m) as session:
+        parent = session.get_one(m.Parent, 1)
+        parent.children.extend(m.Child(id=key) for key in (1, 2))
+        session.commit()
+        children = list(parent.children)
+        event.listen(engine, "before_cursor_execute", lambda *given: said.append(given[2].split("\n")[0]))
+        children[0].parent_id = None
+        session.flush()
+        session.expire(parent, ["children"])
+        session.delete(parent)
+        session.flush()
+        said = [each for each in said if not each.startswith(("SELECT", "RELEASE", "SAVEPOINT"))]
+        assert [each.partition(" SET ")[0].partition(" WHERE ")[0] for each in said] == [
+            "UPDATE t_locks_child",
+            "DELETE FROM t_locks_child",
+            "DELETE FROM t_locks_parent",
+        ]

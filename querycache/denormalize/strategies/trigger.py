@@ -39,12 +39,14 @@ class Trigger(Strategy):
 
 
 def parents_in(session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
-    """For each aggregate the parents that the session holds with their column loaded."""
+    """For each aggregate the parents that the session holds with their column loaded; or as if it was: a new parent has no
+    value of a column where NULL was inserted, and no access would load it."""
     stale: dict[Aggregate, set[Key]] = {aggregate: set() for aggregate in aggregates}
     for instance in (*session.identity_map.values(), *session.new):
         state = sqlalchemy_inspect(instance)
         for aggregate in aggregates:
-            if state.mapper.isa(aggregate.chain.root) and aggregate.key in state.dict:
+            unread = aggregate.key in state.expired_attributes and aggregate.key not in state.dict
+            if not unread and state.mapper.isa(aggregate.chain.root):
                 key = tuple(state.mapper.primary_key_from_instance(instance))
                 stale[aggregate].add(key)
     return stale
