@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ClauseElement
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import RelationshipDirection, Session
-from sqlalchemy.orm.base import NO_VALUE
+from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.orm.base import NO_VALUE, PassiveFlag
 
 from querycache.denormalize.chain import Aggregate, Chain, Key, in_order
 from querycache.denormalize.errors import UncoveredChange
@@ -25,12 +26,18 @@ __all__ = [
     "NotYet",
     "Taken",
     "find_parent",
-    "goes",
+    "going",
     "known_parent",
     "link_of",
     "load_parents",
+    "marked",
     "refuse_late",
+    "refuse_late_deletions",
 ]
+
+
+_AS_FLUSHED: Final = PassiveFlag.PASSIVE_NO_INITIALIZE | PassiveFlag.INCLUDE_PENDING_MUTATIONS
+"""How the unit of work asks what has changed in a collection: as far as that is known without loading it."""
 
 
 class NotYet(Exception):
@@ -127,37 +134,55 @@ class LiveRow:
         return None
 
 
-def goes(session: Session, child: Any, touched: Touched) -> bool:
-    """Whether the flush will delete `child`: it was marked as deleted, or is an orphan.
+def going(session: Session, chain: Chain, touched: Touched) -> dict[int, Any]:
+    """The children that the flush will delete, by their identity in memory: marked as deleted, or orphans.
 
-    An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
-    the unit of work takes the deletion back.
+    An object marked as deleted stays if it is added to the collection of a parent that is flushed too: there the unit of
+    work takes the deletion back.
 
     Raises:
-        UncoveredChange: for an orphan that has been put there, of which the unit of work decides by chance.
+        UncoveredChange: for an orphan that is added there, of which the unit of work decides by chance.
     """
-    state = sqlalchemy_inspect(child)
-    if child not in session.deleted and state not in touched.orphans:
-        return False
-    for step in state.mapper.relationships:
-        parent = state.dict.get(step.key) if step.key in state.committed_state else None
-        if (
-            step.direction is not RelationshipDirection.MANYTOONE
-            or parent is None
-            or parent in session.deleted
-        ):
-            continue
+    found = {
+        id(child): child
+        for child in (*session.deleted, *touched.orphans.values())
+        if sqlalchemy_inspect(child).mapper.isa(chain.leaf)
+    }
+    if not found:
+        return found
+    for parent in (*session.new, *session.dirty):
         above = sqlalchemy_inspect(parent)
-        for back in above.mapper.relationships:
-            if back.key in above.committed_state and state.mapper.isa(back.mapper):
+        for step in above.mapper.relationships:
+            if step.direction is not RelationshipDirection.ONETOMANY or step.viewonly:
+                continue
+            if step.key in above.dict and step.key not in above.committed_state and above.has_identity:
+                continue
+            for child in get_history(parent, step.key, _AS_FLUSHED).added:
+                if found.pop(id(child), None) is None:
+                    continue
+                state = sqlalchemy_inspect(child)
                 if state in touched.orphans:
                     raise UncoveredChange(
                         f"{state.mapper.class_.__name__} {state.identity!r} has left a parent whose orphans are deleted,"
-                        f" and been put into {back} in one flush, which may delete it or not; flush() between the two, or"
+                        f" and been put into {step} in one flush, which may delete it or not; flush() between the two, or"
                         " take strategy 'sql'"
                     )
-                return False
-    return True
+    return found
+
+
+def marked(session: Session, chain: Chain) -> set[Any]:
+    """The states of the children that are marked as deleted."""
+    return {state for child in session.deleted if (state := sqlalchemy_inspect(child)).mapper.isa(chain.leaf)}
+
+
+def refuse_late_deletions(session: Session, aggregate: Aggregate, were: set[Any]) -> None:
+    """Refuse a flush in which children have been marked as deleted, or not any more, since the aggregate was brought forward.
+
+    Raises:
+        UncoveredChange: naming such a child.
+    """
+    for state in marked(session, aggregate.chain) ^ were:
+        raise _late(state, aggregate, "deleted, or kept from being deleted,")
 
 
 def known_parent(
@@ -228,14 +253,17 @@ def refuse_late(
     else:
         same = now() == was.value and (link == was.link or _leads_to(session, link, was.parent))
     if not same:
-        state = sqlalchemy_inspect(child)
-        key = tuple(state.mapper.primary_key_from_instance(child))
-        raise UncoveredChange(
-            f"{type(child).__name__} {key!r} was added or changed after {aggregate.name} had been looked at: by a"
-            " before_flush listener registered later than this package's, by a mapper event such as before_insert, or by a"
-            " relationship or the database, which give what the aggregate reads. Register that listener on the Session class"
-            " before the mappers configure, or take strategy 'sql'"
-        )
+        raise _late(sqlalchemy_inspect(child), aggregate, "added or changed")
+
+
+def _late(state: Any, aggregate: Aggregate, what: str) -> UncoveredChange:
+    key = tuple(state.mapper.primary_key_from_instance(state.object))
+    return UncoveredChange(
+        f"{state.mapper.class_.__name__} {key!r} was {what} after {aggregate.name} had been looked at: by a before_flush"
+        " listener registered later than this package's, by a mapper event such as before_insert, or by a relationship or"
+        " the database, which give what the aggregate reads. Register that listener on the Session class before the mappers"
+        " configure, or take strategy 'sql'"
+    )
 
 
 def _leads_to(session: Session, link: Key, parent: Any) -> bool:

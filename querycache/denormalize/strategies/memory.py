@@ -35,11 +35,13 @@ from querycache.denormalize.strategies.live import (
     NotYet,
     Taken,
     find_parent,
-    goes,
+    going,
     known_parent,
     link_of,
     load_parents,
+    marked,
     refuse_late,
+    refuse_late_deletions,
 )
 from querycache.denormalize.touched import Touched
 
@@ -100,6 +102,8 @@ class _Ledger:
         self.stored: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
         self.settled: weakref.WeakKeyDictionary[Any, tuple[Key, frozenset[str]]] = weakref.WeakKeyDictionary()
         """Of the children that a flush is about to write, the foreign key and the attributes that have changed."""
+        self.marked: weakref.WeakKeyDictionary[Session, set[Any]] = weakref.WeakKeyDictionary()
+        """The states of the children that were marked as deleted when a flush began."""
         self._busy = False
 
     def listen(self) -> None:
@@ -247,19 +251,17 @@ class _Ledger:
         for state, (parent, _) in list(self.known.items()):
             if any(parent is one for one in fresh):
                 self.known[state] = (parent, 0)
-        going = set()
-        for child in (*session.deleted, *touched.orphans.values()):
-            state = sqlalchemy_inspect(child)
-            if state.mapper.isa(self.chain.leaf) and goes(session, child, touched):
-                going.add(state)
-                self._to(child, (None, 0))
+        self.marked[session] = marked(session, self.chain)
+        gone = going(session, self.chain, touched)
+        for child in gone.values():
+            self._to(child, (None, 0))
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
             if not state.mapper.isa(self.chain.leaf):
                 continue
-            if state not in going and (state in self.known or not state.has_identity):
+            if id(child) not in gone and (state in self.known or not state.has_identity):
                 self._move(child, {}, final=True)
-            elif state not in going and any(
+            elif id(child) not in gone and any(
                 name in state.mapper.relationships for name in state.committed_state
             ):
                 # Which may write what is read, in the flush: what it was must be known then.
@@ -270,6 +272,7 @@ class _Ledger:
 
     def check(self, session: Session) -> None:
         """A flush has written the children: as they are known?"""
+        refuse_late_deletions(session, self.aggregate, self.marked.get(session, set()))
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
             if not state.mapper.isa(self.chain.leaf):
@@ -302,6 +305,7 @@ class _Ledger:
         for state, now in list(self.known.items()):
             if state.session is session:
                 self.stored[state] = now
+        self.marked.pop(session, None)
         for state in [state for state in self.settled if state.session is session]:
             del self.settled[state]
 
