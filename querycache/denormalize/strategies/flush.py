@@ -32,13 +32,13 @@ from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
     Taken,
-    going,
-    known_parent,
-    link_of,
+    is_root,
     load_parents,
     marked,
+    old_rows,
     refuse_late,
     refuse_late_deletions,
+    staying,
 )
 from querycache.denormalize.touched import Touched
 
@@ -145,34 +145,31 @@ class _Family:
         self.locks = locks
         self.chain = chain
         self.touched = touched
+        self.deleted = session.deleted
         self.keys = touched.rows.get(Place(chain, 1), set())
         self.parents: dict[int, Any] = {}
-        """Objects by their identity in memory, since not every one can be hashed; so are those that are new."""
-        self.new: dict[int, Any] = {}
+        """Objects by their identity in memory, since not every one can be hashed."""
         self.children: list[tuple[Any, Key, Any]] = []
         """Those that will be there, with their foreign keys and parents as objects."""
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
 
     def find_parents(self) -> None:
-        old = self._old_rows()
-        live = self._live_rows()
-        keys = {parent for parent in (*old, *live) if isinstance(parent, tuple)}
+        old = old_rows(self.locks, self.chain, self.keys)
+        placed = staying(self.session, self.chain, self.touched, self._persistent())
+        keys = {*old, *(each.key for each in placed if each.key is not None)}
         loaded = load_parents(self.session, self.chain, keys) if keys else {}
-        sides: tuple[tuple[dict[Any, list[Any]], dict[int, list[Any]]], ...] = (
-            (old, self.before),
-            (live, self.after),
-        )
-        for rows, by_parent in sides:
-            for parent, held in rows.items():
-                instance = loaded.get(parent) if isinstance(parent, tuple) else self.new[parent]
-                if instance is not None and instance not in self.session.deleted:
-                    self.parents[id(instance)] = instance
-                    by_parent.setdefault(id(instance), []).extend(held)
-        self.children = [
-            (child, link, loaded.get(mark) if isinstance(mark, tuple) else self.new.get(mark))
-            for child, link, mark in self.children
-        ]
+        for key, rows in old.items():
+            self._put(self.before, loaded.get(key), rows)
+        for each in placed:
+            parent = each.parent if each.key is None else loaded.get(each.key)
+            self._put(self.after, parent, [LiveRow(each.child, self.chain)])
+            self.children.append((each.child, each.link, parent))
+
+    def _put(self, rows: dict[int, list[Any]], parent: Any, more: Iterable[Any]) -> None:
+        if is_root(parent, self.chain) and parent not in self.deleted:
+            self.parents[id(parent)] = parent
+            rows.setdefault(id(parent), []).extend(more)
 
     def bring_forward(self, aggregates: Sequence[Aggregate]) -> None:
         counted = [held for held in aggregates if not held.kind.additive]
@@ -216,17 +213,6 @@ class _Family:
             found[id(child)] = child, Taken(link, parent, value)
         return found
 
-    def _old_rows(self) -> dict[Key, list[ChildRow]]:
-        queried: Queried = self.locks.plan.memo(
-            ("rows", self.chain, 1, ()), lambda: self.chain.image((), 1, (), rows=True)
-        )
-        statement = self.locks.read(queried.statement)
-        found: dict[Key, list[ChildRow]] = {}
-        for chunk in chunks(self.keys):
-            for row in self.locks.connection.execute(statement, parameters(chunk)):
-                found.setdefault(tuple(row[queried.parent]), []).append(self._row(row[queried.values]))
-        return found
-
     def _other_children(self) -> dict[Key, list[ChildRow]]:
         """The children of the persistent parents that this flush does not touch."""
         keys = {sqlalchemy_inspect(parent).identity for parent in self.parents.values()} - {None}
@@ -260,31 +246,7 @@ class _Family:
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
 
-    def _live_rows(self) -> dict[Key | int, list[LiveRow]]:
-        """The touched children that will be there after the flush, by parent: its key, or the mark of one in `new`."""
-        adopted, released = self._collections()
-        found: dict[Key | int, list[LiveRow]] = {}
-        for child in self._children():
-            says, parent, key = known_parent(child, self.chain)
-            if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
-                parent, key = adopted[id(child)], None
-            elif id(child) in released and not (says and parent is not None):
-                parent, key = None, None
-            if parent is not None:
-                identity = sqlalchemy_inspect(parent).identity
-                if identity is not None:
-                    parent, key = None, identity
-            mark: Key | int | None = key
-            if parent is not None:
-                mark = id(parent)
-                self.new[mark] = parent
-            self.children.append((child, link_of(child, self.chain), mark))
-            if mark is not None:
-                found.setdefault(mark, []).append(LiveRow(child, self.chain))
-        return found
-
-    def _children(self) -> Iterable[Any]:
-        gone = going(self.session, self.chain, self.touched)
+    def _persistent(self) -> Iterable[Any]:
         for key in self.keys:
             child = self.session.identity_map.get(self.chain.leaf.identity_key_from_primary_key(key))
             if child is None:
@@ -292,35 +254,7 @@ class _Family:
                     f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"
                     " strategy 'flush' cannot follow it, take strategy 'sql'"
                 )
-            if id(child) not in gone:
-                yield child
-        for child in self.session.new:
-            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):
-                yield child
-
-    def _collections(self) -> tuple[dict[int, Any], set[int]]:
-        """Children put into, and taken out of, their parents' collections; those of parents that go lose their key."""
-        step = self.chain.relationships[0]
-        name = step.key
-        adopted: dict[int, Any] = {}
-        released: set[int] = set()
-        for parent in (*self.session.new, *self.session.dirty):
-            state = sqlalchemy_inspect(parent)
-            if state.mapper.isa(self.chain.root) and (
-                name in state.committed_state or not state.has_identity
-            ):
-                history = state.attrs[name].history
-                adopted.update((id(child), parent) for child in history.added)
-                released.update(id(child) for child in history.deleted)
-        for parent in self.session.deleted:
-            state = sqlalchemy_inspect(parent)
-            if state.mapper.isa(self.chain.root) and step.passive_deletes != "all":
-                # The unit of work loads what it needs for that, too.
-                history = (
-                    state.attrs[name].history if step.passive_deletes else state.attrs[name].load_history()
-                )
-                released.update(id(child) for child in history.unchanged)
-        return adopted, released
+            yield child
 
 
 def _without_zone(value: Any) -> Any:

@@ -7,6 +7,9 @@ For every child the events remember what it contributes, and to which parent; ea
 moves the difference. So it does not matter from which side of the relationship, in which order of attributes or
 how often an event tells of one change. Deletions have no attribute event and count from the flush on.
 
+What is written does not depend on what events have told: before each flush the parents get what their rows hold, and
+what the children that are flushed make different.
+
 The value is written by the unit of work as any other attribute: read, changed in Python, written. Two
 processes that do so at once lose one change; this strategy is for data with one writer at a time.
 """
@@ -14,7 +17,7 @@ processes that do so at once lose one change; this strategy is for data with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -25,23 +28,25 @@ from sqlalchemy.orm import Session, object_session
 from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize import guard
-from querycache.denormalize.chain import Aggregate, Key, attributes_read
-from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.chain import Aggregate, Chain, Key, attributes_read
 from querycache.denormalize.locks import Locks
-from querycache.denormalize.plan import Plan
+from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
     NotYet,
     Taken,
     find_parent,
-    going,
+    is_root,
     known_parent,
     link_of,
     load_parents,
+    loaded,
     marked,
+    old_rows,
     refuse_late,
     refuse_late_deletions,
+    staying,
 )
 from querycache.denormalize.touched import Touched
 
@@ -54,23 +59,51 @@ Contribution = tuple[Any, Any]
 class Memory(Strategy):
     name = "memory"
     prepares = True
+    needs_all = True
 
     def __init__(self) -> None:
         self._ledgers: dict[Any, _Ledger] = {}
         """By column; a ledger knows its column, so a weak key would never go away."""
 
     def attach(self, plan: Plan, aggregate: Aggregate) -> None:
+        if not self._ledgers:
+            for name, listener in self._listeners():
+                event.listen(Session, name, listener)
         ledger = self._ledgers[aggregate.column] = _Ledger(aggregate)
         ledger.listen()
 
     def detach(self, aggregate: Aggregate) -> None:
-        self._ledgers.pop(aggregate.column, None)
+        if self._ledgers.pop(aggregate.column, None) is not None and not self._ledgers:
+            for name, listener in self._listeners():
+                event.remove(Session, name, listener)
+
+    def _listeners(self) -> tuple[tuple[str, Any], ...]:
+        return (
+            ("transient_to_pending", self._came),
+            ("pending_to_transient", self._left),
+            ("persistent_to_detached", self._left),
+        )
+
+    def _came(self, session: Session, instance: Any) -> None:
+        for ledger in self._ledgers.values():
+            if isinstance(instance, ledger.chain.leaf.class_):
+                ledger.came(instance)
+
+    def _left(self, session: Session, instance: Any) -> None:
+        for ledger in self._ledgers.values():
+            if isinstance(instance, ledger.chain.leaf.class_):
+                ledger.take_back(instance)
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
     ) -> None:
+        chains: dict[Chain, list[Aggregate]] = {}
         for aggregate in aggregates:
-            self._ledgers[aggregate.column].settle(session, touched)
+            chains.setdefault(aggregate.chain, []).append(aggregate)
+        for chain, held in chains.items():
+            family = _Family(session, locks, chain, touched)
+            for aggregate in held:
+                self._ledgers[aggregate.column].settle(family)
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
         for aggregate in aggregates:
@@ -84,6 +117,49 @@ class Memory(Strategy):
     def forget(self, session: Session) -> None:
         for ledger in self._ledgers.values():
             ledger.forget(session)
+
+
+class _Family:
+    """The children of one chain that a flush touches: those with rows, as they were and are, and where all will be."""
+
+    def __init__(self, session: Session, locks: Locks, chain: Chain, touched: Touched) -> None:
+        self.session = session
+        self.locks = locks
+        self.chain = chain
+        held = session.identity_map
+        self.persistent = [
+            child
+            for key in touched.rows.get(Place(chain, 1), ())
+            # A cascade of the database reaches those that the session does not hold, and their parent goes with them.
+            if (child := held.get(chain.leaf.identity_key_from_primary_key(key))) is not None
+        ]
+        self.placed = staying(session, chain, touched, self.persistent)
+        self.marked = marked(session, chain)
+
+    def parents(self, keys: Iterable[Key | None]) -> dict[Key, Any]:
+        found = {key for key in keys if key is not None and None not in key}
+        return load_parents(self.session, self.chain, found) if found else {}
+
+    def as_stored(self, names: Set[str]) -> list[tuple[Key, Any]]:
+        """What the rows hold: each with the key of its parent. The session knows it, but for values that were set before they
+        were loaded, or changed in place, which are read."""
+        found: list[tuple[Key, Any]] = []
+        unknown: set[Key] = set()
+        links = self.chain.links[0].attributes
+        for child in self.persistent:
+            state = sqlalchemy_inspect(child)
+            values = {
+                name: state.committed_state[name] if name in state.committed_state else loaded(child, name)
+                for name in (*links, *names)
+            }
+            if any(value is NO_VALUE for value in values.values()):
+                unknown.add(state.identity)
+            else:
+                found.append((tuple(values[name] for name in links), LiveRow(child, self.chain, values)))
+        if unknown:
+            rows = old_rows(self.locks, self.chain, unknown)
+            found.extend((key, row) for key, held in rows.items() for row in held)
+        return found
 
 
 class _Ledger:
@@ -146,15 +222,26 @@ class _Ledger:
             self._on_append(parent, child, initiator)
 
     def _on_reload(self, child: Any, names: Any) -> None:
-        """The object takes back what it was changed to; so does its parent."""
-        if child is None:  # collected meanwhile, so it had no changes
-            return
+        if child is not None:  # collected meanwhile, so it had no changes
+            self.take_back(child)
+
+    def came(self, child: Any) -> None:
+        """It is to be inserted."""
+        if not self._within_flush():
+            _, parent, key = known_parent(child, self.chain)
+            if key is not None:
+                parent = find_parent(object_session(child), self.chain, key)
+            if parent is not None:
+                self._move(child, {}, adopted=parent)
+
+    def take_back(self, child: Any) -> None:
+        """The object takes back what it was changed to, or leaves the session; its parent shows what is stored."""
         state = sqlalchemy_inspect(child)
         now, stored = self.known.pop(state, (None, 0)), self.stored.pop(state, (None, 0))
         if now[0] is stored[0] and now[1] == stored[1]:
             return
         for (parent, amount), sign in ((now, -1), (stored, 1)):
-            if parent is not None and amount and self.aggregate.key in parent.__dict__:
+            if amount and is_root(parent, self.chain) and self.aggregate.key in parent.__dict__:
                 _add(parent, self.aggregate, sign * amount)
 
     def _within_flush(self) -> bool:
@@ -174,31 +261,16 @@ class _Ledger:
         """What a persistent child contributed when it was loaded; loads it, as any access would, if it is expired."""
         session = object_session(child)
         if session is None:
-            raise UncoveredChange(
-                f"{type(child).__name__} is detached; {self.aggregate.name} cannot be kept in memory. merge() it first"
-            )
+            return (None, 0)
         with session.no_autoflush:
-            row = LiveRow(child, self.chain)
-            amount = self._amount(row)
-            key = tuple(getattr(child, name) for name in self.chain.links[0].attributes)
-            return (None if None in key else self._loaded(session, child, key), amount)
-
-    def _loaded(self, session: Session, child: Any, key: Any) -> Any:
-        parent = find_parent(session, self.chain, key)
-        if parent is None:
-            for reverse in self.chain.reverses[0]:
-                parent = getattr(child, reverse)
-                if parent is not None and sqlalchemy_inspect(parent).identity != key:
-                    # It shows the one from before the key was set.
-                    parent = load_parents(session, self.chain, {key}).get(key)
-        if parent is None:
-            raise UncoveredChange(
-                f"{self.chain.root.class_.__name__} {key!r} is not in the session; strategy 'memory' changes"
-                f" {self.aggregate.name} on the object. Load it first, or take strategy 'sql'"
+            amount = self._amount(LiveRow(child, self.chain))
+            key = tuple(loaded(child, name) for name in self.chain.links[0].attributes)
+            return (
+                None if None in key else load_parents(session, self.chain, {key}).get(key),
+                amount,
             )
-        return parent
 
-    def _move(self, child: Any, overlay: dict[str, Any], *, adopted: Any = None, final: bool = False) -> None:
+    def _move(self, child: Any, overlay: dict[str, Any], *, adopted: Any = None) -> None:
         """Let `child` contribute what it is worth with `overlay` assigned, to the parent that it then has."""
         if self._busy:
             return
@@ -207,9 +279,13 @@ class _Ledger:
             parent = self._now(child)[0]
             if adopted is not None:
                 parent = adopted
-            elif self._overlays_link(overlay) or (final and parent is None):
+            elif self._overlays_link(overlay):
                 parent = self._parent(child, overlay)
-            self._to(child, (parent, self._amount(LiveRow(child, self.chain, overlay, partial=not final))))
+            if object_session(child) is None and (
+                sqlalchemy_inspect(child).has_identity or (parent is not None and object_session(parent))
+            ):
+                return  # Nothing says that it will ever be below that parent.
+            self._to(child, (parent, self._amount(LiveRow(child, self.chain, overlay, partial=True))))
         finally:
             self._busy = False
 
@@ -238,36 +314,56 @@ class _Ledger:
         was = self._now(child)
         self.known[sqlalchemy_inspect(child)] = now
         for (parent, amount), sign in ((was, -1), (now, 1)):
-            if parent is not None and amount and (was[0] is not now[0] or was[1] != now[1]):
+            if amount and is_root(parent, self.chain) and (was[0] is not now[0] or was[1] != now[1]):
                 _add(parent, self.aggregate, sign * amount)
 
-    def settle(self, session: Session, touched: Touched) -> None:
-        """Bring in what no event told of: deletions, attributes left to defaults, foreign keys set before the object
-        was in a session, and objects that a rollback had thrown out."""
-        fresh = [parent for parent in session.new if sqlalchemy_inspect(parent).mapper.isa(self.chain.root)]
+    def settle(self, family: _Family) -> None:
+        """Give each parent what its row holds, and the differences that this flush makes: whatever events have shown, and
+        whatever they have not told of."""
+        session, aggregate = family.session, self.aggregate
+        stored = family.as_stored(self.read)
+        parents = family.parents((*(key for key, _ in stored), *(each.key for each in family.placed)))
+        deleted = session.deleted
+        changes: dict[int, Any] = {}
+        written = {
+            id(parent): parent
+            for parent in (*session.new, *session.dirty)
+            if is_root(parent, self.chain)
+            and (
+                aggregate.key in (state := sqlalchemy_inspect(parent)).committed_state
+                or not state.has_identity
+            )
+        }
+
+        def change(parent: Any, amount: Any) -> None:
+            if amount and is_root(parent, self.chain) and parent not in deleted:
+                written[id(parent)] = parent
+                changes[id(parent)] = changes.get(id(parent), 0) + amount
+
+        for key, row in stored:
+            change(parents.get(key), -self._amount(row))
+        now: dict[Any, Contribution] = {sqlalchemy_inspect(child): (None, 0) for child in family.persistent}
+        for each in family.placed:
+            parent = each.parent if each.key is None else parents.get(each.key)
+            amount = self._amount(LiveRow(each.child, self.chain))
+            change(parent, amount)
+            now[sqlalchemy_inspect(each.child)] = parent, amount
         with assigning():
-            for parent in fresh:
-                setattr(parent, self.aggregate.key, self.aggregate.kind.empty)
-        for state, (parent, _) in list(self.known.items()):
-            if any(parent is one for one in fresh):
-                self.known[state] = (parent, 0)
-        self.marked[session] = marked(session, self.chain)
-        gone = going(session, self.chain, touched)
-        for child in gone.values():
-            self._to(child, (None, 0))
+            for mark, parent in written.items():
+                value = _stored_value(session, parent, aggregate)
+                setattr(parent, aggregate.key, value + aggregate.fit(changes.get(mark, 0)))
+        self.forget(session)
+        self.known.update(now)
+        self.marked[session] = family.marked
         for child in (*session.new, *session.dirty):
             state = sqlalchemy_inspect(child)
             if not state.mapper.isa(self.chain.leaf):
                 continue
-            if id(child) not in gone and (state in self.known or not state.has_identity):
-                self._move(child, {}, final=True)
-            elif id(child) not in gone and any(
-                name in state.mapper.relationships for name in state.committed_state
-            ):
+            if any(name in state.mapper.relationships for name in state.committed_state):
                 # Which may write what is read, in the flush: what it was must be known then.
-                with session.no_autoflush:
-                    for name in self.read - state.dict.keys():
-                        getattr(child, name)
+                for name in self.read - state.dict.keys():
+                    if state.has_identity:
+                        loaded(child, name)
             self.settled[state] = link_of(child, self.chain), frozenset(state.committed_state)
 
     def check(self, session: Session) -> None:
@@ -315,6 +411,19 @@ class _Ledger:
             if state.session is session or (parent is not None and parent in session):
                 del self.known[state]
                 self.stored.pop(state, None)
+
+
+def _stored_value(session: Session, parent: Any, aggregate: Aggregate) -> Any:
+    """What the row of a parent holds, as far as the session knows."""
+    state = sqlalchemy_inspect(parent)
+    if not state.has_identity:
+        return aggregate.kind.empty
+    committed = state.committed_state.get(aggregate.key)
+    if committed is NO_VALUE:  # it was set before it was loaded
+        session.expire(parent, [aggregate.key])
+    elif aggregate.key in state.committed_state:
+        return committed or 0
+    return loaded(parent, aggregate.key) or 0
 
 
 def _add(parent: Any, aggregate: Aggregate, amount: Any) -> None:
