@@ -361,6 +361,10 @@ def test_memory_shows_what_the_session_holds(opened: Open) -> None:
     assert parents[0].total == 57
     s.expunge(child)
     assert parents[0].total == 12
+    alone = m.Parent(id=4, children=[moved := m.Child(size=8)])
+    assert alone.n == 1
+    moved.parent = parents[1]
+    assert (alone.n, parents[1].n) == (0, 1)  # it may never be added
     other = m.Parent(id=3, children=[m.Child(size=8)])
     assert (other.n, other.total) == (1, 8)
     s.add(other)
@@ -475,4 +479,42 @@ def test_what_an_access_must_not_load(opened: Open, strategy: str) -> None:
     s.delete(s.get_one(m.Child, 2))
     s.commit()
     assert [(each.n, each.total) for each in parents] == [(0, 0), (1, 50)]
+    right(s, m)
+
+
+def test_memory_shows_changes_when_something_else_is_loaded(opened: Open) -> None:
+    m = family("o_load", kept("memory"), lambda: {"note": mapped_column(String(9), deferred=True)})
+    s = opened(m, autoflush=False)
+    two(s, m)
+    parent, child = s.get_one(m.Parent, 1), s.get_one(m.Child, 1)
+    child.size = 50
+    assert (child.note, parent.total) == (None, 57)
+    s.refresh(child, ["message"])
+    assert parent.total == 57
+    s.refresh(child)
+    assert parent.total == 12
+    child.size = 51
+    s.expunge(child)
+    child.size = 52  # it is detached
+    s.add(child)
+    assert parent.total == 12
+    s.commit()
+    assert parent.total == 59
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", *LIVE])
+def test_a_later_listener_takes_a_change_back(opened: Open, strategy: str) -> None:
+    m = family(f"o_expires_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    child = s.get_one(m.Child, 1)
+    event.listen(s, "before_flush", lambda session, *_: session.expire(child))
+    child.size, child.parent_id = 50, 2
+    if strategy == "flush":
+        with pytest.raises(UncoveredChange):
+            s.commit()
+        s.rollback()
+    else:
+        s.commit()
     right(s, m)

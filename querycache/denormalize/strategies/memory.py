@@ -135,16 +135,21 @@ class _Family:
         ]
         self.placed = staying(session, chain, touched, self.persistent)
         self.marked = marked(session, chain)
+        self._parents: dict[Key, Any] = {}
 
     def parents(self, keys: Iterable[Key | None]) -> dict[Key, Any]:
-        found = {key for key in keys if key is not None and None not in key}
-        return load_parents(self.session, self.chain, found) if found else {}
+        """Those of the given keys, and of keys that were asked for before."""
+        fresh = {key for key in keys if key is not None and None not in key} - self._parents.keys()
+        if fresh:
+            self._parents.update(dict.fromkeys(fresh))
+            self._parents.update(load_parents(self.session, self.chain, fresh))
+        return self._parents
 
-    def as_stored(self, names: Set[str]) -> list[tuple[Key, Any]]:
-        """What the rows hold: each with the key of its parent. The session knows it, but for values that were set before they
-        were loaded, or changed in place, which are read."""
-        found: list[tuple[Key, Any]] = []
-        unknown: set[Key] = set()
+    def as_stored(self, names: Set[str]) -> list[tuple[Any, Key, Any]]:
+        """What the rows hold, each with the state of its object and the key of its parent. The session knows it, but for
+        values that were set before they were loaded, or changed in place, which are read."""
+        found: list[tuple[Any, Key, Any]] = []
+        unknown: dict[Key, Any] = {}
         links = self.chain.links[0].attributes
         for child in self.persistent:
             state = sqlalchemy_inspect(child)
@@ -153,12 +158,15 @@ class _Family:
                 for name in (*links, *names)
             }
             if any(value is NO_VALUE for value in values.values()):
-                unknown.add(state.identity)
+                unknown[state.identity] = state
             else:
-                found.append((tuple(values[name] for name in links), LiveRow(child, self.chain, values)))
+                key = tuple(values[name] for name in links)
+                found.append((state, key, LiveRow(child, self.chain, values)))
         if unknown:
-            rows = old_rows(self.locks, self.chain, unknown)
-            found.extend((key, row) for key, held in rows.items() for row in held)
+            for key, rows in old_rows(self.locks, self.chain, set(unknown)).items():
+                for row in rows:
+                    identity = tuple(getattr(row, name) for name in self.chain.keys[1])
+                    found.append((unknown[identity], key, row))
         return found
 
 
@@ -173,6 +181,7 @@ class _Ledger:
             for given in (aggregate.declaration.measure, aggregate.declaration.where)
             for name in attributes_read(given, aggregate.chain)[0][-1]
         }
+        self.heard = {*self.read, *self.chain.links[0].attributes, *self.chain.reverses[0]}
         self.known: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
         """What the parents in memory have of each child; `stored` what the rows have."""
         self.stored: weakref.WeakKeyDictionary[Any, Contribution] = weakref.WeakKeyDictionary()
@@ -184,15 +193,10 @@ class _Ledger:
 
     def listen(self) -> None:
         leaf, chain = self.chain.leaf, self.chain
-        for name in sorted({*self.read, *chain.links[0].attributes, *chain.reverses[0]}):
+        for name in sorted(self.heard):
             event.listen(getattr(leaf.class_, name), "set", self._on_set(name), propagate=True)
-        event.listen(leaf.class_, "expire", self._on_reload, propagate=True)
-        event.listen(
-            leaf.class_,
-            "refresh",
-            lambda child, context, names: self._on_reload(child, names),
-            propagate=True,
-        )
+        event.listen(leaf.class_, "expire", self._on_expire, propagate=True)
+        event.listen(leaf.class_, "refresh", self._on_refresh, propagate=True)
         collection = getattr(chain.root.class_, chain.relationships[0].key)
         event.listen(collection, "append", self._on_append, propagate=True)
         event.listen(collection, "remove", self._on_remove, propagate=True)
@@ -221,8 +225,14 @@ class _Ledger:
         if child is not None:
             self._on_append(parent, child, initiator)
 
-    def _on_reload(self, child: Any, names: Any) -> None:
-        if child is not None:  # collected meanwhile, so it had no changes
+    def _on_expire(self, child: Any, names: Any) -> None:
+        # One that was collected meanwhile had no changes.
+        if child is not None and (names is None or not self.heard.isdisjoint(names)):
+            self.take_back(child)
+
+    def _on_refresh(self, child: Any, context: Any, names: Any) -> None:
+        # What is loaded because it was not leaves changes of other attributes alone.
+        if names is None or not sqlalchemy_inspect(child).committed_state.keys().isdisjoint(names):
             self.take_back(child)
 
     def came(self, child: Any) -> None:
@@ -253,6 +263,8 @@ class _Ledger:
         state = sqlalchemy_inspect(child)
         known = self.known.get(state)
         if known is None:
+            if state.has_identity and state.session is None:
+                return (None, 0)  # It is detached, and counts again when it is added and flushed.
             known = self._as_loaded(child) if state.has_identity else (None, 0)
             self.known[state] = self.stored[state] = known
         return known
@@ -260,8 +272,7 @@ class _Ledger:
     def _as_loaded(self, child: Any) -> Contribution:
         """What a persistent child contributed when it was loaded; loads it, as any access would, if it is expired."""
         session = object_session(child)
-        if session is None:
-            return (None, 0)
+        assert session is not None
         with session.no_autoflush:
             amount = self._amount(LiveRow(child, self.chain))
             key = tuple(loaded(child, name) for name in self.chain.links[0].attributes)
@@ -281,11 +292,10 @@ class _Ledger:
                 parent = adopted
             elif self._overlays_link(overlay):
                 parent = self._parent(child, overlay)
-            if object_session(child) is None and (
-                sqlalchemy_inspect(child).has_identity or (parent is not None and object_session(parent))
-            ):
-                return  # Nothing says that it will ever be below that parent.
-            self._to(child, (parent, self._amount(LiveRow(child, self.chain, overlay, partial=True))))
+            if object_session(child) is not None or (parent is not None and object_session(parent) is None):
+                self._to(child, (parent, self._amount(LiveRow(child, self.chain, overlay, partial=True))))
+            elif not sqlalchemy_inspect(child).has_identity:
+                self._to(child, (None, 0))  # Nothing says that it will ever be below a parent in a session.
         finally:
             self._busy = False
 
@@ -322,7 +332,7 @@ class _Ledger:
         whatever they have not told of."""
         session, aggregate = family.session, self.aggregate
         stored = family.as_stored(self.read)
-        parents = family.parents((*(key for key, _ in stored), *(each.key for each in family.placed)))
+        parents = family.parents((*(key for _, key, _ in stored), *(each.key for each in family.placed)))
         deleted = session.deleted
         changes: dict[int, Any] = {}
         written = {
@@ -340,8 +350,10 @@ class _Ledger:
                 written[id(parent)] = parent
                 changes[id(parent)] = changes.get(id(parent), 0) + amount
 
-        for key, row in stored:
-            change(parents.get(key), -self._amount(row))
+        was: dict[Any, Contribution] = {}
+        for state, key, row in stored:
+            was[state] = parents.get(key), self._amount(row)
+            change(parents.get(key), -was[state][1])
         now: dict[Any, Contribution] = {sqlalchemy_inspect(child): (None, 0) for child in family.persistent}
         for each in family.placed:
             parent = each.parent if each.key is None else parents.get(each.key)
@@ -353,6 +365,7 @@ class _Ledger:
                 value = _stored_value(session, parent, aggregate)
                 setattr(parent, aggregate.key, value + aggregate.fit(changes.get(mark, 0)))
         self.forget(session)
+        self.stored.update(was)
         self.known.update(now)
         self.marked[session] = family.marked
         for child in (*session.new, *session.dirty):
@@ -398,19 +411,26 @@ class _Ledger:
 
     def written(self, session: Session) -> None:
         """A flush is over: the rows have what the parents have."""
-        for state, now in list(self.known.items()):
+        for state, now in _items(self.known):
             if state.session is session:
                 self.stored[state] = now
         self.marked.pop(session, None)
-        for state in [state for state in self.settled if state.session is session]:
-            del self.settled[state]
+        for state, _ in _items(self.settled):
+            if state.session is session:
+                self.settled.pop(state, None)
 
     def forget(self, session: Session) -> None:
         """Drop what is known of the session's children, and of those that contributed to its parents."""
-        for state, (parent, _) in list(self.known.items()):
+        for state, (parent, _) in _items(self.known):
             if state.session is session or (parent is not None and parent in session):
-                del self.known[state]
+                self.known.pop(state, None)
                 self.stored.pop(state, None)
+
+
+def _items(held: weakref.WeakKeyDictionary[Any, Any]) -> list[tuple[Any, Any]]:
+    """What is held now: Sessions in other threads add to it meanwhile, and the list of references is made in one step."""
+    states = [reference() for reference in held.keyrefs()]
+    return [(state, held[state]) for state in states if state is not None and state in held]
 
 
 def _stored_value(session: Session, parent: Any, aggregate: Aggregate) -> Any:
