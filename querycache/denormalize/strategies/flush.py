@@ -15,11 +15,12 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, time
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import DateTime, Time, func, literal
+from sqlalchemy import DateTime, Time, func
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
+from sqlalchemy.orm.attributes import flag_modified
 
 from querycache.denormalize.chain import Aggregate, Chain, Key, Queried
 from querycache.denormalize.errors import UncoveredChange
@@ -31,11 +32,13 @@ from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
     Taken,
-    goes,
-    known_parent,
-    link_of,
+    is_root,
     load_parents,
+    marked,
+    old_rows,
     refuse_late,
+    refuse_late_deletions,
+    staying,
 )
 from querycache.denormalize.touched import Touched
 
@@ -49,28 +52,36 @@ class Flush(Strategy):
     needs_all = True
 
     def __init__(self) -> None:
-        self._taken: weakref.WeakKeyDictionary[Session, dict[Aggregate, dict[int, tuple[Any, Taken]]]] = (
+        self._looks: weakref.WeakKeyDictionary[Session, dict[Aggregate, _Look]] = weakref.WeakKeyDictionary()
+        self._assigned: weakref.WeakKeyDictionary[Session, dict[Aggregate, list[Any]]] = (
             weakref.WeakKeyDictionary()
         )
+        """The parents that a flush is to write, until it has."""
 
     def before_flush(
         self, session: Session, locks: Locks, aggregates: Sequence[Aggregate], touched: Touched
     ) -> None:
+        assigned = self._assigned.setdefault(session, {})
+        for aggregate in aggregates:
+            _take_back(session, aggregate, assigned.pop(aggregate, ()))
         chains: dict[Chain, list[Aggregate]] = {}
         for aggregate in aggregates:
             chains.setdefault(aggregate.chain, []).append(aggregate)
         for chain, held in chains.items():
             family = _Family(session, locks, chain, touched)
+            family.find_parents()
+            assigned.update((aggregate, list(family.parents.values())) for aggregate in held)
             family.bring_forward(held)
-            self._taken.setdefault(session, {}).update(
-                {aggregate: family.taken(aggregate) for aggregate in held}
+            was = marked(session, chain)
+            self._looks.setdefault(session, {}).update(
+                {aggregate: _Look(family.taken(aggregate), was) for aggregate in held}
             )
 
     def after_flush(self, session: Session, aggregates: Sequence[Aggregate]) -> dict[Aggregate, set[Key]]:
         """The parents whose attribute is now an expired SQL expression."""
-        known = self._taken.get(session, {})
+        looks = self._looks.get(session, {})
         for aggregate in aggregates:
-            _check(session, aggregate, known.get(aggregate, {}))
+            _check(session, aggregate, looks.get(aggregate, _Look({}, set())))
         stale: dict[Aggregate, set[Key]] = {}
         for instance in session.dirty:
             state = sqlalchemy_inspect(instance)
@@ -80,14 +91,33 @@ class Flush(Strategy):
         return stale
 
     def flushed(self, session: Session) -> None:
-        self._taken.pop(session, None)
+        self._looks.pop(session, None)
+        self._assigned.pop(session, None)
 
     def forget(self, session: Session) -> None:
-        self._taken.pop(session, None)
+        self._looks.pop(session, None)
 
 
-def _check(session: Session, aggregate: Aggregate, taken: Mapping[int, tuple[Any, Taken]]) -> None:
+class _Look(NamedTuple):
+    """What the children of an aggregate were taken to be before a flush, by their identity in memory, and the states of
+    those that were marked as deleted."""
+
+    taken: Mapping[int, tuple[Any, Taken]]
+    marked: set[Any]
+
+
+def _take_back(session: Session, aggregate: Aggregate, parents: Iterable[Any]) -> None:
+    """Take back what parents were given for a flush that never came to be, because a before_flush listener raised."""
+    for parent in parents:
+        state = sqlalchemy_inspect(parent)
+        if state.session is session and state.persistent and aggregate.key in state.committed_state:
+            session.expire(parent, [aggregate.key])
+
+
+def _check(session: Session, aggregate: Aggregate, look: _Look) -> None:
     """A flush has written the children: as they were taken to be?"""
+    refuse_late_deletions(session, aggregate, look.marked)
+    taken = look.taken
     for child, was in taken.values():
         row = LiveRow(child, aggregate.chain)
         refuse_late(session, child, aggregate, was, partial(_worth, aggregate, row))
@@ -115,34 +145,33 @@ class _Family:
         self.locks = locks
         self.chain = chain
         self.touched = touched
+        self.deleted = session.deleted
         self.keys = touched.rows.get(Place(chain, 1), set())
         self.parents: dict[int, Any] = {}
-        """Objects by their identity in memory, since not every one can be hashed; so are those that are new."""
-        self.new: dict[int, Any] = {}
+        """Objects by their identity in memory, since not every one can be hashed."""
         self.children: list[tuple[Any, Key, Any]] = []
         """Those that will be there, with their foreign keys and parents as objects."""
         self.before: dict[int, list[Any]] = {}
         self.after: dict[int, list[Any]] = {}
 
-    def bring_forward(self, aggregates: Sequence[Aggregate]) -> None:
-        old = self._old_rows()
-        live = self._live_rows()
-        keys = {parent for parent in (*old, *live) if isinstance(parent, tuple)}
+    def find_parents(self) -> None:
+        old = old_rows(self.locks, self.chain, self.keys)
+        placed = staying(self.session, self.chain, self.touched, self._persistent())
+        keys = {*old, *(each.key for each in placed if each.key is not None)}
         loaded = load_parents(self.session, self.chain, keys) if keys else {}
-        sides: tuple[tuple[dict[Any, list[Any]], dict[int, list[Any]]], ...] = (
-            (old, self.before),
-            (live, self.after),
-        )
-        for rows, by_parent in sides:
-            for parent, held in rows.items():
-                instance = loaded.get(parent) if isinstance(parent, tuple) else self.new[parent]
-                if instance is not None and instance not in self.session.deleted:
-                    self.parents[id(instance)] = instance
-                    by_parent.setdefault(id(instance), []).extend(held)
-        self.children = [
-            (child, link, loaded.get(mark) if isinstance(mark, tuple) else self.new.get(mark))
-            for child, link, mark in self.children
-        ]
+        for key, rows in old.items():
+            self._put(self.before, loaded.get(key), rows)
+        for each in placed:
+            parent = each.parent if each.key is None else loaded.get(each.key)
+            self._put(self.after, parent, [LiveRow(each.child, self.chain)])
+            self.children.append((each.child, each.link, parent))
+
+    def _put(self, rows: dict[int, list[Any]], parent: Any, more: Iterable[Any]) -> None:
+        if is_root(parent, self.chain) and parent not in self.deleted:
+            self.parents[id(parent)] = parent
+            rows.setdefault(id(parent), []).extend(more)
+
+    def bring_forward(self, aggregates: Sequence[Aggregate]) -> None:
         counted = [held for held in aggregates if not held.kind.additive]
         others = self._other_children() if counted else {}
         with assigning():
@@ -164,9 +193,9 @@ class _Family:
         if not aggregate.kind.additive:
             rows = [*(others.get(identity, []) if identity is not None else []), *after]
             value = aggregate.finish(self._fold(aggregate, rows))
-            # As a SQL literal it is written even if the object, which may be out of date, holds that value already.
-            value = value if identity is None else literal(value, aggregate.column.type)
             setattr(instance, aggregate.key, value)
+            # It is written even if the object, which may be out of date, holds that value already.
+            flag_modified(instance, aggregate.key)
             return
         change = aggregate.kind.change(self._fold(aggregate, before), self._fold(aggregate, after))
         if isinstance(change, Increment):
@@ -182,17 +211,6 @@ class _Family:
         for child, link, parent in self.children:
             value = None if parent is None else _worth(aggregate, LiveRow(child, self.chain))
             found[id(child)] = child, Taken(link, parent, value)
-        return found
-
-    def _old_rows(self) -> dict[Key, list[ChildRow]]:
-        queried: Queried = self.locks.plan.memo(
-            ("rows", self.chain, 1, ()), lambda: self.chain.image((), 1, (), rows=True)
-        )
-        statement = self.locks.read(queried.statement)
-        found: dict[Key, list[ChildRow]] = {}
-        for chunk in chunks(self.keys):
-            for row in self.locks.connection.execute(statement, parameters(chunk)):
-                found.setdefault(tuple(row[queried.parent]), []).append(self._row(row[queried.values]))
         return found
 
     def _other_children(self) -> dict[Key, list[ChildRow]]:
@@ -228,30 +246,7 @@ class _Family:
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
 
-    def _live_rows(self) -> dict[Key | int, list[LiveRow]]:
-        """The touched children that will be there after the flush, by parent: its key, or the mark of one in `new`."""
-        adopted, released = self._collections()
-        found: dict[Key | int, list[LiveRow]] = {}
-        for child in self._children():
-            says, parent, key = known_parent(child, self.chain)
-            if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
-                parent, key = adopted[id(child)], None
-            elif id(child) in released and not (says and parent is not None):
-                parent, key = None, None
-            if parent is not None:
-                identity = sqlalchemy_inspect(parent).identity
-                if identity is not None:
-                    parent, key = None, identity
-            mark: Key | int | None = key
-            if parent is not None:
-                mark = id(parent)
-                self.new[mark] = parent
-            self.children.append((child, link_of(child, self.chain), mark))
-            if mark is not None:
-                found.setdefault(mark, []).append(LiveRow(child, self.chain))
-        return found
-
-    def _children(self) -> Iterable[Any]:
+    def _persistent(self) -> Iterable[Any]:
         for key in self.keys:
             child = self.session.identity_map.get(self.chain.leaf.identity_key_from_primary_key(key))
             if child is None:
@@ -259,26 +254,7 @@ class _Family:
                     f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"
                     " strategy 'flush' cannot follow it, take strategy 'sql'"
                 )
-            if not goes(self.session, child, self.touched):
-                yield child
-        for child in self.session.new:
-            if sqlalchemy_inspect(child).mapper.isa(self.chain.leaf):
-                yield child
-
-    def _collections(self) -> tuple[dict[int, Any], set[int]]:
-        """Children put into, and taken out of, their parents' collections."""
-        name = self.chain.relationships[0].key
-        adopted: dict[int, Any] = {}
-        released: set[int] = set()
-        for parent in (*self.session.new, *self.session.dirty):
-            state = sqlalchemy_inspect(parent)
-            if state.mapper.isa(self.chain.root) and (
-                name in state.committed_state or not state.has_identity
-            ):
-                history = state.attrs[name].history
-                adopted.update((id(child), parent) for child in history.added)
-                released.update(id(child) for child in history.deleted)
-        return adopted, released
+            yield child
 
 
 def _without_zone(value: Any) -> Any:

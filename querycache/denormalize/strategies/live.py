@@ -6,31 +6,54 @@ attribute will be that nobody has set yet, and refuse where only the database kn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ClauseElement
+from sqlalchemy import ClauseElement, select
 from sqlalchemy import inspect as sqlalchemy_inspect
-from sqlalchemy.orm import RelationshipDirection, Session
-from sqlalchemy.orm.base import NO_VALUE
+from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Mapper, RelationshipDirection, Session, object_session
+from sqlalchemy.orm.attributes import get_history, set_committed_value
+from sqlalchemy.orm.base import NO_VALUE, PassiveFlag
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, in_order
+from querycache.denormalize.chain import (
+    Aggregate,
+    Chain,
+    Key,
+    Queried,
+    attribute_columns,
+    in_order,
+    primary_keys,
+)
 from querycache.denormalize.errors import UncoveredChange
+from querycache.denormalize.images import ChildRow
+from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.places import rounded
 from querycache.denormalize.touched import Touched
 
 __all__ = [
     "LiveRow",
     "NotYet",
+    "Placed",
     "Taken",
     "find_parent",
-    "goes",
+    "going",
+    "is_root",
     "known_parent",
     "link_of",
     "load_parents",
+    "loaded",
+    "marked",
+    "old_rows",
     "refuse_late",
+    "refuse_late_deletions",
+    "staying",
 ]
+
+
+_AS_FLUSHED: Final = PassiveFlag.PASSIVE_NO_INITIALIZE | PassiveFlag.INCLUDE_PENDING_MUTATIONS
+"""How the unit of work asks what has changed in a collection: as far as that is known without loading it."""
 
 
 class NotYet(Exception):
@@ -91,7 +114,7 @@ class LiveRow:
                 " in Python; take strategy 'sql'"
             )
         elif name in self._instance.__dict__ or sqlalchemy_inspect(self._instance).has_identity:
-            value = getattr(self._instance, name)
+            value = loaded(self._instance, name)
         else:
             value = self._default(name)
         if isinstance(value, ClauseElement) or hasattr(value, "__clause_element__"):
@@ -127,37 +150,142 @@ class LiveRow:
         return None
 
 
-def goes(session: Session, child: Any, touched: Touched) -> bool:
-    """Whether the flush will delete `child`: it was marked as deleted, or is an orphan.
+def loaded(instance: Any, name: str) -> Any:
+    """A column attribute; read from the row where the mapping or a query has forbidden that an access loads it."""
+    try:
+        return getattr(instance, name)
+    except InvalidRequestError:
+        state, session = sqlalchemy_inspect(instance), object_session(instance)
+        if session is None or not state.has_identity:
+            raise
+        entity = state.mapper.class_
+        keys = attribute_columns(entity, primary_keys(state.mapper))
+        same = [column == part for column, part in zip(keys, state.identity, strict=True)]
+        connection = session.connection(bind_arguments={"mapper": state.mapper})
+        row = connection.execute(select(getattr(entity, name)).where(*same)).first()
+        if row is None:
+            raise
+        set_committed_value(instance, name, row[0])
+        return row[0]
 
-    An object marked as deleted stays if it has been put into the collection of a parent that is flushed too: there
-    the unit of work takes the deletion back.
+
+def going(session: Session, chain: Chain, touched: Touched) -> dict[int, Any]:
+    """The children that the flush will delete, by their identity in memory: marked as deleted, or orphans.
+
+    An object marked as deleted stays if it is added to the collection of a parent that is flushed too: there the unit of
+    work takes the deletion back.
 
     Raises:
-        UncoveredChange: for an orphan that has been put there, of which the unit of work decides by chance.
+        UncoveredChange: for an orphan that is added there, of which the unit of work decides by chance.
     """
-    state = sqlalchemy_inspect(child)
-    if child not in session.deleted and state not in touched.orphans:
-        return False
-    for step in state.mapper.relationships:
-        parent = state.dict.get(step.key) if step.key in state.committed_state else None
-        if (
-            step.direction is not RelationshipDirection.MANYTOONE
-            or parent is None
-            or parent in session.deleted
-        ):
-            continue
+    found = {
+        id(child): child
+        for child in (*session.deleted, *touched.orphans.values())
+        if sqlalchemy_inspect(child).mapper.isa(chain.leaf)
+    }
+    if not found:
+        return found
+    for parent in (*session.new, *session.dirty):
         above = sqlalchemy_inspect(parent)
-        for back in above.mapper.relationships:
-            if back.key in above.committed_state and state.mapper.isa(back.mapper):
+        for step in above.mapper.relationships:
+            if step.direction is not RelationshipDirection.ONETOMANY or step.viewonly:
+                continue
+            if step.key in above.dict and step.key not in above.committed_state and above.has_identity:
+                continue
+            for child in get_history(parent, step.key, _AS_FLUSHED).added:
+                if found.pop(id(child), None) is None:
+                    continue
+                state = sqlalchemy_inspect(child)
                 if state in touched.orphans:
                     raise UncoveredChange(
                         f"{state.mapper.class_.__name__} {state.identity!r} has left a parent whose orphans are deleted,"
-                        f" and been put into {back} in one flush, which may delete it or not; flush() between the two, or"
+                        f" and been put into {step} in one flush, which may delete it or not; flush() between the two, or"
                         " take strategy 'sql'"
                     )
-                return False
-    return True
+    return found
+
+
+def marked(session: Session, chain: Chain) -> set[Any]:
+    """The states of the children that are marked as deleted."""
+    return {state for child in session.deleted if (state := sqlalchemy_inspect(child)).mapper.isa(chain.leaf)}
+
+
+def refuse_late_deletions(session: Session, aggregate: Aggregate, were: set[Any]) -> None:
+    """Refuse a flush in which children have been marked as deleted, or not any more, since the aggregate was brought forward.
+
+    Raises:
+        UncoveredChange: naming such a child.
+    """
+    for state in marked(session, aggregate.chain) ^ were:
+        raise _late(state, aggregate, "deleted, or kept from being deleted,")
+
+
+class Placed(NamedTuple):
+    """A child that will be there after a flush, its foreign key now, and its parent: the object, or its key where the child
+    says no more; both None if it has none."""
+
+    child: Any
+    link: Key
+    parent: Any
+    key: Key | None
+
+
+def staying(session: Session, chain: Chain, touched: Touched, persistent: Iterable[Any]) -> list[Placed]:
+    """Where the children will be that the flush does not delete: those that have rows, and the new ones."""
+    gone = going(session, chain, touched)
+    adopted, released = _collections(session, chain)
+    fresh = [child for child in session.new if sqlalchemy_inspect(child).mapper.isa(chain.leaf)]
+    found: list[Placed] = []
+    for child in (*persistent, *fresh):
+        if id(child) in gone:
+            continue
+        says, parent, key = known_parent(child, chain)
+        if id(child) in adopted and (parent is None or parent is adopted[id(child)]):
+            parent, key = adopted[id(child)], None
+        elif id(child) in released and not (says and parent is not None):
+            parent, key = None, None
+        found.append(Placed(child, link_of(child, chain), parent, key))
+    return found
+
+
+def _collections(session: Session, chain: Chain) -> tuple[dict[int, Any], set[int]]:
+    """Children put into, and taken out of, their parents' collections; those of parents that go lose their key."""
+    step = chain.relationships[0]
+    name = step.key
+    adopted: dict[int, Any] = {}
+    released: set[int] = set()
+    for parent in (*session.new, *session.dirty):
+        state = sqlalchemy_inspect(parent)
+        if name not in state.mapper.relationships or not _is_of_path(state.mapper, chain):
+            continue
+        if name in state.committed_state or not state.has_identity:
+            history = state.attrs[name].history
+            adopted.update((id(child), parent) for child in history.added)
+            released.update(id(child) for child in history.deleted)
+    for parent in session.deleted:
+        state = sqlalchemy_inspect(parent)
+        if _is_of_path(state.mapper, chain) and step.passive_deletes != "all":
+            # The unit of work loads what it needs for that, too.
+            history = state.attrs[name].history if step.passive_deletes else state.attrs[name].load_history()
+            released.update(id(child) for child in history.unchanged)
+    return adopted, released
+
+
+def _is_of_path(mapper: Mapper[Any], chain: Chain) -> bool:
+    """Whether its collection is that of the path, which a base class may have, too."""
+    return mapper.isa(chain.root) or chain.root.isa(mapper)
+
+
+def old_rows(locks: Locks, chain: Chain, keys: set[Key]) -> dict[Key, list[ChildRow]]:
+    """The rows of the children of those keys, by the key of their parent."""
+    queried: Queried = locks.plan.memo(("rows", chain, 1, ()), lambda: chain.image((), 1, (), rows=True))
+    statement = locks.read(queried.statement)
+    found: dict[Key, list[ChildRow]] = {}
+    for chunk in chunks(keys):
+        for row in locks.connection.execute(statement, parameters(chunk)):
+            values = ChildRow(chain.leaf.class_.__name__, chain.leaf_columns, row[queried.values])
+            found.setdefault(tuple(row[queried.parent]), []).append(values)
+    return found
 
 
 def known_parent(
@@ -193,7 +321,7 @@ def _committed(state: Any, name: str) -> Any:
 
 
 def _by_key(instance: Any, names: tuple[str, ...], overlay: dict[str, Any]) -> tuple[bool, Any, Key | None]:
-    key = tuple(overlay[name] if name in overlay else getattr(instance, name) for name in names)
+    key = tuple(overlay[name] if name in overlay else loaded(instance, name) for name in names)
     if any(isinstance(part, ClauseElement) for part in key):
         raise UncoveredChange(
             f"{type(instance).__name__}.{', '.join(names)} was given as a SQL expression; a strategy that computes in"
@@ -228,14 +356,17 @@ def refuse_late(
     else:
         same = now() == was.value and (link == was.link or _leads_to(session, link, was.parent))
     if not same:
-        state = sqlalchemy_inspect(child)
-        key = tuple(state.mapper.primary_key_from_instance(child))
-        raise UncoveredChange(
-            f"{type(child).__name__} {key!r} was added or changed after {aggregate.name} had been looked at: by a"
-            " before_flush listener registered later than this package's, by a mapper event such as before_insert, or by a"
-            " relationship or the database, which give what the aggregate reads. Register that listener on the Session class"
-            " before the mappers configure, or take strategy 'sql'"
-        )
+        raise _late(sqlalchemy_inspect(child), aggregate, "added or changed")
+
+
+def _late(state: Any, aggregate: Aggregate, what: str) -> UncoveredChange:
+    key = tuple(state.mapper.primary_key_from_instance(state.object))
+    return UncoveredChange(
+        f"{state.mapper.class_.__name__} {key!r} was {what} after {aggregate.name} had been looked at: by a before_flush"
+        " listener registered later than this package's, by a mapper event such as before_insert, or by a relationship or"
+        " the database, which give what the aggregate reads. Register that listener on the Session class before the mappers"
+        " configure, or take strategy 'sql'"
+    )
 
 
 def _leads_to(session: Session, link: Key, parent: Any) -> bool:
@@ -249,7 +380,13 @@ def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:
     """The parent of that key if the session holds it."""
     if session is None:
         return None
-    return session.identity_map.get(chain.root.identity_key_from_primary_key(key))
+    found = session.identity_map.get(chain.root.identity_key_from_primary_key(key))
+    return found if is_root(found, chain) else None
+
+
+def is_root(parent: Any, chain: Chain) -> bool:
+    """Whether it has the aggregates of a chain; those of a subclass the objects of its base class have not."""
+    return parent is not None and sqlalchemy_inspect(parent).mapper.isa(chain.root)
 
 
 def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, Any]:
@@ -265,7 +402,7 @@ def load_parents(session: Session, chain: Chain, keys: set[Key]) -> dict[Key, An
                 pending = {
                     tuple([each.__dict__.get(name) for name in names]): each
                     for each in (*session.dirty, *session.new)
-                    if sqlalchemy_inspect(each).mapper.isa(chain.root)
+                    if is_root(each, chain)
                 }
             parent = pending.get(key)
         if parent is None:
