@@ -518,3 +518,20 @@ def test_a_later_listener_takes_a_change_back(opened: Open, strategy: str) -> No
     else:
         s.commit()
     right(s, m)
+
+
+@pytest.mark.filterwarnings("ignore:Object of type <Parent> not in session")
+@pytest.mark.parametrize("strategy", ["sql", *LIVE])
+def test_a_child_is_put_below_a_parent_that_was_deleted(opened: Open, strategy: str) -> None:
+    """The unit of work leaves its row where it is."""
+    m = family(f"o_into_{strategy}", kept(strategy))
+    s = opened(m, autoflush=False)
+    two(s, m)
+    parents, child = [s.get_one(m.Parent, key) for key in (1, 2)], s.get_one(m.Child, 1)
+    s.delete(parents[1])
+    s.flush()
+    parents[1].children = [child]
+    child.size = 6
+    s.commit()
+    assert (child.parent_id, parents[0].n, parents[0].total) == (1, 2, 13)
+    right(s, m)

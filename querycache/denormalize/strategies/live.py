@@ -244,6 +244,9 @@ def staying(session: Session, chain: Chain, touched: Touched, persistent: Iterab
             parent, key = adopted[id(child)], None
         elif id(child) in released and not (says and parent is not None):
             parent, key = None, None
+        if parent is not None and parent not in session:
+            # The unit of work leaves the key alone that refers to an object which it does not know.
+            _, parent, key = _by_key(child, chain.links[0].attributes, {})
         found.append(Placed(child, link_of(child, chain), parent, key))
     return found
 

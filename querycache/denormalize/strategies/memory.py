@@ -322,10 +322,15 @@ class _Ledger:
 
     def _to(self, child: Any, now: Contribution) -> None:
         was = self._now(child)
+        # An amount that does not fit is refused before anything is changed.
+        shown = [
+            (parent, self.aggregate.fit(sign * amount))
+            for (parent, amount), sign in ((was, -1), (now, 1))
+            if amount and is_root(parent, self.chain) and (was[0] is not now[0] or was[1] != now[1])
+        ]
         self.known[sqlalchemy_inspect(child)] = now
-        for (parent, amount), sign in ((was, -1), (now, 1)):
-            if amount and is_root(parent, self.chain) and (was[0] is not now[0] or was[1] != now[1]):
-                _add(parent, self.aggregate, sign * amount)
+        for parent, amount in shown:
+            _add(parent, self.aggregate, amount)
 
     def settle(self, family: _Family) -> None:
         """Give each parent what its row holds, and the differences that this flush makes: whatever events have shown, and
