@@ -54,9 +54,12 @@ TableName = tuple[str | None, str]
 # --- tracked columns and slots -----------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
 def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
     """The columns whose values are followed: primary key, foreign keys and unique ones, of exact types."""
+    return sa_internals.remembered(table, _tracked)
+
+
+def _tracked(table: Table) -> tuple[Column[Any], ...]:
     tracked = dict.fromkeys(table.primary_key.columns)
     tracked.update(dict.fromkeys(column for column in table.columns if column.foreign_keys or column.unique))
     for constraint in table.constraints:
@@ -70,12 +73,14 @@ def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
 
 def follows_all(table: Table) -> bool:
     """True if no other declaration of the table, as another class may have one, has further tracked columns."""
-    known = sa_internals.known_metadata()
-    return _follows_all(table, known, sum(len(each.tables) for each in known))
+    memo = _memo(sa_internals.known_metadata())
+    found: bool | None = memo.get(table)
+    if found is None:
+        found = memo[table] = _follows_all(table)
+    return found
 
 
-@lru_cache(maxsize=4096)
-def _follows_all(table: Table, known: frozenset[MetaData], number: int) -> bool:
+def _follows_all(table: Table) -> bool:
     own = {column.name for column in tracked_columns(table)}
     others = (each for each in sa_internals.known_tables(table.name) if each.schema == table.schema)
     return all(column.name in own for other in others for column in tracked_columns(other))
@@ -190,13 +195,27 @@ def row_write_tags(
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    known = sa_internals.known_metadata() | {table.metadata}
-    return _cascades(table, delete, known, sum(len(each.tables) for each in known))
+    known = sa_internals.known_metadata()
+    if table.metadata not in known:
+        known |= {table.metadata}
+    memo = _memo(known)
+    found: frozenset[Table] | None = memo.get((table, delete))
+    if found is None:
+        found = memo[table, delete] = _cascades(table, delete, known)
+    return found
 
 
-@lru_cache(maxsize=4096)
-def _cascades(table: Table, delete: bool, known: frozenset[MetaData], number: int) -> frozenset[Table]:
-    """The number of tables is there to ask once more when further ones were declared."""
+def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
+    """To remember what follows from the declared tables, for as long as there are no others."""
+    return _memo_of(known, sum(len(each.tables) for each in known))
+
+
+@lru_cache(maxsize=4)
+def _memo_of(known: frozenset[MetaData], number: int) -> dict[Any, Any]:
+    return {}
+
+
+def _cascades(table: Table, delete: bool, known: frozenset[MetaData]) -> frozenset[Table]:
     found: set[tuple[Table, bool]] = set()
     todo = [(table, delete)]
     others = [other for metadata in known for other in metadata.tables.values() if other.foreign_keys]

@@ -5,6 +5,8 @@ Each of these was found by running SQLAlchemy's own tests with a cache attached 
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,3 +110,34 @@ def test_classes_that_are_declared_and_not_mapped_yet(monkeypatch: pytest.Monkey
     with maker() as session:
         assert session.scalars(later).all() == [1]
     engine.dispose()
+
+
+def test_classes_that_nobody_has_any_more_go() -> None:
+    """A registry that is remembered is found among the living by the next look, and so would be remembered for ever."""
+
+    def declare() -> list[weakref.ref[Any]]:
+        class Own(DeclarativeBase):
+            pass
+
+        class Note(Own):
+            __tablename__ = "note"
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+        engine = create_engine("sqlite://", poolclass=StaticPool)
+        Own.metadata.create_all(engine)
+        maker = sessionmaker(engine)
+        QueryCache().attach(maker)
+        with maker.begin() as session:
+            session.add(Note(id=1))
+        with maker.begin() as session:
+            session.execute(delete(Note))
+        with maker() as session:
+            assert session.scalars(select(Note.id).execution_options(cache_key=True)).all() == []
+        engine.dispose()
+        return [weakref.ref(each) for each in (Own.registry, Own.metadata, engine)]
+
+    gone = []
+    for _ in range(8):
+        gone.append(declare())
+        gc.collect()
+    assert [reference() for each in gone[:3] for reference in each] == [None] * 9

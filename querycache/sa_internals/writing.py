@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Column, MetaData, Table, inspect
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session
@@ -38,12 +39,15 @@ __all__ = [
     "mappers_of",
     "names_entity",
     "old_and_new",
+    "remembered",
     "replaces",
     "savepoint_word",
     "tables_of",
     "unflushed",
     "written",
 ]
+
+T = TypeVar("T")
 
 
 def is_flushing(session: Session) -> bool:
@@ -171,9 +175,22 @@ def _written(statement: Any, selectable: Any) -> Written:
     return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
-@lru_cache(maxsize=4096)
+def remembered(table: Table, make: Callable[[Table], T]) -> T:
+    """What a function makes of a table; kept with that, so that it goes with it, until the table is given more."""
+    size = len(table.columns), len(table.constraints), len(table.indexes)
+    name = f"_querycache_{make.__name__}"
+    known: tuple[tuple[int, int, int], T] | None = table.__dict__.get(name)
+    if known is None or known[0] != size:
+        known = table.__dict__[name] = size, make(table)
+    return known[1]
+
+
 def replaces(table: Table) -> bool:
     """True for a table of SQLite in which a new row may take the place of others, by ON CONFLICT REPLACE."""
+    return remembered(table, _replaces)
+
+
+def _replaces(table: Table) -> bool:
     return any(
         str(value).upper() == "REPLACE"
         for each in (*table.constraints, *table.columns)
@@ -313,19 +330,23 @@ def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:
 
 def known_metadata() -> frozenset[MetaData]:
     """Where the mapped tables are declared."""
-    return _known_metadata(frozenset((registry, len(registry._managers)) for registry in _all_registries()))
+    return _known_metadata(
+        frozenset((weakref.ref(registry), len(registry._managers)) for registry in _all_registries())
+    )
 
 
 @lru_cache(maxsize=1)
-def _known_metadata(registries: frozenset[tuple[Any, int]]) -> frozenset[MetaData]:
+def _known_metadata(registries: frozenset[tuple[weakref.ref[Any], int]]) -> frozenset[MetaData]:
     """Their numbers of classes are there to look once more when further ones were declared.
 
     A class may be declared and mapped later (DeferredReflection), mostly with a table of its registry's metadata.
     """
-    found = {registry.metadata for registry, _ in registries}
-    for registry, _ in registries:
-        for mapper in mappers_of(registry):
-            found.update(table.metadata for table in mapper.tables if isinstance(table, Table))
+    found: set[MetaData] = set()
+    for registry in (reference() for reference, _ in registries):
+        if registry is not None:
+            found.add(registry.metadata)
+            for mapper in mappers_of(registry):
+                found.update(table.metadata for table in mapper.tables if isinstance(table, Table))
     return frozenset(found)
 
 
