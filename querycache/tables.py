@@ -73,10 +73,10 @@ def _tracked(table: Table) -> tuple[Column[Any], ...]:
 
 def follows_all(table: Table) -> bool:
     """True if no other declaration of the table, as another class may have one, has further tracked columns."""
-    memo = _memo(sa_internals.known_metadata())
-    found: bool | None = memo.get(table)
+    memo, key = _memo(sa_internals.known_metadata()), (table.metadata, table.key)
+    found: bool | None = memo.get(key)
     if found is None:
-        found = memo[table] = _follows_all(table)
+        found = memo[key] = _follows_all(table)
     return found
 
 
@@ -198,10 +198,11 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     known = sa_internals.known_metadata()
     if table.metadata not in known:
         known |= {table.metadata}
-    memo = _memo(known)
-    found: frozenset[Table] | None = memo.get((table, delete))
+    # not the table itself: in statements of the ORM it has annotations, which lead to a mapper
+    memo, key = _memo(known), (table.metadata, table.key, delete)
+    found: frozenset[Table] | None = memo.get(key)
     if found is None:
-        found = memo[table, delete] = _cascades(table, delete, known)
+        found = memo[key] = _cascades(table, delete, known)
     return found
 
 
