@@ -24,11 +24,8 @@ _WHOLE = ("test/orm", "test/ext")
 _QUICK = (
     "test/orm/inheritance/test_polymorphic_rel.py",
     "test/orm/test_deferred.py",
-    "test/orm/test_eager_relations.py",
     "test/orm/test_events.py",
-    "test/orm/test_query.py",
     "test/orm/test_relationship_criteria.py",
-    "test/orm/test_selectin_relations.py",
     "test/ext/test_horizontal_shard.py",
 )
 _KNOWN = Path(__file__).with_name("known.toml")
@@ -42,7 +39,7 @@ def main() -> int:
     parser.add_argument(
         "--select", default="", metavar="EXPR", help="only the tests that match, as pytest -k"
     )
-    parser.add_argument("--quick", action="store_true", help="a part that takes about a minute")
+    parser.add_argument("--quick", action="store_true", help="a part that takes about half a minute")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
 
