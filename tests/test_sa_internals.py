@@ -420,6 +420,7 @@ def test_a_statement_of_the_unit_of_work_shows_whose_flush_sends_it(live: Live) 
 
     def note(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
         seen.append(sa_internals.flushing_session(context))
+        assert sa_internals.is_of_flush(context) is (seen[-1] is not None)
 
     engine = create_engine("sqlite://")
     Base.metadata.create_all(engine)

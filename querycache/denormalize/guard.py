@@ -28,7 +28,7 @@ from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 from querycache.denormalize.dml import columns_written, set_elsewhere
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of, planned_table
-from querycache.sa_internals import flushing_session, is_of_relationship
+from querycache.sa_internals import is_of_flush, is_of_relationship
 
 __all__ = [
     "check_elsewhere",
@@ -69,15 +69,19 @@ def _still(
 
 
 def is_covered() -> bool:
-    # A flush that finds nothing to do ends without an event.
-    return _bulk.get() or any((flush := each()) is not None and flush.has_work for each in _flushes.get())
+    return _bulk.get() or _is_flushing()
+
+
+def _is_flushing() -> bool:
+    for each in _flushes.get():
+        flush = each()
+        if flush is not None and flush.has_work:  # One that finds nothing to do ends without an event.
+            return True
+    return False
 
 
 def _is_accounted_for(context: Any) -> bool:
-    if _bulk.get():
-        return True
-    # The shorter question first: it is all that a flush without mapper events pays.
-    return is_covered() and (flushing_session(context) is not None or is_of_relationship())
+    return _bulk.get() or (_is_flushing() and (is_of_flush(context) or is_of_relationship()))
 
 
 @contextmanager

@@ -366,8 +366,8 @@ class Keeper:
         return True
 
     def after_flush_postexec(self, session: Session) -> None:
-        stale, self._stale, self.works = self._stale, {}, {}
-        for strategy in _FLUSHED:
+        stale, self._stale, works, self.works = self._stale, {}, self.works, {}
+        for strategy in _FLUSHED if works else ():
             strategy.flushed(session)
         if stale:
             show(session, stale, self._shown)
@@ -524,18 +524,23 @@ def _read(session: Session, root: Any, states: dict[Any, list[str]]) -> None:
                     set_committed_value(state.object, name, value)
 
 
-_keepers: weakref.WeakKeyDictionary[Session, Keeper] = weakref.WeakKeyDictionary()
+_KEEPER: Final = "_querycache_keeper"
+"""Where a Session has its own: each flush asks for it several times."""
+
+_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
 
 
 def forget_classes() -> None:
     """Have every Session look classes up anew: a plan was made, or is gone."""
-    for keeper in list(_keepers.values()):
+    for keeper in list(_keepers):
         keeper.forget_classes()
 
 
 def keeper_of(session: Session) -> Keeper:
     """The keeper of `session`."""
-    found = _keepers.get(session)
+    found: Keeper | None = getattr(session, _KEEPER, None)
     if found is None:
-        found = _keepers[session] = Keeper()
+        found = Keeper()
+        setattr(session, _KEEPER, found)
+        _keepers.add(found)
     return found

@@ -6,10 +6,11 @@ import inspect as python_inspect
 import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from types import FrameType
 from typing import Any, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Column, MetaData, Table, inspect
-from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
@@ -30,6 +31,7 @@ __all__ = [
     "holds_text",
     "inserts_one",
     "is_flushing",
+    "is_of_flush",
     "is_of_relationship",
     "is_unit_of_work",
     "just_flushed",
@@ -48,6 +50,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_PERSISTENCE = vars(persistence)
 
 
 def is_flushing(session: Session) -> bool:
@@ -95,16 +99,29 @@ def flushing_session(context: Any) -> Session | None:
     """The Session whose flush sends a statement; None where no flush does. Asked by what sees it executed.
 
     A connection may serve several Sessions, and the execution does not know for which of them it is; the function of
-    the unit of work that sends it does. It knows of none where it is one of the ``bulk_…`` methods that sends. Nor is
-    there such a function where the application compiles its own statements into a cache of its own.
+    the unit of work that sends it does.
+    """
+    frame = _sender(context)
+    return None if frame is None else cast("Session", frame.f_locals["uowtransaction"].session)
+
+
+def is_of_flush(context: Any) -> bool:
+    """True if a flush sends a statement to the table of a mapper; what :func:`flushing_session` comes to, for less time."""
+    return _sender(context) is not None
+
+
+def _sender(context: Any) -> FrameType | None:
+    """The function of the unit of work that sends a statement, of which it is told by nobody.
+
+    None for the ``bulk_…`` methods, which call the same functions without a flush, for what is executed within an event
+    of a flush, and where the application compiles its own statements into a cache of its own.
     """
     frame = python_inspect.currentframe() if is_unit_of_work(context) else None
     while frame is not None:
-        if frame.f_globals.get("__name__") == "sqlalchemy.orm.persistence":
-            if not frame.f_code.co_name.startswith("_emit_"):
-                return None  # an event of the flush, in which somebody else executes
-            flush = frame.f_locals["uowtransaction"]
-            return None if flush is None else cast("Session", flush.session)
+        if frame.f_globals is _PERSISTENCE:
+            caller = frame.f_back
+            sends = frame.f_code.co_name.startswith("_emit_")
+            return frame if sends and caller is not None and caller.f_globals is _PERSISTENCE else None
         frame = frame.f_back
     return None
 
@@ -222,7 +239,7 @@ def just_flushed(session: Session, context: Any) -> tuple[list[Any], list[Any], 
     listener has changed is not: SQLAlchemy will forget of it when the flush ends, and no flush writes it.
     """
     states = context.states  # each with (is deleted, is only listed)
-    gone = {state: instance for state, instance in session._deleted.items() if states.get(state, (False,))[0]}
+    gone = {state: each for state, each in session._deleted.items() if states.get(state, (False,))[0]}
     new = [instance for state, instance in session._new.items() if state in states]
     return new, [state.obj() for state in session._dirty_states if state not in gone], list(gone.values())
 
