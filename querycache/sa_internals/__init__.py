@@ -8,6 +8,7 @@ private name of SQLAlchemy.
 ``handlers``        what a ``do_orm_execute`` handler is given, and the options of the statement in it
 ``replay``          a statement that is executed, or replayed over stored rows
 ``transactions``    sessions, their connections, and what transactions of these see
+``mapping``         what is mapped and declared
 ``dialect``         what a dialect does: it executes each statement, and ends each transaction
 ``writing``         what statements write, and what a flush has written
 ==================  ============================================================================================
@@ -35,12 +36,19 @@ from querycache.sa_internals.handlers import (
     run_later_handlers,
     run_statement,
 )
+from querycache.sa_internals.mapping import (
+    known_metadata,
+    known_tables,
+    load_in_order,
+    mappers_of,
+    remembered,
+    tables_of,
+)
 from querycache.sa_internals.replay import (
     Invocation,
     Plan,
     Prepared,
     Unpreparable,
-    load_in_order,
     prepare,
 )
 from querycache.sa_internals.transactions import (
@@ -76,16 +84,11 @@ from querycache.sa_internals.writing import (
     is_of_relationship,
     is_unit_of_work,
     just_flushed,
-    known_metadata,
-    known_tables,
     made_by_flush,
-    mappers_of,
     names_entity,
     old_and_new,
-    remembered,
     replaces,
     savepoint_word,
-    tables_of,
     unflushed,
     written,
 )

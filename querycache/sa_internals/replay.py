@@ -20,23 +20,20 @@ from uuid import UUID
 import sqlalchemy
 from sqlalchemy import util
 from sqlalchemy.engine import ChunkedIteratorResult, Connection, CursorResult, Dialect, Engine, Result
-from sqlalchemy.orm import Mapper, MapperProperty, ORMExecuteState, Session
+from sqlalchemy.orm import ORMExecuteState, Session
 from sqlalchemy.orm.identity import IdentityMap
-from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import BindParameter
 
 from querycache.sa_internals.dialect import Row, sent
 from querycache.sa_internals.handlers import uninterpreted_options, untouched
-from querycache.sa_internals.writing import mappers_of
 
 __all__ = [
     "Invocation",
     "Plan",
     "Prepared",
     "Unpreparable",
-    "load_in_order",
     "prepare",
 ]
 
@@ -527,25 +524,3 @@ def prepare(invocation: Invocation) -> Prepared:
     if plan.repeatable:
         compiled.__dict__[_PLAN] = plan
     return Prepared(invocation, plan, _context=context)
-
-
-def load_in_order() -> None:
-    """Make the ORM take the attributes of a class in the order of their names, as any other process does.
-
-    Without that it takes them from a set in the order of their addresses. Where loaders of several attributes lead to
-    the same objects, that order decides which of them asks for what, so what a hit needs would not be what the miss
-    in another process has stored. Asked for when a cache is attached: who only imports this package is left alone.
-    """
-    if Mapper._prop_set is _in_order:
-        return
-    Mapper._prop_set = _in_order  # type: ignore[method-assign]
-    for registry in _all_registries():
-        for mapper in mappers_of(registry):
-            mapper.__dict__.pop("_prop_set", None)  # remembered from before
-
-
-def _prop_set(mapper: Mapper[Any]) -> util.OrderedSet[MapperProperty[Any]]:
-    return util.OrderedSet([attribute for _, attribute in sorted(mapper._props.items())])
-
-
-_in_order = util.HasMemoized.memoized_attribute(_prop_set)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-import weakref
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Column, MetaData, Table, inspect
-from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, persistence
+from sqlalchemy import Column, Table
+from sqlalchemy.orm import LoaderCallableStatus, Session, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
-from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.sql.visitors import iterate
 
 from querycache.errors import ConfigurationError
+from querycache.sa_internals.mapping import remembered
 
 __all__ = [
     "UNKNOWN",
@@ -35,21 +33,14 @@ __all__ = [
     "is_of_relationship",
     "is_unit_of_work",
     "just_flushed",
-    "known_metadata",
-    "known_tables",
     "made_by_flush",
-    "mappers_of",
     "names_entity",
     "old_and_new",
-    "remembered",
     "replaces",
     "savepoint_word",
-    "tables_of",
     "unflushed",
     "written",
 ]
-
-T = TypeVar("T")
 
 _PERSISTENCE = vars(persistence)
 
@@ -192,16 +183,6 @@ def _written(statement: Any, selectable: Any) -> Written:
     return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
-def remembered(table: Table, make: Callable[[Table], T]) -> T:
-    """What a function makes of a table; kept with that, so that it goes with it, until the table is given more."""
-    size = len(table.columns), len(table.constraints), len(table.indexes)
-    name = f"_querycache_{make.__name__}"
-    known: tuple[tuple[int, int, int], T] | None = table.__dict__.get(name)
-    if known is None or known[0] != size:
-        known = table.__dict__[name] = size, make(table)
-    return known[1]
-
-
 def replaces(table: Table) -> bool:
     """True for a table of SQLite in which a new row may take the place of others, by ON CONFLICT REPLACE."""
     return remembered(table, _replaces)
@@ -314,18 +295,6 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
     return found
 
 
-def tables_of(entity: Any) -> list[Table]:
-    """The tables of a mapped class, those it inherits from included.
-
-    Raises:
-        ConfigurationError: it is not a mapped class.
-    """
-    mapper = inspect(entity, raiseerr=False)
-    if not isinstance(mapper, Mapper):
-        raise ConfigurationError(f"{entity!r} is not a mapped class")
-    return [table for table in mapper.tables if isinstance(table, Table)]
-
-
 def cache_key_of(statement: Any) -> Any:
     """The key under which SQLAlchemy caches a statement's compiled form; None where it has none.
 
@@ -336,42 +305,3 @@ def cache_key_of(statement: Any) -> Any:
         raise ConfigurationError(f"{statement!r} is not a statement; give a select()")
     key = statement._generate_cache_key()
     return key.key if key is not None else None
-
-
-def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:
-    """The mappers of a registry. ``registry.mappers`` fails while one of its classes is declared, but not mapped yet."""
-    for manager in list(registry._managers):
-        if manager.is_mapped:
-            yield manager.mapper
-
-
-def known_metadata() -> frozenset[MetaData]:
-    """Where the mapped tables are declared."""
-    return _known_metadata(
-        frozenset((weakref.ref(registry), len(registry._managers)) for registry in _all_registries())
-    )
-
-
-@lru_cache(maxsize=1)
-def _known_metadata(registries: frozenset[tuple[weakref.ref[Any], int]]) -> frozenset[MetaData]:
-    """Their numbers of classes are there to look once more when further ones were declared.
-
-    A class may be declared and mapped later (DeferredReflection), mostly with a table of its registry's metadata.
-    """
-    found: set[MetaData] = set()
-    for registry in (reference() for reference, _ in registries):
-        if registry is not None:
-            found.add(registry.metadata)
-            for mapper in mappers_of(registry):
-                found.update(table.metadata for table in mapper.tables if isinstance(table, Table))
-    return frozenset(found)
-
-
-def known_tables(name: str) -> list[Table]:
-    """The tables of a name that are declared where the mapped ones are, in any schema; textual SQL knows only names."""
-    return [
-        table
-        for metadata in known_metadata()
-        for table in metadata.tables.values()
-        if table.name.lower() == name.lower()
-    ]
