@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, declarative_base, mapped_column, relationshi
 
 from querycache.denormalize import count_of, sum_of, verify
 
-__all__ = ["Open", "family", "n", "right", "two"]
+__all__ = ["Open", "family", "kept", "n", "right", "two"]
 
 Open = Callable[..., Session]
 
@@ -53,9 +53,15 @@ def family(
     return made
 
 
-def n() -> dict[str, Any]:
-    """A count and a sum."""
-    return {"n": count_of("children", type_=Integer), "total": sum_of("children", "size", type_=Integer)}
+def kept(strategy: str) -> Callable[[], dict[str, Any]]:
+    """A count and a sum, as columns for a family."""
+    return lambda: {
+        "n": count_of("children", strategy=strategy, type_=Integer),
+        "total": sum_of("children", "size", strategy=strategy, type_=Integer),
+    }
+
+
+n = kept("sql")
 
 
 def right(session: Session, m: SimpleNamespace) -> None:

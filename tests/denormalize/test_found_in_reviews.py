@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found."""
+"""What reviewers have found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found of what declarations and statements name: columns, texts, functions."""
+"""What reviewers have found of what declarations and statements name: columns, texts, functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found of writes that the unit of work does not see, and of the guard against them."""
+"""What reviewers have found of writes that the unit of work does not see, and of the guard against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found about keys, orphans and what the database changes by itself."""
+"""What reviewers have found about keys, orphans and what the database changes by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found of the strategies that look at objects, "flush" and "memory"."""
+"""What reviewers have found of the strategies that look at objects, "flush" and "memory"."""
 
 from __future__ import annotations
 
@@ -20,17 +20,10 @@ from sqlalchemy.orm import (
     relationship,
 )
 
-from querycache.denormalize import UncoveredChange, count_of, expression, sum_of
-from tests.denormalize.family import Open, family, right, two
+from querycache.denormalize import UncoveredChange, count_of, expression
+from tests.denormalize.family import Open, family, kept, right, two
 
 LIVE = ("flush", "memory")
-
-
-def kept(strategy: str) -> Any:
-    return lambda: {
-        "n": count_of("children", strategy=strategy, type_=Integer),
-        "total": sum_of("children", "size", strategy=strategy, type_=Integer),
-    }
 
 
 @pytest.mark.parametrize("how", ["key", "object"])

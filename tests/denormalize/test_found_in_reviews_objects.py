@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found when objects are handled in unusual ways under "flush" and "memory"."""
+"""What reviewers have found when objects are handled in unusual ways under "flush" and "memory"."""
 
 from __future__ import annotations
 
@@ -15,23 +15,15 @@ from sqlalchemy.orm import Session, declarative_base, make_transient, mapped_col
 from querycache.denormalize import (
     UncoveredChange,
     avg_of,
-    count_of,
     exists_of,
     expression,
     latest_of,
     max_of,
     sum_of,
 )
-from tests.denormalize.family import Open, family, right, two
+from tests.denormalize.family import Open, family, kept, right, two
 
 LIVE = ("flush", "memory")
-
-
-def kept(strategy: str) -> Any:
-    return lambda: {
-        "n": count_of("children", strategy=strategy, type_=Integer),
-        "total": sum_of("children", "size", strategy=strategy, type_=Integer),
-    }
 
 
 ORPHANS = {"cascade": "all, delete-orphan"}

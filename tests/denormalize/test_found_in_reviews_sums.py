@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found about sums and their decimal places."""
+"""What reviewers have found about sums and their decimal places."""
 
 from __future__ import annotations
 

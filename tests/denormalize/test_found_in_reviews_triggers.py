@@ -1,4 +1,4 @@
-"""What sceptical reviewers have found of strategy "trigger" and its DDL."""
+"""What reviewers have found of strategy "trigger" and its DDL."""
 
 from __future__ import annotations
 
