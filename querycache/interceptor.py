@@ -77,13 +77,13 @@ class _Load:
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
-    _token: Token[_Load | None] | None = None
+    _token: Token[object] | None = None
 
     def __enter__(self) -> None:
-        self._token = _loading.set(self)
+        self._token = _around.set(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        _loading.reset(cast("Token[_Load | None]", self._token))
+        _around.reset(cast("Token[object]", self._token))
 
     def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
         """Ask the database, freeze what it returns, and load that."""
@@ -139,14 +139,14 @@ class _Explained(Exception):
         self.explanation = explanation
 
 
-_explaining: ContextVar[bool] = ContextVar("querycache_explaining", default=False)
-
-
 _MOST_LOADS = 64
 """Where an entry grows by what handlers add to further statements alone, it starts anew at so many of them."""
 
-# The load that runs around the current statement, in this thread or task.
-_loading: ContextVar[_Load | None] = ContextVar("querycache_loading", default=None)
+_EXPLAINING = object()
+
+# The load that runs around the current statement, in this thread or task; or _EXPLAINING where that is to be explained.
+# It is one variable for both since each statement asks for it, cached or not.
+_around: ContextVar[object] = ContextVar("querycache_around", default=None)
 
 
 class Interceptor:
@@ -179,14 +179,14 @@ class Interceptor:
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
-        load = _loading.get()
-        if load is not None and load.request.session is state.session:
+        around = _around.get()
+        if isinstance(around, _Load) and around.request.session is state.session:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
             if sa_internals.completes(state):
-                return self._complete(load, state)
+                return self._complete(around, state)
         options = self._requests.wanted(state)
-        if options is None and not _explaining.get():
+        if options is None and around is not _EXPLAINING:
             return None
         if later := sa_internals.later_handlers(state):
             # where the cache is attached to a Session and to its class, the last call is the one that counts
@@ -208,15 +208,19 @@ class Interceptor:
 
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
-        load = _loading.get()
-        if load is not None and load.request.session is state.session and sa_internals.completes(state):
-            result = self._complete(load, state)
+        around = _around.get()
+        if (
+            isinstance(around, _Load)
+            and around.request.session is state.session
+            and sa_internals.completes(state)
+        ):
+            result = self._complete(around, state)
         else:
             result = self._answer(state, self._requests.wanted(state))
         return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
-        if _explaining.get():
+        if _around.get() is _EXPLAINING:
             raise _Explained(self._explanation(state, options))
         if options is None:
             return None
@@ -241,14 +245,14 @@ class Interceptor:
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
-        token = _explaining.set(True)
+        token = _around.set(_EXPLAINING)
         try:
             with session.no_autoflush:
                 session.execute(statement)
         except _Explained as explained:
             return explained.explanation
         finally:
-            _explaining.reset(token)
+            _around.reset(token)
         return Explanation(False, _BY_A_HANDLER)
 
     def _explanation(self, state: ORMExecuteState, options: CacheOptions | None) -> Explanation:

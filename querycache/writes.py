@@ -32,7 +32,7 @@ from typing import Any, Literal
 from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Session, SessionTransaction, UOWTransaction
+from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
 from querycache.dependencies import Declarations
@@ -196,7 +196,7 @@ class Writes:
         return {
             "after_begin": self._after_begin,
             "after_flush": self._after_flush,
-            "after_transaction_end": self._after_part,
+            "before_flush": self._before_flush,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -217,6 +217,9 @@ class Writes:
                 self._notice_old_view(connection, before_lookup)
             transaction = self._of(connection.info)
             if transaction is not None:
+                if transaction.unresolved and not sa_internals.is_flushing(session):
+                    # its flush has failed, so nobody will tell of the rows
+                    self._resolve(transaction, session.hash_key, connection.dialect, {})
                 found.append(transaction)
         return found
 
@@ -465,14 +468,12 @@ class Writes:
         if known.told and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)
 
-    def _after_part(self, session: Session, transaction: SessionTransaction) -> None:
-        """A flush is over, and has failed where something is still expected of it."""
-        if transaction.parent is None:
-            return
+    def _before_flush(self, session: Session, context: UOWTransaction, instances: object) -> None:
+        # What a flush that failed has left; this one is to tell of its own rows only.
         for connection in sa_internals.connections(session):
-            found = self._of(connection.info)
-            if found is not None:
-                self._resolve(found, session.hash_key, connection.dialect, {})
+            transaction = self._of(connection.info)
+            if transaction is not None:
+                self._resolve(transaction, session.hash_key, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, FlushedRows] = {}

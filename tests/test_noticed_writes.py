@@ -109,6 +109,7 @@ def test_classes_that_are_declared_and_not_mapped_yet(monkeypatch: pytest.Monkey
         session.add(Later(id=1, thread_id=1))
     with maker() as session:
         assert session.scalars(later).all() == [1]
+    Declared.registry.dispose()  # other tests write to tables of these names by themselves
     engine.dispose()
 
 

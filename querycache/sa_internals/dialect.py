@@ -96,8 +96,8 @@ def tap(engine: Engine, listener: Tap) -> None:
     if taps is None:
         taps = _Taps()
         setattr(dialect, _TAPS, taps)
-        for name, arguments in _EXECUTING.items():
-            setattr(dialect, name, _execution(dialect, name, arguments, taps))
+        for name in _EXECUTING:
+            setattr(dialect, name, _execution(dialect, name, taps))
         for name, wrap in _WRAPPED.items():
             setattr(dialect, name, wrap(dialect, getattr(dialect, name), taps))
         heed_others(dialect)
@@ -158,42 +158,44 @@ _beside_others: weakref.WeakSet[Any] = weakref.WeakSet()
 
 _changing = threading.Lock()
 
-_EXECUTING = {"do_execute": 4, "do_executemany": 4, "do_execute_no_params": 3}
-"""The methods by which a dialect runs a statement, with their number of arguments, of which the context is the last."""
+_EXECUTING = ("do_execute", "do_executemany", "do_execute_no_params")
+"""The methods by which a dialect runs a statement. The context is the last of their arguments."""
 
 
-def _execution(dialect: Dialect, name: str, arguments: int, taps: _Taps) -> Callable[..., Any]:
+def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
     """What takes the place of a method that runs a statement."""
-    run = getattr(dialect, name)
-    one_set = name == "do_execute"
+    method = getattr(dialect, name)
+    one_set, no_parameters = name == "do_execute", name == "do_execute_no_params"
+    run = (lambda cursor, sql, parameters, context: method(cursor, sql, context)) if no_parameters else method
 
-    def execute(cursor: Any, sql: str, *rest: Any) -> Any:
+    def execute(cursor: Any, sql: str, parameters: Any, context: Any = None) -> Any:
         # Each statement comes through here, cached or not; most are known to write nothing.
-        if taps.beside_others or len(rest) + 2 < arguments:
-            return run(cursor, sql, *rest)
-        context = rest[-1]
+        if taps.beside_others or context is None:
+            return run(cursor, sql, parameters, context)
         # what _tell() comes to for nearly all of them; and to look into __dict__ makes a context slow from then on
         if (
             getattr(context.compiled, _READING, None) is taps.reading
             and sql is context.statement
-            and rest[0] is context.parameters[0]
+            and parameters is context.parameters[0]
             and "isolation_level" not in context.execution_options
         ):
-            return run(cursor, sql, *rest)
-        ending = _tell(taps, name, sql, rest[0], context)
+            return run(cursor, sql, parameters, context)
+        ending = _tell(taps, name, sql, parameters, context)
         asked: _Asked | None = context.__dict__.pop(_ASKED, None)
         if ending is None and asked is None:
-            return run(cursor, sql, *rest)
+            return run(cursor, sql, parameters, context)
         try:
             if asked is None or not one_set or _SENT in context.__dict__:
-                return run(cursor, sql, *rest)
-            run(cursor, sql + asked.returning(context), *rest)
+                return run(cursor, sql, parameters, context)
+            run(cursor, sql + asked.returning(context), parameters, context)
             asked.give(cursor, context)
         finally:
             for each in ending or ():
                 each.executed(context)
 
-    return execute
+    return (
+        (lambda cursor, sql, context=None: execute(cursor, sql, None, context)) if no_parameters else execute
+    )
 
 
 def _execution_event(name: str) -> Callable[..., bool | None]:
@@ -327,12 +329,8 @@ def _preparing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callab
 
 def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
     def rollback(connection: Any, *args: Any, **kwargs: Any) -> Any:
-        # What info_of() mostly comes to: each transaction comes through here that only reads.
-        try:
-            info = connection._connection_record.info
-        except AttributeError:
-            info = info_of(connection)
-        if info is not None and dialect._has_events and heed_others(dialect):
+        info = info_of(connection)
+        if info is not None and heed_others(dialect):
             # in autocommit mode there is no COMMIT where it would show
             for each in taps.listeners:
                 each.unseen(info)
@@ -349,11 +347,25 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
     return rollback
 
 
+def _resetting(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
+    """The same for the transactions that only read, which all end like this."""
+    thoroughly = _rolling_back(dialect, run, taps)
+
+    def rollback(connection: Any) -> Any:
+        try:
+            nothing = not connection._connection_record.info and not dialect._has_events
+        except AttributeError:
+            nothing = False
+        return run(connection) if nothing else thoroughly(connection)
+
+    return rollback
+
+
 _WRAPPED = {
     "do_prepare_twophase": _preparing,
     "do_commit": _committing,
     "do_commit_twophase": _committing,
-    "do_rollback": _rolling_back,
+    "do_rollback": _resetting,
     "do_rollback_twophase": _rolling_back,
 }
 

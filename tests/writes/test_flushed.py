@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, ForeignKey, String, event, select, update
+from sqlalchemy import Connection, Engine, ForeignKey, String, event, insert, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.orm.exc import StaleDataError
 
-from tests.writes.library import Book
+from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import Library
 
 OF_AUTHOR_3 = select(Book.id, Book.price).where(Book.author_id == 3)
@@ -126,5 +128,47 @@ def test_names_that_need_quotes_and_tables_that_return_nothing(library: Library,
             session.commit()
             assert folder.up == 1
         assert library.is_right(within)
+    finally:
+        Own.metadata.drop_all(library.engine)
+
+
+# --- a flush that fails ------------------------------------------------------------------------------------------
+
+
+def test_after_a_failed_flush_what_it_did_not_touch_is_answered(library: Library) -> None:
+    authors, books = select(Author.id, Author.name), select(Book.id, Book.price)
+    library.fill(authors, books)
+    with library.sessions() as session:
+        with pytest.raises(IntegrityError), session.begin_nested():
+            session.add(Book(id=1, title="twice", price=1, author_id=1))
+            session.flush()
+        assert library.outcome(authors, session) == "hit"
+        assert library.outcome(books, session) == "bypass own write"
+
+
+class Kept(Own):
+    """No transaction takes back what was written here."""
+
+    __tablename__ = "kept"
+    __table_args__ = {"mysql_engine": "MyISAM"}
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+def test_what_a_failed_flush_has_written_in_spite_of_all(mariadb_engine: Engine) -> None:
+    """The next flush tells of its own rows, which are not all that was written."""
+    library = Library(mariadb_engine)
+    Own.metadata.create_all(library.engine)
+    two = select(Kept.id).where(Kept.id == 2)
+    try:
+        library.write(insert(Kept).values(id=3))
+        library.fill(two)
+        with library.sessions() as session, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the driver: this table cannot be rolled back
+            with pytest.raises(IntegrityError), session.begin_nested():
+                session.add_all([Kept(id=2), Kept(id=3)])  # a flush writes in the order of its keys
+                session.flush()
+            session.add(Kept(id=4))
+            session.commit()
+        assert library.is_right(two)
     finally:
         Own.metadata.drop_all(library.engine)
