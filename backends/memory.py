@@ -47,6 +47,8 @@ class MemoryBackend(StoreBackend):
     :raises ConfigurationError: an argument is unknown or cannot work.
     """
 
+    shared = False
+
     def __init__(self, arguments: Mapping[str, Any], *, clock: Callable[[], float] = time.monotonic) -> None:
         address, given = split_arguments(arguments)
         if address is not None and (address.netloc or address.path):

@@ -119,9 +119,9 @@ def discriminators(plan: Plan) -> str:
     They only keep entries apart, so a value without a canonical form is represented by its type.
     """
     values = []
-    for parameter in plan.unrendered:
+    for value in plan.unrendered:
         try:
-            values.append(canonical(parameter.effective_value))
+            values.append(canonical(value))
         except UnkeyableValue as refusal:
             values.append(refusal.reason)
     return ",".join(values)

@@ -119,6 +119,8 @@ class Region:
     @property
     def promise(self) -> str:
         """What invalidation in this region's store promises, in words."""
+        if not self.ledger.store.shared:
+            return "strict, for what this process writes"
         if self.ledger.store.atomic:
             return "strict"
         return (

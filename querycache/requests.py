@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
@@ -31,6 +31,9 @@ __all__ = ["Completion", "Refresh", "Refused", "Request", "Requests"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
+
+
+_T = TypeVar("_T")
 
 
 class Refused(Exception):
@@ -119,7 +122,14 @@ class Requests:
             if type(name) is str and name.startswith("cache_"):
                 if "cache_key" not in given:
                     return self._wanted_by_options(state, given)
-                values = tuple(given.items()), tuple(map(type, given.values()))  # True is not 1 here
+                # True is not 1 here; and what is the application's own is neither compared nor kept
+                values = tuple(
+                    [
+                        (name, value, type(value))
+                        for name, value in given.items()
+                        if type(name) is str and name.startswith("cache_")
+                    ]
+                )
                 try:
                     known = self._known_options.get(values)
                 except TypeError:  # a list or a set among the values
@@ -177,9 +187,14 @@ class Requests:
             plan = prepared.plan
             self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(plan.compiled)
-            self._refuse_content(analysis, plan, options)
+            # what follows from the plan alone is remembered by it, as for _request()
+            memo = ("completion", self, options, self._declared.digest(), self._declared.of_triggers)
+            mark: bytes | None = plan.memo.get(memo)
+            if mark is None:
+                self._refuse_content(analysis, plan, options)
+                mark = _remember(plan, memo, fingerprint(plan))
             self._refuse_temporary(plan)
-            return Completion(prepared, fingerprint(plan), partial(analysis.tags, plan, self._declared))
+            return Completion(prepared, mark, partial(analysis.tags, plan, self._declared))
         except (UnkeyableValue, Unpreparable) as refusal:
             raise Refused(str(refusal)) from refusal
 
@@ -197,10 +212,7 @@ class Requests:
         memo = (self, region, options, scope, self._declared.digest(), self._declared.of_triggers)
         derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
         if derived is None:
-            derived = self._derive(region, options, plan, scope)
-            if len(plan.memo) > 16:
-                plan.memo.clear()
-            plan.memo[memo] = derived
+            derived = _remember(plan, memo, self._derive(region, options, plan, scope))
         self._refuse_temporary(plan)
         transactions = self._writes.transactions(session, bind, before_lookup=True)
         request = Request(region, options, prepared, *derived, transactions)
@@ -324,3 +336,10 @@ class Requests:
         tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
         tags.extend(analysis.tags(plan, self._declared))
         return tags
+
+
+def _remember(plan: Plan, memo: object, value: _T) -> _T:
+    if len(plan.memo) > 16:
+        plan.memo.clear()
+    plan.memo[memo] = value
+    return value

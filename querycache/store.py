@@ -69,6 +69,9 @@ class StoreBackend(BytesBackend, abc.ABC):
     """False where the counter steps below are imitated without atomicity; the promise of the ledger is weaker
     then."""
 
+    shared: bool = True
+    """False for what other processes cannot see."""
+
     # -- entries --------------------------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -6,7 +6,9 @@ private name of SQLAlchemy.
 
 ==================  ============================================================================================
 ``handlers``        what a ``do_orm_execute`` handler is given, and the options of the statement in it
-``replay``          a statement that is executed, or replayed over stored rows
+``planning``        what a statement is compiled to, and what that comes to with values for its parameters
+``replay``          results over rows that were stored earlier
+``executing``       a statement that is run against the database, or replayed
 ``transactions``    sessions, their connections, and what transactions of these see
 ``mapping``         what is mapped and declared
 ``dialect``         what a dialect does: it executes each statement, and ends each transaction
@@ -23,6 +25,7 @@ from querycache.sa_internals.dialect import (
     tell_of_reading,
     untap,
 )
+from querycache.sa_internals.executing import Invocation, Prepared, prepare
 from querycache.sa_internals.handlers import (
     StatementOption,
     completes,
@@ -44,13 +47,7 @@ from querycache.sa_internals.mapping import (
     remembered,
     tables_of,
 )
-from querycache.sa_internals.replay import (
-    Invocation,
-    Plan,
-    Prepared,
-    Unpreparable,
-    prepare,
-)
+from querycache.sa_internals.planning import Plan, Unpreparable
 from querycache.sa_internals.transactions import (
     autobegin,
     begins_transaction,

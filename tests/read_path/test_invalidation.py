@@ -296,3 +296,15 @@ def test_D1_the_answer_that_was_asked_for_later_is_kept(forum: Forum) -> None:
     event.listen(forum.engine, "after_cursor_execute", interfere, once=True)
     forum.name(cache_key="a")
     assert forum.name(cache_key="a") == "new"
+
+
+def test_what_is_promised_of_a_store_that_no_other_process_sees(own_forum: Engine, store_url: str) -> None:
+    cache = QueryCache({"default": store_url, "own": "memory://"})
+    with Session(own_forum) as db:
+        cache.attach(db)
+        promised = [
+            cache.explain(db, select(Tag).execution_options(cache_key=True, cache_region=region)).promise
+            for region in ("default", "own")
+        ]
+    own = "strict, for what this process writes"
+    assert promised == [own if store_url.startswith("memory") else "strict", own]

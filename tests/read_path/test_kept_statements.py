@@ -1,0 +1,235 @@
+"""What is remembered of a statement that is executed again, and what must not be.
+
+A statement object remembers what it was compiled to, and what was compiled remembers plans by the values of parameters
+(`querycache/sa_internals/planning.py`). Whatever differs between two executions must not get lost by that.
+"""
+
+from __future__ import annotations
+
+import gc
+import sqlite3
+import weakref
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    DateTime,
+    Engine,
+    Integer,
+    Numeric,
+    String,
+    bindparam,
+    create_engine,
+    event,
+    literal,
+    select,
+    type_coerce,
+)
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload, sessionmaker
+
+from querycache import QueryCache
+from tests.read_path.models import Post, User
+
+CACHED = {"cache_key": True}
+
+
+class Own(DeclarativeBase):
+    pass
+
+
+class Setting(Own):
+    __tablename__ = "setting"
+    __table_args__ = {"schema": "tenant"}
+    id: Mapped[int] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> Engine:
+    """An engine with the schemas a and b, whose setting 1 is called like them."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'main.db'}")
+
+    @event.listens_for(engine, "connect")
+    def attach(connection: sqlite3.Connection, record: object) -> None:
+        for name in "ab":
+            connection.execute(f"ATTACH '{tmp_path / name}.db' AS {name}")
+
+    for name in "ab":
+        translated = engine.execution_options(schema_translate_map={"tenant": name})
+        Own.metadata.create_all(translated)
+        with Session(translated) as session, session.begin():
+            session.add(Setting(id=1, value=name))
+    return engine
+
+
+@pytest.mark.parametrize("level", ["statement", "call", "session", "engine", "connection"])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_map_of_schemas_that_is_changed_in_place(tenants: Engine, level: str, times: int) -> None:
+    schemas: dict[str | None, str | None] = {"tenant": "a"}
+    options = {"schema_translate_map": schemas}
+    sessions = sessionmaker(tenants)
+    QueryCache().attach(sessions)
+    statement = select(Setting.value).execution_options(cache_key=True)
+    if level == "statement":
+        statement = statement.execution_options(**options)
+    bind = tenants.execution_options(**options) if level == "engine" else tenants
+
+    def ask() -> str:
+        of_session: Any = {"execution_options": options} if level == "session" else {}
+        with sessions(bind=bind, **of_session) as session:
+            if level == "connection":
+                session.connection(execution_options=options)
+            return session.scalars(statement, execution_options=options if level == "call" else {}).one()
+
+    assert [ask() for _ in range(times)] == ["a"] * times
+    schemas["tenant"] = "b"
+    assert [ask() for _ in range(3)] == ["b"] * 3
+
+
+class Ambiguous:
+    """Compared to anything it gives what is neither true nor false, as arrays and data frames do."""
+
+    def __eq__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise ValueError("the truth value is ambiguous")
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("level", ["statement", "call", "session"])
+def test_options_of_the_application_are_neither_compared_nor_kept(sqlite_forum: Engine, level: str) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    cache = QueryCache().attach(sessions)
+    kept = select(User.name).where(User.id == 1).execution_options(cache_key=True)
+    gone: list[weakref.ref[Ambiguous]] = []
+    outcomes = []
+    for _ in range(5):
+        own: Any = {"weights": Ambiguous()}
+        gone.append(weakref.ref(own["weights"]))
+        statement = kept.execution_options(**own) if level == "statement" else kept
+        of_session: Any = {"execution_options": own} if level == "session" else {}
+        with sessions(**of_session) as session, cache.recording() as events:
+            session.scalars(statement, execution_options=own if level == "call" else {}).one()
+        outcomes.append(events[-1].outcome)
+    del own, statement, of_session, session
+    gc.collect()
+    assert outcomes == ["fill"] + ["hit"] * 4
+    # SQLAlchemy keeps the statement that it has compiled
+    assert sum(each() is not None for each in gone) <= (1 if level == "statement" else 0)
+
+
+NUMBER = bindparam("number", type_=Integer)
+GIVEN: list[tuple[Any, list[Any]]] = [
+    (String, ["1", "one", "", None]),
+    (Integer, [1, True, 0, False, None]),
+    (Numeric(asdecimal=True), [Decimal("1.0"), Decimal("1.00"), Decimal("-0")]),
+    (DateTime, [datetime(2026, 1, 1), datetime(2026, 1, 1, fold=1)]),
+]
+
+
+@pytest.mark.parametrize("place", ["given", "in the statement", "by params()"])
+def test_values_that_are_equal_and_not_alike(sqlite_forum: Engine, place: str) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    for kind, values in GIVEN:
+        parameter = bindparam("value", type_=kind)
+        whole = select(type_coerce(parameter, kind))
+        for value in values * 3:
+            if place == "given":
+                statement, given = whole, {"value": value}
+            elif place == "by params()":
+                statement, given = whole.params(value=value), {}
+            else:
+                statement, given = select(literal(value, kind)), {}
+            with sessions() as session, Session(sqlite_forum) as plain:
+                answer = session.execute(statement, given, execution_options=CACHED).scalar_one()
+                expected = plain.execute(statement, given).scalar_one()
+            assert repr(answer) == repr(expected), (kind, value)
+
+
+def test_lists_of_an_in_that_differ_in_one_place(sqlite_forum: Engine) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    given = select(User.id).where(User.id.in_(bindparam("ids", expanding=True))).order_by(User.id)
+    for ids in ([1, 2], [1, 3], [1], [], [1, 2]) * 2:
+        for statement, parameters in (
+            (given, {"ids": ids}),
+            (select(User.id).where(User.id.in_(ids)).order_by(User.id), {}),
+        ):
+            with sessions() as session:
+                assert session.scalars(statement, parameters, execution_options=CACHED).all() == ids
+    changed = [1]
+    for more in (2, 3):
+        with sessions() as session:
+            answer = session.scalars(given, {"ids": changed}, execution_options=CACHED).all()
+            assert answer == changed
+        changed.append(more)
+
+
+def test_other_parameters_than_before(sqlite_forum: Engine) -> None:
+    """Names that are given or left out are part of how a statement is compiled."""
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    statement = select(User.id).where(User.id == bindparam("id", 1)).execution_options(cache_key=True)
+    for given, expected in (({}, 1), ({"id": 2}, 2), ({}, 1), ({"id": 2}, 2)) * 2:
+        with sessions() as session:
+            assert session.scalars(statement, given).all() == [expected]
+
+
+def test_a_statement_made_of_one_that_was_executed(sqlite_forum: Engine) -> None:
+    """It takes over all attributes, and the memory of a statement that is gone may be another's."""
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    for _ in range(50):
+        statement = select(User.id).execution_options(cache_key=True).order_by(User.id)
+        for number in (1, 2):
+            with sessions() as session:
+                session.scalars(statement, {"unused": number} if number > 2 else {}).all()
+            statement = statement.where(User.id >= number).limit(2)
+        with sessions() as session, Session(sqlite_forum) as plain:
+            assert session.scalars(statement).all() == plain.scalars(statement).all()
+
+
+def test_core_rows_are_found_by_the_columns_of_the_statement_that_was_executed(sqlite_forum: Engine) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    table = User.__table__
+    for _ in range(4):
+        column = (table.c.id + 1).label("next")
+        statement = select(column).where(table.c.id == 1)
+        with sessions() as session:
+            row = session.execute(statement, execution_options=CACHED).one()
+        assert row._mapping[column] == 2
+
+
+def test_further_statements_keep_nothing_of_the_session(sqlite_forum: Engine) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    statement = select(User).options(selectinload(User.posts)).execution_options(cache_key=True)
+    gone: list[weakref.ref[Session]] = []
+    for _ in range(4):
+        session = sessions()
+        gone.append(weakref.ref(session))
+        users = session.scalars(statement).all()
+        assert any(user.posts for user in users)
+        session.close()
+        del session, users
+    gc.collect()
+    assert [each() for each in gone] == [None] * 4
+
+
+def test_the_errors_of_sqlite_are_its_own(sqlite_forum: Engine) -> None:
+    """The library asks SQLite whether a result is open, which SQLite refuses to answer."""
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    statement = select(Post.id).where(Post.author_id == bindparam("author"))
+    with sessions() as session:
+        session.scalars(select(User.id), execution_options=CACHED).all()
+        with pytest.raises(ProgrammingError, match="type 'object' is not supported"):
+            session.execute(statement, {"author": object()})
