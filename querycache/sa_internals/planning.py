@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from sqlalchemy import util
@@ -53,8 +53,7 @@ class Plan:
         sql, parameters: what the driver is given; together with the database they determine the rows.
         unrendered: values of parameters that are in no place of the SQL; statements that complete this one may have them
             in theirs.
-        reused: True once the same was executed again.
-        recent: True where it was since it last was considered for making room.
+        recent: True where it was used since it last was considered for making room.
         memo: for callers, to remember what follows from the plan.
         shared_memo: to remember what follows from the statement's structure, whatever its parameters.
     """
@@ -66,10 +65,8 @@ class Plan:
     sql: str
     parameters: Any
     unrendered: Sequence[Any]
-    reused: bool = False
     recent: bool = False
     memo: dict[Any, Any] = field(default_factory=dict)
-    _template: tuple[CursorResult[Any] | None, weakref.ref[Any] | None] = (None, None)
 
     @property
     def shared_memo(self) -> dict[Any, Any]:
@@ -85,39 +82,60 @@ class Plan:
     ) -> CursorResult[Any]:
         """A result over a replay connection, which has columns of this description and no rows yet.
 
-        To make one takes as long as to load a row, so where the plan is used again one is kept, and copied. It knows
-        nothing of who has asked for it.
+        To make one takes as long as to load a row, so one is kept with what was compiled, and copied.
 
         Args:
             compilation: of the statement that is executed now.
             given, options: with these.
         """
         statement = compilation.statement()
-        template, adapted_to = self._template
-        if (
-            template is not None
-            and template.context.cursor.description == description
-            and (adapted_to is None or adapted_to() is statement)
-        ):
-            copy = copied(template)
+        template: _Template | None = self.compiled.__dict__.get(_TEMPLATE)
+        if template is not None and template.serves(self, statement, description):
+            copy = copied(template.result)
             context: Any = copy.context
             context.invoked_statement = statement
             context.extracted_parameters = compilation.extracted
             context.execution_options = options
+            context.statement = self.sql
+            context.parameters = [self.parameters]
+            context.compiled_parameters = [self.values]
             return copy
         context = compilation.context(given, options)
         context.cursor.description = description
         result: CursorResult[Any] = context._setup_result_proxy()
         # the columns of a Core result are known by those of the statement that was executed
-        adapted_to = None if self.options.get("_result_disable_adapt_to_context") else compilation.statement
-        again = self.reused if adapted_to is None else compilation.reused
-        if again and ROWS_FIRST.isdisjoint(self.options) and not result._echo:
-            template = copied(result)
-            context = template.context
+        for_all = self.options.get("_result_disable_adapt_to_context")
+        if (for_all or compilation.reused) and ROWS_FIRST.isdisjoint(self.options) and not result._echo:
+            kept = copied(result)
+            context = kept.context
             context.invoked_statement = context.extracted_parameters = None
             context.execution_options = self.options
-            self._template = template, adapted_to
+            adapted_to = None if for_all else compilation.statement
+            self.compiled.__dict__[_TEMPLATE] = _Template(kept, self.engine, self.options, adapted_to)
         return result
+
+
+@dataclass(slots=True)
+class _Template:
+    """A result to be copied, which knows nothing of who has asked for it.
+
+    Attributes:
+        engine, options: of its execution.
+        adapted_to: the statement by whose columns its own are known; None where that makes no difference.
+    """
+
+    result: CursorResult[Any]
+    engine: Engine
+    options: Options
+    adapted_to: weakref.ref[Any] | None
+
+    def serves(self, plan: Plan, statement: Any, description: Sequence[Sequence[Any]]) -> bool:
+        return (
+            self.engine is plan.engine
+            and (self.adapted_to is None or self.adapted_to() is statement)
+            and cast("Any", self.result.context).cursor.description == description
+            and self.options == plan.options
+        )
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +244,7 @@ class Compilation:
         if identity is not None:
             plan = _plans_of(self.compiled).get(identity)
             if plan is not None and plan.engine is self.engine and plan.options == self.options:
-                plan.reused = plan.recent = True
+                plan.recent = True
                 if self.reused and not given:
                     self.plan = plan
                 return plan, None
@@ -385,4 +403,5 @@ _MEMO = "_querycache_memo"
 _PLAIN = "_querycache_plain"
 _ORDER = "_querycache_order"
 _PLANS = "_querycache_plans"
+_TEMPLATE = "_querycache_template"
 _UNRENDERED = "_querycache_unrendered"
