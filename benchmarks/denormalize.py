@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -205,6 +206,9 @@ def count_updates(engine: Engine, m: SimpleNamespace, work: Callable[[], float])
     return seen
 
 
+PROCESSES = 3
+"""Of each way."""
+
 WAYS: Mapping[str, Callable[[], SimpleNamespace]] = {
     "without": lambda: plain("plain"),
     **{name: (lambda name=name: ours(name)) for name in ("sql", "recount", "flush", "memory", "trigger")},  # type: ignore[misc]
@@ -237,18 +241,26 @@ def worker(way: str, url: str, children: int, flushes: int, asked: Connection) -
 
 @contextmanager
 def workers(url: str, children: int, flushes: int) -> Iterator[dict[str, Callable[[str, str], float]]]:
-    """A function for each way that has it work; the processes end with the block."""
+    """A function for each way that has one of its processes work, in turn; the processes end with the block.
+
+    There are several of each way, since where its objects lie in memory makes one process some percent slower than the
+    next.
+    """
     context = multiprocessing.get_context("spawn")
     started = []
     asks: dict[str, Callable[[str, str], float]] = {}
     for way in WAYS:
-        mine, its = context.Pipe()
-        process = context.Process(target=worker, args=(way, url, children, flushes, its), daemon=True)
-        process.start()
-        its.close()
-        started.append((process, mine))
+        pipes = []
+        for _ in range(PROCESSES):
+            mine, its = context.Pipe()
+            process = context.Process(target=worker, args=(way, url, children, flushes, its), daemon=True)
+            process.start()
+            its.close()
+            started.append((process, mine))
+            pipes.append(mine)
 
-        def ask(kind: str, name: str, pipe: Any = mine) -> float:
+        def ask(kind: str, name: str, turns: Iterator[Any] = cycle(pipes)) -> float:
+            pipe = next(turns)
             pipe.send((kind, name))
             return float(pipe.recv())
 
@@ -283,9 +295,9 @@ class Line:
 
 
 def medians(tasks: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each task in milliseconds, in turns in shuffled order, after one round to warm up."""
+    """The median of each task in milliseconds, in turns in shuffled order, after one round of each process to warm up."""
     taken: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(-1, rounds):
+    for number in range(-PROCESSES, rounds):
         for name in random.sample(sorted(tasks), len(tasks)):
             seconds = tasks[name]()
             if number >= 0:
@@ -356,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, and print the table or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.denormalize", description=__doc__)
     parser.add_argument("--url", help="SQLAlchemy URL of a database to work in; tables are made and dropped")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3 * PROCESSES)
     parser.add_argument("--children", type=int, default=10_000, help="rows inserted in one flush")
     parser.add_argument("--flushes", type=int, default=1_000, help="flushes, and commits, of one row each")
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")

@@ -472,12 +472,15 @@ def show(session: Session, stale: dict[Aggregate, set[Key]], shown: Shown) -> No
     The attribute is expired, so the next access reads it; under asyncio, where an access cannot, it is read now.
     """
     by_root: dict[Any, dict[Any, list[str]]] = {}
+    identities: dict[Any, Any] = {}
     held: dict[Any, Any] = {}
     nested = session.in_nested_transaction()
     for aggregate, keys in stale.items():
         root = aggregate.chain.root
         for key in keys:
-            identity = root.identity_key_from_primary_key(key)
+            identity = identities.get((root, key))
+            if identity is None:
+                identity = identities[root, key] = root.identity_key_from_primary_key(key)
             if nested:
                 shown.setdefault(identity, set()).update((aggregate.key, *aggregate.carried))
             if identity not in held:
