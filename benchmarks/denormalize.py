@@ -259,7 +259,9 @@ def workers(url: str, children: int, flushes: int) -> Iterator[dict[str, Callabl
             started.append((process, mine))
             pipes.append(mine)
 
-        def ask(kind: str, name: str, turns: Iterator[Any] = cycle(pipes)) -> float:
+        turns = cycle(pipes)
+
+        def ask(kind: str, name: str, turns: Iterator[Any] = turns) -> float:
             pipe = next(turns)
             pipe.send((kind, name))
             return float(pipe.recv())
