@@ -268,6 +268,8 @@ class Compilation:
                 escape_names=False,
                 **({"_collected_params": self.param_dict[0]} if self.param_dict else {}),
             )
+        # a list may be changed in place, and plans are remembered for what it holds now
+        values = {name: value.copy() if type(value) is list else value for name, value in values.items()}
         unrendered = [self.extracted[place].effective_value for place in _unrendered(compiled)]
         return Plan(
             self.engine, compiled, self.options, values, context.statement, context.parameters[0], unrendered

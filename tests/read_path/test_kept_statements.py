@@ -233,3 +233,20 @@ def test_the_errors_of_sqlite_are_its_own(sqlite_forum: Engine) -> None:
         session.scalars(select(User.id), execution_options=CACHED).all()
         with pytest.raises(ProgrammingError, match="type 'object' is not supported"):
             session.execute(statement, {"author": object()})
+
+
+def test_a_list_that_is_changed_after_it_was_given(own_forum: Engine) -> None:
+    """The plan that is remembered for what it held then must not hold it."""
+    sessions = sessionmaker(own_forum)
+    cache = QueryCache().attach(sessions)
+    names = select(User.name).where(User.id.in_(bindparam("ids", expanding=True)))
+    ids = [1]
+    with sessions() as session:
+        session.scalars(names, {"ids": ids}, execution_options=CACHED).all()
+        ids[0] = 2
+        cache.depends("a view", on=["a table"])  # so tags are found anew
+        session.scalars(names, {"ids": [1]}, execution_options=CACHED).all()
+    with sessions.begin() as session:
+        session.get_one(User, 1).name = "another"
+    with sessions() as session:
+        assert session.scalars(names, {"ids": [1]}, execution_options=CACHED).all() == ["another"]
