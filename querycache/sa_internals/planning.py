@@ -291,11 +291,13 @@ class Compilation:
             values.append(parameter.value)
         for value in values:
             kind = type(value)
+            if kind in _SIZED and not _is_short(value):
+                return None
             if kind in _EQUAL:
                 identity += (kind, value)
             elif kind in _IMMUTABLE:
                 identity.append(_Itself(value))
-            elif kind is list or kind is tuple:  # of an IN
+            elif kind in _SIZED:  # of an IN
                 kinds = tuple(map(type, value))
                 if not _EQUAL.issuperset(kinds):
                     return None
@@ -310,6 +312,18 @@ _EQUAL = frozenset({int, str, bool, bytes, type(None), date, UUID})
 
 _IMMUTABLE = frozenset({float, Decimal, datetime})
 """Those where they may not be: 0.0 and -0.0, times in two zones."""
+
+
+_SIZED = frozenset({str, bytes, list, tuple})
+
+_LONGEST = 200
+"""Longer texts and lists are not worth the memory."""
+
+
+def _is_short(value: Any) -> bool:
+    if len(value) > _LONGEST:
+        return False
+    return type(value) in _EQUAL or all(len(each) <= _LONGEST for each in value if type(each) in _SIZED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

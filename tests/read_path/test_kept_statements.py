@@ -28,10 +28,11 @@ from sqlalchemy import (
     select,
     type_coerce,
 )
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import ProgrammingError, StatementError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload, sessionmaker
 
 from querycache import QueryCache
+from querycache.sa_internals import Plan
 from tests.read_path.models import Post, User
 
 CACHED = {"cache_key": True}
@@ -250,3 +251,48 @@ def test_a_list_that_is_changed_after_it_was_given(own_forum: Engine) -> None:
         session.get_one(User, 1).name = "another"
     with sessions() as session:
         assert session.scalars(names, {"ids": [1]}, execution_options=CACHED).all() == ["another"]
+
+
+@pytest.mark.parametrize("first", ["required", "optional"])
+def test_a_parameter_that_is_required_beside_one_that_is_not(own_forum: Engine, first: str) -> None:
+    """As without the cache, where it depends on which of them was compiled first."""
+
+    def outcomes(sessions: sessionmaker[Session]) -> list[object]:
+        own_forum.clear_compiled_cache()
+        found: list[object] = []
+        for kind in (first, "required", "optional") * 2:
+            parameter = bindparam("id") if kind == "required" else bindparam("id", None)
+            with sessions() as session:
+                try:
+                    found.append(
+                        session.scalars(select(User.id).where(User.id == parameter), **options).all()
+                    )
+                except StatementError as error:
+                    found.append(str(error))
+        return found
+
+    options: dict[str, Any] = {}
+    plain, cached = sessionmaker(own_forum), sessionmaker(own_forum)
+    QueryCache().attach(cached)
+    expected = outcomes(plain)
+    options["execution_options"] = CACHED
+    assert outcomes(cached) == expected
+
+
+@pytest.mark.parametrize("value", ["x" * 100_000, ["x"] * 1_000, ["x" * 100_000]])
+def test_long_values_are_not_remembered(sqlite_forum: Engine, value: Any) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    kind = bindparam("name", expanding=True) if isinstance(value, list) else bindparam("name")
+    statement = select(User.id).where(User.name.in_(kind) if isinstance(value, list) else User.name == kind)
+    before = remembered()
+    for _ in range(3):
+        with sessions() as session:
+            assert session.scalars(statement, {"name": value}, execution_options=CACHED).all() == []
+            assert session.scalars(statement, {"name": value[:1]}, execution_options=CACHED).all() == []
+    assert remembered() - before <= 1
+
+
+def remembered() -> int:
+    gc.collect()
+    return sum(type(each) is Plan for each in gc.get_objects())
