@@ -39,7 +39,8 @@ class Touched:
         deleted: keys of rows that (may) go away, by table.
         dead: identities of the objects that go away or change their primary key, by base mapper.
         changed: the changed objects behind `rows`.
-        renamed: objects whose primary key changes.
+        renamed: objects whose primary key changes. Where it holds a foreign key that a relationship writes, that shows only
+            when the flush has run (`rename`).
         related: objects that were found through relationships; one that was loaded only to be found would be gone.
         orphans: the objects that the flush deletes because they left their parents, and those that go with them, by state.
     """
@@ -72,6 +73,15 @@ class Touched:
     def gone(self, tables: Iterable[Any], key: Key) -> None:
         for table in tables:
             self.deleted.setdefault(table, set()).add(key)
+
+    def rename(self, instances: Iterable[Any]) -> None:
+        """Note objects whose primary key changes, each once."""
+        known = {id(instance) for instance in self.renamed}
+        for instance in instances:
+            if id(instance) not in known:
+                state = sqlalchemy_inspect(instance)
+                self.renamed.append(instance)
+                self.dead.add((state.mapper.base_mapper, state.identity))
 
 
 class Sorter:
@@ -168,8 +178,7 @@ class Sorter:
                 if least is not None and place.level > least:
                     _parents(instance, place, touched)
         if not changed.isdisjoint(primary_keys(state.mapper)):
-            touched.renamed.append(instance)
-            touched.dead.add((state.mapper.base_mapper, state.identity))
+            touched.rename([instance])
         self._collections(instance, watch, touched)
         if watch.owners and _is_orphan(instance, watch):
             self._orphan(instance, touched)

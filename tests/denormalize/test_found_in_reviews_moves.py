@@ -1,0 +1,167 @@
+"""What reviewers have found when rows move by relationships, and when writes take unusual ways through the Session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import ForeignKey, ForeignKeyConstraint, Integer
+from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
+
+from querycache.denormalize import count_of
+from tests.denormalize.family import Open, kept, right
+
+EVERY = ("sql", "recount", "flush", "memory", "trigger")
+
+
+def lines(name: str, strategy: str) -> SimpleNamespace:
+    """Children whose primary key contains their foreign key, as the lines of an order."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = f"{name}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child", back_populates="parent", order_by="Child.line")
+        locals().update(kept(strategy)())
+
+    class Child(Base):
+        __tablename__ = f"{name}_child"
+        parent_id = mapped_column(ForeignKey(f"{name}_parent.id"), primary_key=True)
+        line = mapped_column(Integer, primary_key=True)
+        parent = relationship("Parent", back_populates="children")
+        size = mapped_column(Integer)
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+def _assigned(s: Session, m: SimpleNamespace) -> None:
+    s.get_one(m.Child, (1, 1)).parent = s.get_one(m.Parent, 2)
+
+
+def _appended(s: Session, m: SimpleNamespace) -> None:
+    old, new = s.get_one(m.Parent, 1), s.get_one(m.Parent, 2)
+    new.children.append(old.children[0])
+
+
+def _changed_too(s: Session, m: SimpleNamespace) -> None:
+    child = s.get_one(m.Child, (1, 1))
+    child.size = 10
+    child.parent = s.get_one(m.Parent, 2)
+
+
+def _to_new_parent(s: Session, m: SimpleNamespace) -> None:
+    s.get_one(m.Child, (1, 1)).parent = m.Parent(id=4)
+
+
+def _twice(s: Session, m: SimpleNamespace) -> None:
+    child = s.get_one(m.Child, (1, 1))
+    child.parent = s.get_one(m.Parent, 2)
+    s.flush()
+    child.parent = s.get_one(m.Parent, 3)
+
+
+def _deleted_then(s: Session, m: SimpleNamespace) -> None:
+    child = s.get_one(m.Child, (1, 1))
+    child.parent = s.get_one(m.Parent, 2)
+    s.flush()
+    s.delete(child)
+
+
+def _beside(s: Session, m: SimpleNamespace) -> None:
+    s.get_one(m.Child, (1, 2)).parent = s.get_one(m.Parent, 3)
+    s.get_one(m.Child, (1, 1)).size = 20
+
+
+MOVES: dict[str, Callable[[Session, SimpleNamespace], None]] = {
+    "assigned": _assigned,
+    "appended": _appended,
+    "changed": _changed_too,
+    "new": _to_new_parent,
+    "twice": _twice,
+    "deleted": _deleted_then,
+    "beside": _beside,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("strategy", EVERY)
+def test_a_child_whose_key_holds_the_foreign_key_is_moved_by_its_relationship(
+    opened: Open, strategy: str, move: str
+) -> None:
+    """Its new key is known only when the relationship has been flushed."""
+    m = lines(f"v_{strategy}_{move}", strategy)
+    s = opened(m)
+    s.add_all([m.Parent(id=1), m.Parent(id=2), m.Parent(id=3)])
+    s.flush()
+    s.add_all([m.Child(parent_id=1, line=1, size=2), m.Child(parent_id=1, line=2, size=3)])
+    s.commit()
+    MOVES[move](s, m)
+    s.commit()
+    right(s, m)
+    assert [(each.n, each.total) for each in s.query(m.Parent).order_by(m.Parent.id)][:3] == {
+        "assigned": [(1, 3), (1, 2), (0, 0)],
+        "appended": [(1, 3), (1, 2), (0, 0)],
+        "changed": [(1, 3), (1, 10), (0, 0)],
+        "new": [(1, 3), (0, 0), (0, 0)],
+        "twice": [(1, 3), (0, 0), (1, 2)],
+        "deleted": [(1, 3), (0, 0), (0, 0)],
+        "beside": [(1, 20), (0, 0), (1, 3)],
+    }[move]
+
+
+def levels(name: str, strategy: str) -> SimpleNamespace:
+    """Three levels, of which the key of the middle one holds its foreign key, and the last one follows that key."""
+    Base: Any = declarative_base()
+
+    class Top(Base):
+        __tablename__ = f"{name}_top"
+        id = mapped_column(Integer, primary_key=True)
+        middles = relationship("Middle", back_populates="top")
+        n = count_of("middles", strategy=strategy, type_=Integer)
+        leaves = count_of("middles.leaves", strategy=strategy, type_=Integer)
+
+    class Middle(Base):
+        __tablename__ = f"{name}_middle"
+        top_id = mapped_column(ForeignKey(f"{name}_top.id"), primary_key=True)
+        line = mapped_column(Integer, primary_key=True)
+        top = relationship("Top", back_populates="middles")
+        leaves = relationship("Leaf", back_populates="middle")
+        n = count_of("leaves", strategy=strategy, type_=Integer)
+
+    class Leaf(Base):
+        __tablename__ = f"{name}_leaf"
+        id = mapped_column(Integer, primary_key=True)
+        top_id = mapped_column(Integer)
+        line = mapped_column(Integer)
+        middle = relationship("Middle", back_populates="leaves")
+        __table_args__ = (
+            ForeignKeyConstraint(
+                ["top_id", "line"],
+                [f"{name}_middle.top_id", f"{name}_middle.line"],
+                onupdate="CASCADE",
+            ),
+        )
+
+    return SimpleNamespace(Base=Base, Top=Top, Middle=Middle, Leaf=Leaf)
+
+
+@pytest.mark.parametrize("leaves", [0, 2])
+@pytest.mark.parametrize("strategy", ["sql", "recount"])
+def test_a_row_in_the_middle_whose_key_holds_the_foreign_key_is_moved(
+    opened: Open, strategy: str, leaves: int
+) -> None:
+    m = levels(f"vm_{strategy}_{leaves}", strategy)
+    s = opened(m)
+    top, other = m.Top(id=1), m.Top(id=2)
+    s.add_all([top, other])
+    s.flush()
+    middle = m.Middle(top=top, line=1, leaves=[m.Leaf() for _ in range(leaves)])
+    s.add_all([middle, m.Middle(top=top, line=2, leaves=[m.Leaf()])])
+    s.commit()
+    middle.top = other
+    s.commit()
+    right(s, m)
+    assert [(each.n, each.leaves) for each in (top, other)] == [(1, 1), (1, leaves)]
+    assert middle.n == leaves
