@@ -7,11 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import ForeignKey, ForeignKeyConstraint, Integer
-from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
+from sqlalchemy import ForeignKey, ForeignKeyConstraint, Integer, delete, event, insert, update
+from sqlalchemy.orm import ORMExecuteState, Session, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import count_of
-from tests.denormalize.family import Open, kept, right
+from querycache.denormalize import UncoveredChange, count_of
+from tests.denormalize.family import Open, family, kept, right, two
 
 EVERY = ("sql", "recount", "flush", "memory", "trigger")
 
@@ -165,3 +165,102 @@ def test_a_row_in_the_middle_whose_key_holds_the_foreign_key_is_moved(
     right(s, m)
     assert [(each.n, each.leaves) for each in (top, other)] == [(1, 1), (1, leaves)]
     assert middle.n == leaves
+
+
+def _another_instead(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        where = state.statement.whereclause
+        return state.session.execute(update(child).where(where).values(size=0))
+    return None
+
+
+def _invoked_instead(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        return state.invoke_statement(update(child).where(state.statement.whereclause).values(size=0))
+    return None
+
+
+def _rewritten(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        state.statement = update(child).where(state.statement.whereclause).values(size=0)
+
+
+def _one_before(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        state.session.execute(update(child).values(size=child.size + 1))
+
+
+def _flush_before(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        state.session.add(child(id=3, parent_id=1, size=1))
+        state.session.get_one(child, 1).size = 6
+        state.session.flush()
+
+
+def _one_after(state: ORMExecuteState, child: Any) -> Any:
+    if state.is_delete:
+        result = state.invoke_statement()
+        state.session.execute(update(child).values(size=child.size + 1))
+        return result
+    return None
+
+
+HANDLERS: dict[str, tuple[Callable[[ORMExecuteState, Any], Any], tuple[int, int]]] = {
+    "another": (_another_instead, (2, 5)),
+    "invoked": (_invoked_instead, (2, 5)),
+    "rewritten": (_rewritten, (2, 5)),
+    "before": (_one_before, (0, 0)),
+    "flush": (_flush_before, (1, 1)),
+    "after": (_one_after, (1, 6)),
+}
+
+
+@pytest.mark.parametrize("handler", HANDLERS)
+@pytest.mark.parametrize("strategy", EVERY)
+def test_a_handler_that_writes_within_a_bulk_statement(opened: Open, strategy: str, handler: str) -> None:
+    """A soft deletion, as a rule. What the statement does is looked at when all handlers have had their say."""
+    m = family(f"vh_{strategy}_{handler}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    handle, (n, total) = HANDLERS[handler]
+    event.listen(s, "do_orm_execute", lambda state: handle(state, m.Child))
+    s.execute(delete(m.Child).where(m.Child.size > 5))
+    parent = s.get_one(m.Parent, 1)
+    assert (parent.n, parent.total) == (n, total)
+    s.commit()
+    right(s, m)
+    assert (parent.n, parent.total) == (n, total)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "flush"])
+def test_a_handler_that_writes_rows_within_a_bulk_insert(opened: Open, strategy: str) -> None:
+    m = family(f"vi_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+
+    @event.listens_for(s, "do_orm_execute")
+    def handle(state: ORMExecuteState) -> None:
+        if state.is_insert:
+            state.session.execute(update(m.Child).values(size=m.Child.size + 1))
+
+    s.execute(insert(m.Child).values(id=3, parent_id=1, size=4))
+    s.commit()
+    right(s, m)
+    assert s.get_one(m.Parent, 1).total == 18
+
+
+@pytest.mark.parametrize("strategy", ["sql", "flush"])
+def test_a_handler_that_answers_a_bulk_statement_on_the_connection(opened: Open, strategy: str) -> None:
+    """Such a statement is as unseen there as anywhere else."""
+    m = family(f"vc_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+
+    @event.listens_for(s, "do_orm_execute")
+    def handle(state: ORMExecuteState) -> Any:
+        if state.is_delete:
+            return state.session.connection().execute(update(m.Child).values(size=0))
+        return None
+
+    with pytest.raises(UncoveredChange, match="outside the unit of work"):
+        s.execute(delete(m.Child))
