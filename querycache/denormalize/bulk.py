@@ -77,6 +77,7 @@ def _execute(
 ) -> Result[Any]:
     target = _Target(plan, table, state.bind_mapper, state, statement)
     target.refuse_aggregates()
+    target.refuse_unseen()
     guard.check_elsewhere(statement, target.tables)
     if target.concerns() and state.session.autoflush:
         state.session.flush()
@@ -176,6 +177,17 @@ class _Target:
                     f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
                     " run repair() if it is wrong"
                 )
+
+    def refuse_unseen(self) -> None:
+        """Refuse what a class writes that has but the table in common with the one by which aggregates are kept."""
+        if self.mapper is None:
+            return
+        columns = self.columns if isinstance(self.statement, Update) else None
+        if columns is not None and self.by_key:
+            columns = columns - set(self.key_names)
+        for table, names in self.plan.watch(self.mapper).unseen.items():
+            if columns is None or columns & (names | self.plan.column_keys(table)):
+                raise self.plan.unseen_change(self.mapper, table)
 
     def concerns(self) -> bool:
         if isinstance(self.statement, Delete):

@@ -117,11 +117,14 @@ class Sorter:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
+                _refuse_unseen(type(instance), plan, watch)
                 self._deleted(instance, watch, found.setdefault(plan, Touched()))
         for instance in dirty:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
+                if watch.unseen:
+                    _refuse_unseen(type(instance), plan, watch, _changed(sqlalchemy_inspect(instance), watch))
                 self._dirty(
                     instance, watch, found.setdefault(plan, Touched()), _least(session, watch, locked_from)
                 )
@@ -155,7 +158,8 @@ class Sorter:
             held = found.get(cls)
             if held is not None:
                 held.append(instance)
-            elif self.watch(cls) is not None:
+            elif (known := self.watch(cls)) is not None:
+                _refuse_unseen(cls, *known)
                 found[cls] = [instance]
         return found
 
@@ -234,6 +238,17 @@ class Sorter:
         if state.identity is not None and known is not None and state not in touched.orphans:
             touched.orphans[state] = instance
             self._deleted(instance, known[1], touched)
+
+
+def _refuse_unseen(cls: type[Any], plan: Plan, watch: Watch, changed: Set[str] | None = None) -> None:
+    """Refuse what is missed by aggregates that are kept by the objects of another class on the same table.
+
+    Args:
+        changed: the attributes that change; None where a row comes or goes.
+    """
+    for table, names in watch.unseen.items():
+        if changed is None or not names.isdisjoint(changed):
+            raise plan.unseen_change(sqlalchemy_inspect(cls), table)
 
 
 def _changed(state: Any, watch: Watch) -> Set[str]:

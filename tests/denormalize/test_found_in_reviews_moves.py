@@ -264,3 +264,100 @@ def test_a_handler_that_answers_a_bulk_statement_on_the_connection(opened: Open,
 
     with pytest.raises(UncoveredChange, match="outside the unit of work"):
         s.execute(delete(m.Child))
+
+
+def twins(name: str, strategy: str) -> SimpleNamespace:
+    """A family with another class on the table of the children, to which the parents are related too."""
+
+    def extra(m: SimpleNamespace) -> None:
+        class Twin(m.Base):
+            __table__ = m.Child.__table__
+            measure = m.Child.__table__.c.size
+
+        m.Parent.twins = relationship(Twin, overlaps="children,parent")
+        m.Twin = Twin
+
+    return family(name, kept(strategy), extra=extra)
+
+
+WRITES: dict[str, Callable[[Session, SimpleNamespace], Any]] = {
+    "add": lambda s, m: s.add(m.Twin(id=3, parent_id=1, measure=5)),
+    "change": lambda s, m: setattr(s.get_one(m.Twin, 1), "measure", 50),
+    "move": lambda s, m: setattr(s.get_one(m.Twin, 1), "parent_id", 2),
+    "delete": lambda s, m: s.delete(s.get_one(m.Twin, 1)),
+    "update": lambda s, m: s.execute(update(m.Twin).values(measure=9)),
+    "by key": lambda s, m: s.execute(update(m.Twin), [{"id": 1, "measure": 9}]),
+    "insert": lambda s, m: s.execute(insert(m.Twin), [{"id": 3, "parent_id": 1, "measure": 9}]),
+    "remove": lambda s, m: s.execute(delete(m.Twin)),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("strategy", EVERY)
+def test_another_class_on_the_table_of_the_children(opened: Open, strategy: str, write: str) -> None:
+    """Its objects are no rows of the path: only the database sees their changes."""
+    m = twins(f"vt_{strategy}_{write.replace(' ', '')}", strategy)
+    s = opened(m)
+    two(s, m)
+    if strategy == "trigger":
+        WRITES[write](s, m)
+    else:
+        with pytest.raises(UncoveredChange, match=r"(?s)Twin.*Child.*Parent.n.*'trigger'"):
+            WRITES[write](s, m)
+            s.flush()
+        s.rollback()
+    s.commit()
+    right(s, m)
+
+
+def test_another_class_on_the_table_may_read_and_change_what_does_not_matter(opened: Open) -> None:
+    m = twins("vt_others", "sql")
+    s = opened(m)
+    two(s, m)
+    twin = s.get_one(m.Twin, 1)
+    twin.message = "changed"
+    s.flush()
+    s.execute(update(m.Twin), [{"id": 2, "message": "by key"}])
+    s.execute(update(m.Twin).values(message="all"))
+    s.commit()
+    assert twin.message == "all"
+    s.expunge_all()
+    s.delete(s.get_one(m.Child, 2))
+    s.get_one(m.Child, 1).size = 3
+    s.commit()
+    right(s, m)
+
+
+def test_a_relationship_that_writes_the_rows_of_another_class_on_the_table(opened: Open) -> None:
+    m = twins("vt_related", "sql")
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Parent, 2).twins = [s.get_one(m.Twin, 1)]
+    with pytest.raises(UncoveredChange, match="Twin"):
+        s.flush()
+    s.rollback()
+    right(s, m)
+
+
+def test_a_class_of_the_same_inheritance_is_no_other_class_on_the_table(opened: Open) -> None:
+    """By single-table inheritance, and with a table of its own."""
+
+    def extra(m: SimpleNamespace) -> None:
+        class Special(m.Child):
+            pass
+
+        class Further(m.Child):
+            __tablename__ = f"{m.Child.__tablename__}_further"
+            id = mapped_column(ForeignKey(m.Child.id), primary_key=True)
+
+        m.Special, m.Further = Special, Further
+
+    m = family("vt_heirs", kept("sql"), extra=extra)
+    s = opened(m)
+    two(s, m)
+    s.add_all([m.Special(id=3, parent_id=1, size=1), m.Further(id=4, parent_id=1, size=2)])
+    s.commit()
+    s.execute(update(m.Special).values(size=4))
+    s.get_one(m.Further, 4).size = 7
+    s.commit()
+    right(s, m)
