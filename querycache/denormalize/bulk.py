@@ -4,6 +4,9 @@ They pass the unit of work by, but not the Session. The rows that an UPDATE or D
 first, and the statement is held to exactly those; an INSERT is made to return the keys of its rows. From there on
 it is as in a flush: image before, statement, image after, one UPDATE per parent. Covered for every strategy
 but "trigger", which needs no help.
+
+All this is done after the application's own handlers of `do_orm_execute`, which may have the Session write something else
+before the statement, or in place of it.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
-from querycache.sa_internals import columns_set, inserts_one, names_entity
+from querycache.sa_internals import (
+    columns_set,
+    inserts_one,
+    later_handlers,
+    names_entity,
+    run_later_handlers,
+    run_statement,
+)
 
 __all__ = ["do_orm_execute"]
 
@@ -33,6 +43,23 @@ LIMIT: Final = 30_000
 
 def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
     """The Session's event."""
+    found = _accounted_for(state)
+    if found is None:
+        return None
+    if later_handlers(state):
+        return run_later_handlers(state, _last)
+    return _execute(state, *found)
+
+
+def _last(state: ORMExecuteState) -> Result[Any]:
+    """Execute what other handlers have made of the statement. They may also have written something themselves, so that
+    nothing is looked at before."""
+    found = _accounted_for(state)
+    return run_statement(state) if found is None else _execute(state, *found)
+
+
+def _accounted_for(state: ORMExecuteState) -> tuple[Plan, Table, Insert | Update | Delete] | None:
+    """The statement, if its table is one of a plan."""
     statement = state.statement
     if not isinstance(statement, (Insert, Update, Delete)):
         return None
@@ -42,8 +69,15 @@ def do_orm_execute(state: ORMExecuteState) -> Result[Any] | None:
         return None
     if state.execution_options.get("denormalize") == "unchecked":
         return None
+    return plan, table, statement
+
+
+def _execute(
+    state: ORMExecuteState, plan: Plan, table: Table, statement: Insert | Update | Delete
+) -> Result[Any]:
     target = _Target(plan, table, state.bind_mapper, state, statement)
     target.refuse_aggregates()
+    target.refuse_unseen()
     guard.check_elsewhere(statement, target.tables)
     if target.concerns() and state.session.autoflush:
         state.session.flush()
@@ -143,6 +177,17 @@ class _Target:
                     f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
                     " run repair() if it is wrong"
                 )
+
+    def refuse_unseen(self) -> None:
+        """Refuse what a class writes that has but the table in common with the one by which aggregates are kept."""
+        if self.mapper is None:
+            return
+        columns = self.columns if isinstance(self.statement, Update) else None
+        if columns is not None and self.by_key:
+            columns = columns - set(self.key_names)
+        for table, names in self.plan.watch(self.mapper).unseen.items():
+            if columns is None or columns & (names | self.plan.column_keys(table)):
+                raise self.plan.unseen_change(self.mapper, table)
 
     def concerns(self) -> bool:
         if isinstance(self.statement, Delete):

@@ -318,6 +318,7 @@ class Keeper:
             if work is None:
                 work = self.works[plan] = Work(session, plan, Touched())
             if plan in again:
+                work.touched.rename(again[plan].renamed)
                 missed(plan, work.touched, again[plan], new.get(plan, {}))
             after: dict[Place, set[Key]] = {place: set(keys) for place, keys in work.touched.rows.items()}
             renamed: dict[Any, Key] = {}

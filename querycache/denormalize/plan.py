@@ -18,6 +18,7 @@ from sqlalchemy.sql import visitors
 
 from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, key_in, mapped_attributes
 from querycache.denormalize.declare import INFO_KEY
+from querycache.denormalize.errors import UncoveredChange
 from querycache.errors import ConfigurationError
 
 __all__ = ["Edge", "Place", "Plan", "Watch", "foreign_keys", "plan_of", "planned_table", "relevant"]
@@ -46,6 +47,8 @@ class Watch:
         guards_deletes: whether a database or ORM cascade from its tables can reach rows of a place.
         roots: aggregates held in its rows.
         copied: its key attributes, if it has several tables: the UPDATE of one sets those of the next to what they are.
+        unseen: tables whose rows stand in places as objects of a class that this one has nothing to do with, each with the
+            attributes whose change matters there.
     """
 
     places: list[tuple[Place, frozenset[str]]] = field(default_factory=list)
@@ -55,9 +58,17 @@ class Watch:
     guards_deletes: bool = False
     roots: list[Aggregate] = field(default_factory=list)
     copied: frozenset[str] = frozenset()
+    unseen: dict[Table, frozenset[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.places or self.collections or self.orphans or self.owners or self.guards_deletes)
+        return bool(
+            self.places
+            or self.collections
+            or self.orphans
+            or self.owners
+            or self.guards_deletes
+            or self.unseen
+        )
 
 
 @dataclass(frozen=True)
@@ -213,7 +224,42 @@ class Plan:
                 (t.fullname, c.name) for t in mapper.tables if isinstance(t, Table) for c in t.primary_key
             ]
             watch.copied = frozenset(mapped_attributes(mapper, keys))
+        for table in mapper.tables:
+            if isinstance(table, Table) and self._others_on(mapper, table):
+                keys = [(table.fullname, column.name) for column in table.columns]
+                if mapped_attributes(mapper, keys):  # a class that is mapped to a subquery writes nothing
+                    matters = self.column_keys(table)
+                    watch.unseen[table] = frozenset(
+                        mapped_attributes(
+                            mapper, [(table.fullname, c.name) for c in table.columns if c.key in matters]
+                        )
+                    )
         return watch
+
+    def _others_on(self, mapper: Mapper[Any], table: Table) -> dict[Place, Mapper[Any]]:
+        """The places, but those that only triggers serve, where rows of `table` stand as objects of a class that has no
+        ancestor in common with `mapper`; with that class."""
+        found: dict[Place, Mapper[Any]] = {}
+        for place in self.relevant:
+            watched = place.chain.mappers[place.level]
+            shares = table in watched.tables and watched.base_mapper is not mapper.base_mapper
+            if shares and any(held.strategy != "trigger" for held in self.by_chain[place.chain]):
+                found[place] = watched
+        return found
+
+    def unseen_change(self, mapper: Mapper[Any], table: Table) -> UncoveredChange:
+        """What to raise where `mapper` changes rows of a table in `Watch.unseen`."""
+        others = self._others_on(mapper, table)
+        classes = sorted({watched.class_.__name__ for watched in others.values()})
+        names = sorted(
+            held.name for place in others for held in self.by_chain[place.chain] if held.strategy != "trigger"
+        )
+        name = mapper.class_.__name__
+        return UncoveredChange(
+            f"{name} is mapped to {table.fullname} beside {', '.join(classes)}, by whose objects {', '.join(names)}"
+            f" {'is' if len(names) == 1 else 'are'} kept, and changes of {name} would be missed: make them through"
+            f" {' or '.join(classes)}, have {name} inherit from it, or take strategy 'trigger'"
+        )
 
     def _matters(self, mapper: Mapper[Any]) -> bool:
         """Whether the deletion of an instance can change rows of a place: its own, those below it, or those of what the ORM

@@ -39,7 +39,8 @@ class Touched:
         deleted: keys of rows that (may) go away, by table.
         dead: identities of the objects that go away or change their primary key, by base mapper.
         changed: the changed objects behind `rows`.
-        renamed: objects whose primary key changes.
+        renamed: objects whose primary key changes. Where it holds a foreign key that a relationship writes, that shows only
+            when the flush has run (`rename`).
         related: objects that were found through relationships; one that was loaded only to be found would be gone.
         orphans: the objects that the flush deletes because they left their parents, and those that go with them, by state.
     """
@@ -72,6 +73,15 @@ class Touched:
     def gone(self, tables: Iterable[Any], key: Key) -> None:
         for table in tables:
             self.deleted.setdefault(table, set()).add(key)
+
+    def rename(self, instances: Iterable[Any]) -> None:
+        """Note objects whose primary key changes, each once."""
+        known = {id(instance) for instance in self.renamed}
+        for instance in instances:
+            if id(instance) not in known:
+                state = sqlalchemy_inspect(instance)
+                self.renamed.append(instance)
+                self.dead.add((state.mapper.base_mapper, state.identity))
 
 
 class Sorter:
@@ -107,11 +117,14 @@ class Sorter:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
+                _refuse_unseen(type(instance), plan, watch)
                 self._deleted(instance, watch, found.setdefault(plan, Touched()))
         for instance in dirty:
             known = self.watch(type(instance))
             if known is not None:
                 plan, watch = known
+                if watch.unseen:
+                    _refuse_unseen(type(instance), plan, watch, _changed(sqlalchemy_inspect(instance), watch))
                 self._dirty(
                     instance, watch, found.setdefault(plan, Touched()), _least(session, watch, locked_from)
                 )
@@ -145,7 +158,8 @@ class Sorter:
             held = found.get(cls)
             if held is not None:
                 held.append(instance)
-            elif self.watch(cls) is not None:
+            elif (known := self.watch(cls)) is not None:
+                _refuse_unseen(cls, *known)
                 found[cls] = [instance]
         return found
 
@@ -225,6 +239,17 @@ class Sorter:
         if state.identity is not None and known is not None and state not in touched.orphans:
             touched.orphans[state] = instance
             self._deleted(instance, known[1], touched)
+
+
+def _refuse_unseen(cls: type[Any], plan: Plan, watch: Watch, changed: Set[str] | None = None) -> None:
+    """Refuse what is missed by aggregates that are kept by the objects of another class on the same table.
+
+    Args:
+        changed: the attributes that change; None where a row comes or goes.
+    """
+    for table, names in watch.unseen.items():
+        if changed is None or not names.isdisjoint(changed):
+            raise plan.unseen_change(sqlalchemy_inspect(cls), table)
 
 
 def _changed(state: Any, watch: Watch) -> Set[str]:
