@@ -1,0 +1,121 @@
+"""What reviewers have found of several writers of one row: the parent's own columns, other classes, and what is no class."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import JSON, DateTime, Enum, ForeignKey, Integer, Numeric, String
+from sqlalchemy.orm import declarative_base, mapped_column, relationship
+
+from querycache.denormalize import avg_of, count_of, max_of, sum_of
+from querycache.errors import ConfigurationError
+from tests.denormalize.family import Open, family, right
+
+
+class Colour(enum.Enum):
+    red = 1
+    blue = 2
+
+
+@pytest.mark.parametrize("kind", ["count", "average"])
+def test_a_trigger_leaves_what_python_computes_on_update(opened: Open, kind: str) -> None:
+    m = family(
+        f"w_python_{kind}",
+        lambda: {
+            "n": count_of("children", type_=Integer, strategy="trigger")
+            if kind == "count"
+            else avg_of("children", "size", type_=Numeric(9, 2), strategy="trigger")
+        },
+        parent=lambda: {
+            "stamp": mapped_column(
+                DateTime,
+                nullable=False,
+                default=lambda: datetime.datetime(2020, 1, 1),
+                onupdate=lambda: datetime.datetime(2021, 1, 1),
+            )
+        },
+    )
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.commit()
+    s.add(m.Child(id=1, parent_id=1, size=4))
+    s.commit()
+    p = s.get_one(m.Parent, 1)
+    assert (p.n, p.stamp) == (1 if kind == "count" else 4, datetime.datetime(2020, 1, 1))
+    s.execute(sa.delete(m.Child))
+    s.commit()
+    assert (p.n, p.stamp) == (0 if kind == "count" else None, datetime.datetime(2020, 1, 1))
+    p.title = "x"
+    s.commit()
+    assert p.stamp == datetime.datetime(2021, 1, 1)
+    right(s, m)
+
+
+@pytest.mark.parametrize("kind", ["sum", "greatest"])
+def test_a_trigger_sets_what_onupdate_says_in_sql_or_by_a_constant(opened: Open, kind: str) -> None:
+    m = family(
+        f"w_sql_{kind}",
+        lambda: {
+            "n": {"sum": sum_of, "greatest": max_of}[kind](
+                "children", "size", type_=Integer, strategy="trigger"
+            )
+        },
+        parent=lambda: {
+            "count": mapped_column("the count", Integer, default=0, onupdate=sa.text("2 * 3")),
+            "rev": mapped_column(Integer, default=0, onupdate=7),
+            "word": mapped_column(String(20), onupdate="it's 5% \\ :x"),
+            "colour": mapped_column(Enum(Colour), onupdate=Colour.blue),
+            "rate": mapped_column(Numeric(6, 2), onupdate=Decimal("1.50")),
+            "data": mapped_column(JSON, onupdate={"a": [1]}),
+        },
+    )
+    m.Parent.__table__.c["the count"].onupdate = sa.ColumnDefault(
+        m.Parent.__table__.c["the count"] + 1, for_update=True
+    )
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.commit()
+    s.add(m.Child(id=1, parent_id=1, size=4))
+    s.commit()
+    p = s.get_one(m.Parent, 1)
+    assert (p.n, p.count, p.rev, p.word) == (4, 1, 7, "it's 5% \\ :x")
+    assert (p.colour, p.rate) == (Colour.blue, Decimal("1.50"))
+    assert p.data in ({"a": [1]}, None)  # as the dialect can write JSON into a statement, or cannot
+    right(s, m)
+
+
+def test_another_aggregate_reads_what_a_trigger_sets_on_update() -> None:
+    def build(reader: str, onupdate: Any) -> Any:
+        Base: Any = declarative_base()
+
+        class Grandparent(Base):
+            __tablename__ = "w_grandparent"
+            id = mapped_column(Integer, primary_key=True)
+            parents = relationship("Parent")
+            total = sum_of("parents", "rev", type_=Integer, strategy=reader)
+
+        class Parent(Base):
+            __tablename__ = "w_parent"
+            id = mapped_column(Integer, primary_key=True)
+            above = mapped_column(ForeignKey(Grandparent.id))
+            rev = mapped_column(Integer, default=0, onupdate=onupdate)
+            children = relationship("Child")
+            n = count_of("children", type_=Integer, strategy="trigger")
+
+        class Child(Base):
+            __tablename__ = "w_child"
+            id = mapped_column(Integer, primary_key=True)
+            parent_id = mapped_column(ForeignKey(Parent.id))
+
+        return SimpleNamespace(Base=Base, Grandparent=Grandparent, Parent=Parent, Child=Child)
+
+    with pytest.raises(ConfigurationError, match=r"reads Parent\.rev, which changes with every UPDATE"):
+        build("sql", sa.text("7")).Base.registry.configure()
+    build("sql", lambda: 7).Base.registry.configure()
+    build("trigger", sa.text("7")).Base.registry.configure()
