@@ -119,3 +119,53 @@ def test_another_aggregate_reads_what_a_trigger_sets_on_update() -> None:
         build("sql", sa.text("7")).Base.registry.configure()
     build("sql", lambda: 7).Base.registry.configure()
     build("trigger", sa.text("7")).Base.registry.configure()
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["single", "joined"])
+@pytest.mark.parametrize("strategy", ["flush", "memory"])
+def test_objects_of_the_base_class_of_the_parent_are_in_the_flush(
+    opened: Open, strategy: str, joined: bool
+) -> None:
+    Base: Any = declarative_base()
+    name = f"w_{strategy}_{joined}".lower()
+
+    class Person(Base):
+        __tablename__ = f"{name}_person"
+        id = mapped_column(Integer, primary_key=True)
+        kind = mapped_column(String(9))
+        label = mapped_column(String(9))
+        __mapper_args__ = {"polymorphic_on": kind, "polymorphic_identity": "person"}
+
+    class Author(Person):
+        if joined:
+            __tablename__ = f"{name}_author"
+            id = mapped_column(ForeignKey(Person.id), primary_key=True)
+        __mapper_args__ = {"polymorphic_identity": "author"}
+        books = relationship("Book", back_populates="author")
+        n = count_of("books", type_=Integer, strategy=strategy)
+
+    class Book(Base):
+        __tablename__ = f"{name}_book"
+        id = mapped_column(Integer, primary_key=True)
+        author_id = mapped_column(ForeignKey(Author.id))
+        author = relationship(Author, back_populates="books")
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    author, one, other = Author(id=1), Person(id=2), Person(id=3)
+    s.add_all([author, one, other, Book(id=1, author=author), Book(id=2, author=author)])
+    s.commit()
+    assert author.n == 2
+    one.label = "x"
+    author.books[0].author = None
+    s.commit()
+    assert author.n == 1
+    author.books.append(Book(id=3))
+    s.delete(one)
+    s.commit()
+    assert author.n == 2
+    s.delete(author.books[0])
+    s.delete(other)
+    s.commit()
+    assert author.n == 1
+    right(s, m)
