@@ -14,6 +14,7 @@ from sqlalchemy import JSON, DateTime, Enum, ForeignKey, Integer, Numeric, Strin
 from sqlalchemy.orm import declarative_base, mapped_column, relationship
 
 from querycache.denormalize import avg_of, count_of, max_of, sum_of
+from querycache.denormalize.errors import UncoveredChange
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right
 
@@ -169,3 +170,78 @@ def test_objects_of_the_base_class_of_the_parent_are_in_the_flush(
     s.commit()
     assert author.n == 1
     right(s, m)
+
+
+def tagged(name: str, strategy: str, *extra: Any) -> SimpleNamespace:
+    """A many-to-many relationship by a table without a primary key."""
+    Base: Any = declarative_base()
+    pairs = sa.Table(
+        f"{name}_pairs",
+        Base.metadata,
+        sa.Column("user_id", ForeignKey(f"{name}_user.id")),
+        sa.Column("tag_id", ForeignKey(f"{name}_tag.id")),
+        sa.Column("note", String(9)),
+        *extra,
+    )
+
+    class User(Base):
+        __tablename__ = f"{name}_user"
+        id = mapped_column(Integer, primary_key=True)
+        tags = relationship(
+            "Tag",
+            secondary=pairs,
+            primaryjoin=lambda: pairs.c.user_id == User.id,
+            secondaryjoin=lambda: pairs.c.tag_id == Tag.id,
+        )
+        n = count_of("tags", type_=Integer, strategy=strategy)
+
+    class Tag(Base):
+        __tablename__ = f"{name}_tag"
+        id = mapped_column(Integer, primary_key=True)
+
+    return SimpleNamespace(Base=Base, User=User, Tag=Tag, pairs=pairs)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount"])
+def test_rows_of_a_secondary_table_without_a_primary_key_are_deleted(opened: Open, strategy: str) -> None:
+    m = tagged(f"w_pairs_{strategy}", strategy)
+    s = opened(m)
+    tags = [m.Tag(id=key) for key in (1, 2, 3)]
+    s.add_all([m.User(id=1, tags=tags[:2]), m.User(id=2, tags=tags)])
+    s.flush()
+    rows = [(1, 1), (1, 3), (1, None), (None, 3), (None, None)]
+    s.execute(sa.insert(m.pairs), [{"user_id": user, "tag_id": tag, "note": "x"} for user, tag in rows])
+    s.commit()
+
+    def counts() -> list[int]:
+        right(s, m)
+        return list(s.scalars(sa.select(m.User.n).order_by(m.User.id)))
+
+    assert counts() == [4, 3]
+    s.execute(sa.delete(m.pairs).where(m.pairs.c.note == "x", m.pairs.c.tag_id.is_distinct_from(3)))
+    s.commit()
+    left = s.execute(sa.select(m.pairs.c.user_id, m.pairs.c.tag_id).where(m.pairs.c.note == "x")).all()
+    assert {tuple(row) for row in left} == {(1, 3), (None, 3)}
+    assert counts() == [3, 3]
+    s.execute(sa.delete(m.pairs).where(m.pairs.c.user_id == 1))
+    s.commit()
+    assert counts() == [0, 3]
+    s.execute(sa.delete(m.pairs))
+    s.commit()
+    assert counts() == [0, 0]
+    assert s.scalar(sa.select(sa.func.count()).select_from(m.pairs)) == 0
+
+
+def test_rows_of_a_secondary_table_that_cannot_be_told_apart_are_refused(opened: Open) -> None:
+    m = tagged("w_triple", "sql", sa.Column("by_id", ForeignKey("w_triple_user.id")))
+    m.User.given = relationship(
+        m.Tag,
+        secondary=m.pairs,
+        overlaps="tags",
+        primaryjoin=lambda: m.pairs.c.by_id == m.User.id,
+        secondaryjoin=lambda: m.pairs.c.tag_id == m.Tag.id,
+    )
+    m.User.given_count = count_of("given", type_=Integer)
+    s = opened(m)
+    with pytest.raises(UncoveredChange, match=r"w_triple_pairs has no primary key .* declare one"):
+        s.execute(sa.delete(m.pairs))
