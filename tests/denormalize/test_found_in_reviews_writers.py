@@ -245,3 +245,39 @@ def test_rows_of_a_secondary_table_that_cannot_be_told_apart_are_refused(opened:
     s = opened(m)
     with pytest.raises(UncoveredChange, match=r"w_triple_pairs has no primary key .* declare one"):
         s.execute(sa.delete(m.pairs))
+
+
+def second_class(exclude: bool) -> SimpleNamespace:
+    m = family("w_second", lambda: {"n": count_of("children", type_=Integer)})
+
+    class Admin(m.Base):  # type: ignore[misc,name-defined]
+        __table__ = m.Parent.__table__
+        if exclude:
+            __mapper_args__ = {"exclude_properties": ["n"]}
+
+    m.Admin = Admin
+    return m
+
+
+def test_a_second_class_on_the_table_of_the_parent_is_told_what_to_do() -> None:
+    with pytest.raises(
+        ConfigurationError,
+        match=r"Admin\.n: Admin has no relationship 'children'; it has: none\. Parent too is mapped to w_second_parent,"
+        r" and keeps the aggregate; leave the column out of Admin, by"
+        r' __mapper_args__ = \{"exclude_properties": \["n"\]\}',
+    ):
+        second_class(exclude=False).Base.registry.configure()
+
+
+def test_a_second_class_without_the_column(opened: Open) -> None:
+    m = second_class(exclude=True)
+    s = opened(m)
+    s.add(m.Admin(id=1, title="x"))
+    s.commit()
+    s.add(m.Child(id=1, parent_id=1))
+    s.commit()
+    s.get_one(m.Admin, 1).title = "y"
+    s.add(m.Child(id=2, parent_id=1))
+    s.commit()
+    assert s.get_one(m.Parent, 1).n == 2
+    right(s, m)
