@@ -23,6 +23,7 @@ from sqlalchemy import (
     func,
     literal,
     literal_column,
+    make_url,
     or_,
     select,
     tuple_,
@@ -30,7 +31,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Dialect
-from sqlalchemy.exc import CompileError
+from sqlalchemy.exc import ArgumentError, CompileError, NoSuchModuleError
 from sqlalchemy.orm import aliased
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import quoted_name
@@ -48,22 +49,23 @@ _EVENTS = {"INSERT": ("NEW",), "UPDATE": ("OLD", "NEW"), "DELETE": ("OLD",)}
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 
 
-def trigger_sql(target: Any, dialect: Dialect, *, drop: bool = False) -> list[str]:
+def trigger_sql(target: Any, dialect: Dialect | str, *, drop: bool = False) -> list[str]:
     """The statements of a migration that creates the triggers of strategy "trigger", to be run one by one.
 
     They replace triggers of the same aggregates, so they may be run again.
 
     Args:
         target: a MetaData, a declarative base or an entity; the triggers of its whole MetaData are given.
-        dialect: of the database that they are for.
+        dialect: of the database that they are for, or its name: "postgresql", "mariadb", "mysql" or "sqlite".
         drop: give those that drop the triggers instead, for the way back, or before an aggregate is given up or gets
             another path. They may run where there are none.
 
     Raises:
-        ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them.
+        ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them, or there is no dialect of
+            that name.
     """
     plans = dict.fromkeys(plan_of(aggregate.chain.root) for aggregate in aggregates_of(target))
-    ddl = Ddl(dialect)
+    ddl = Ddl(_dialect(dialect) if isinstance(dialect, str) else dialect)
     statements: list[str] = []
     for plan in plans:
         if plan is not None:
@@ -116,6 +118,13 @@ def _events(ddl: Ddl) -> Iterable[str]:
 
 def _held(plan: Plan) -> list[Aggregate]:
     return [aggregate for aggregate in plan.aggregates if aggregate.strategy == "trigger"]
+
+
+def _dialect(name: str) -> Dialect:
+    try:
+        return make_url(f"{name}://").get_dialect()()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigurationError(f"dialect {name!r}: {error}") from error
 
 
 def _check_dialect(plan: Plan, dialect: Dialect) -> None:

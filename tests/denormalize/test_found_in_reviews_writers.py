@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import JSON, DateTime, Enum, ForeignKey, Integer, Numeric, String
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import declarative_base, mapped_column, relationship
 
-from querycache.denormalize import avg_of, count_of, max_of, sum_of
+from querycache.denormalize import avg_of, count_of, max_of, sum_of, trigger_sql
 from querycache.denormalize.errors import UncoveredChange
 from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, right
@@ -281,3 +282,15 @@ def test_a_second_class_without_the_column(opened: Open) -> None:
     s.commit()
     assert s.get_one(m.Parent, 1).n == 2
     right(s, m)
+
+
+def test_triggers_by_the_name_of_a_dialect() -> None:
+    m = family("w_name", lambda: {"n": count_of("children", type_=Integer, strategy="trigger")})
+    for name, dialect in (("postgresql", postgresql.dialect()), ("sqlite", sqlite.dialect())):
+        assert trigger_sql(m.Base, name) == trigger_sql(m.Base, dialect)
+        assert trigger_sql(m.Base, name, drop=True) == trigger_sql(m.Base, dialect, drop=True)
+    assert trigger_sql(m.Base, "mariadb") == trigger_sql(m.Base, "mysql")
+    assert trigger_sql(m.Base, "postgresql+psycopg") == trigger_sql(m.Base, "postgresql")
+    for unknown in ("postgres", "a b", ""):
+        with pytest.raises(ConfigurationError, match="dialect"):
+            trigger_sql(m.Base, unknown)
