@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, literal, select, tuple_
+from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, literal, or_, select, tuple_
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
@@ -216,7 +216,21 @@ class _Target:
     def key(self) -> tuple[Any, ...]:
         if self.mapper is not None:
             return attribute_columns(self.mapper.class_, primary_keys(self.mapper))
-        return self.plan.key_of(self.table)
+        key = self.plan.key_of(self.table) or self._joined_by()
+        if not key:
+            raise UncoveredChange(
+                f"{self.name} has no primary key to tell its rows by, so {_dependents(self)} would be wrong; declare one"
+            )
+        return key
+
+    def _joined_by(self) -> tuple[Any, ...]:
+        """What tells the rows of a secondary table without a primary key; nothing if relationships join by several."""
+        links = [place.chain.links[place.level - 1] for place in self.pairs]
+        found = {frozenset(str(column.key) for column in (*link.lower, *link.upper)) for link in links}
+        if len(found) != 1 or self.table in self.plan.edges:
+            return ()
+        (names,) = found
+        return tuple(column for column in self.table.columns if column.key in names)
 
     @property
     def key_names(self) -> tuple[str, ...]:
@@ -334,7 +348,11 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
                 ' {"denormalize": "unchecked"} and repair() afterwards'
             )
         # Held to these rows: what another transaction commits between the two statements must not slip in.
-        restricted = statement.where(_among(target.key, keys))
+        among = _among(target.key, keys)
+        if target.mapper is None and not target.plan.key_of(target.table):
+            # A row of a secondary table that lacks a key joins nothing, and is not found by its key.
+            among = or_(among, *(column.is_(None) for column in target.key))
+        restricted = statement.where(among)
     for place in target.places:
         touched.rows[place] = set(keys)
         _expected_parents(target, place, touched)
@@ -359,7 +377,7 @@ def _matching(target: _Target, work: Work, statement: Update | Delete) -> set[Ke
     if statement.whereclause is not None:
         query = query.where(statement.whereclause)
     result = work.connection.execute(work.locks.claim(query), target.parameters)
-    return set(keys_of(result, len(target.key)))
+    return {key for key in keys_of(result, len(target.key)) if None not in key}
 
 
 def _among(columns: Sequence[Any], keys: Iterable[Key]) -> Any:
@@ -391,11 +409,12 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
             query = query.where(statement.whereclause)
         work = target.work(Touched())
         result = work.connection.execute(work.locks.claim(query), target.parameters)
-        return set(keys_of(result, len(names)))
+        return {key for key in keys_of(result, len(names)) if None not in key}
     if isinstance(statement, Insert):
         rows = target.rows or literal_rows(statement, target.dialect)
         if rows and all(name in row for row in rows for name in names):
-            return {tuple(row[name] for name in names) for row in rows}
+            keys = {tuple(row[name] for name in names) for row in rows}
+            return {key for key in keys if None not in key}
     raise UncoveredChange(
         f"{statement.__visit_name__.upper()} on the secondary table {target.name} without plain values cannot be followed;"
         f" {_dependents(target)} would be wrong. Delete rows and insert rows with values, or change the relationship"

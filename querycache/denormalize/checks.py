@@ -126,7 +126,7 @@ def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
         for name in sorted(changed_by_update(mapper, names)) if level else ():
             column: Any = mapper.column_attrs[name].columns[0]
             for other in plan.columns.get(column.table, {}).values():
-                if _carries_along(other, column):
+                if _carries_along(other, column, seen=aggregate.strategy == "trigger"):
                     raise ConfigurationError(
                         f"{aggregate.name} reads {mapper.class_.__name__}.{name}, which changes with every UPDATE of its row,"
                         f" so also when {other.name} is kept, outside the unit of work; read a column that only the"
@@ -134,13 +134,15 @@ def _check_carried_along(aggregate: Aggregate, plan: Plan) -> None:
                     )
 
 
-def _carries_along(aggregate: Aggregate, column: Column[Any]) -> bool:
-    """Whether the UPDATE that keeps an aggregate changes another column of its row."""
+def _carries_along(aggregate: Aggregate, column: Column[Any], *, seen: bool) -> bool:
+    """Whether the UPDATE that keeps an aggregate changes another column of its row; `seen`: whoever reads that column sees
+    what triggers write."""
     if column.computed is not None:
         computed = re.findall(r"\w+", str(column.computed.sqltext))
         return aggregate.column.name in computed
     if column.onupdate is not None:
-        return aggregate.strategy != "trigger"
+        # A trigger cannot run Python.
+        return aggregate.strategy != "trigger" or not (seen or column.onupdate.is_callable)
     return column.server_onupdate is not None
 
 

@@ -199,7 +199,7 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
                 raise ConfigurationError(
                     f"{name}: an aggregate needs a column of a table, not of {column.table!r}"
                 )
-            steps = _steps(root, declaration, name)
+            steps = _steps(root, column, declaration, name)
             identity = (root, *steps)
             chain = chains.get(identity)
             if chain is None:
@@ -211,7 +211,9 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
     return plan
 
 
-def _steps(root: Mapper[Any], declaration: Declaration, name: str) -> tuple[RelationshipProperty[Any], ...]:
+def _steps(
+    root: Mapper[Any], column: Any, declaration: Declaration, name: str
+) -> tuple[RelationshipProperty[Any], ...]:
     path: Any = declaration.path
     if callable(path) and not isinstance(path, InstrumentedAttribute):
         path = path()
@@ -234,9 +236,21 @@ def _steps(root: Mapper[Any], declaration: Declaration, name: str) -> tuple[Rela
             known = ", ".join(mapper.relationships.keys()) or "none"
             raise ConfigurationError(
                 f"{name}: {mapper.class_.__name__} has no relationship {key!r}; it has: {known}"
+                + ("" if steps else _way_out(root, column, key))
             ) from None
         steps.append(step)
         mapper = step.mapper
     if any(_metadata(step.mapper) is not _metadata(root) for step in steps):
         raise ConfigurationError(f"{name}: all tables of its path must belong to one MetaData")
     return tuple(steps)
+
+
+def _way_out(root: Mapper[Any], column: Any, key: str) -> str:
+    """What to do where another class is mapped to the same table, and has the relationship."""
+    for other in mappers_of(root.registry):
+        if column in set(other.columns) and key in other.relationships:
+            return (
+                f". {other.class_.__name__} too is mapped to {column.table.fullname}, and keeps the aggregate; leave the"
+                f' column out of {root.class_.__name__}, by __mapper_args__ = {{"exclude_properties": ["{column.key}"]}}'
+            )
+    return ""

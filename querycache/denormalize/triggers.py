@@ -10,15 +10,20 @@ parent and child are locked too, lest they move to another parent meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import (
+    ColumnClause,
     ColumnElement,
     Table,
+    TableClause,
     and_,
     case,
     func,
+    literal,
     literal_column,
+    make_url,
     or_,
     select,
     tuple_,
@@ -26,7 +31,9 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.engine import Dialect
+from sqlalchemy.exc import ArgumentError, CompileError, NoSuchModuleError
 from sqlalchemy.orm import aliased
+from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import quoted_name
 
 from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
@@ -42,22 +49,23 @@ _EVENTS = {"INSERT": ("NEW",), "UPDATE": ("OLD", "NEW"), "DELETE": ("OLD",)}
 DIALECTS = ("postgresql", "mysql", "mariadb", "sqlite")
 
 
-def trigger_sql(target: Any, dialect: Dialect, *, drop: bool = False) -> list[str]:
+def trigger_sql(target: Any, dialect: Dialect | str, *, drop: bool = False) -> list[str]:
     """The statements of a migration that creates the triggers of strategy "trigger", to be run one by one.
 
     They replace triggers of the same aggregates, so they may be run again.
 
     Args:
         target: a MetaData, a declarative base or an entity; the triggers of its whole MetaData are given.
-        dialect: of the database that they are for.
+        dialect: of the database that they are for, or its name: "postgresql", "mariadb", "mysql" or "sqlite".
         drop: give those that drop the triggers instead, for the way back, or before an aggregate is given up or gets
             another path. They may run where there are none.
 
     Raises:
-        ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them.
+        ConfigurationError: if `target` has no aggregates, or the database cannot keep one of them, or there is no dialect of
+            that name.
     """
     plans = dict.fromkeys(plan_of(aggregate.chain.root) for aggregate in aggregates_of(target))
-    ddl = Ddl(dialect)
+    ddl = Ddl(_dialect(dialect) if isinstance(dialect, str) else dialect)
     statements: list[str] = []
     for plan in plans:
         if plan is not None:
@@ -110,6 +118,13 @@ def _events(ddl: Ddl) -> Iterable[str]:
 
 def _held(plan: Plan) -> list[Aggregate]:
     return [aggregate for aggregate in plan.aggregates if aggregate.strategy == "trigger"]
+
+
+def _dialect(name: str) -> Dialect:
+    try:
+        return make_url(f"{name}://").get_dialect()()
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigurationError(f"dialect {name!r}: {error}") from error
 
 
 def _check_dialect(plan: Plan, dialect: Dialect) -> None:
@@ -172,6 +187,39 @@ class _Writer:
         self.ddl = ddl
         self.dialect = ddl.dialect
         self.text = ddl.text
+        held = aggregate.table
+        columns: list[ColumnClause[Any]] = [ColumnClause(each.name, each.type) for each in held.columns]
+        self.parent = TableClause(held.name, *columns, schema=ddl.schema(held))
+        """The parent's table by name alone: an UPDATE of the Table itself sets each column that has onupdate=, and one that
+        is computed in Python to NULL."""
+        self.column = self._of_parent(aggregate.column)
+        self.key = [self._of_parent(each) for each in aggregate.table_key]
+
+    def _of_parent(self, held: Any) -> ColumnElement[Any]:
+        found: ColumnElement[Any] = self.parent.c[held.name]
+        return found
+
+    def _set(self, value: Any) -> dict[Any, Any]:
+        """What the UPDATE of the parent sets: the aggregate, and what onupdate= says in SQL or by a constant."""
+        found: dict[Any, Any] = {self.column: value}
+        for each in self.aggregate.table.columns:
+            given: Any = each.onupdate
+            if given is None or each is self.aggregate.column:
+                continue
+            if given.is_clause_element:
+                found[self._of_parent(each)] = visitors.replacement_traverse(given.arg, {}, self._by_name)
+            elif given.is_scalar:
+                constant = literal(given.arg, each.type)
+                with suppress(CompileError):  # a type whose values cannot be written into a statement
+                    self.text(constant)
+                    found[self._of_parent(each)] = constant
+        return found
+
+    def _by_name(self, element: Any, **_: Any) -> Any:
+        if element is self.aggregate.table:
+            return self.parent
+        own = getattr(element, "table", None) is self.aggregate.table
+        return self._of_parent(element) if own else None
 
     def triggers(self) -> Iterator[tuple[str, Table, str, list[str], str]]:
         """(name, table, event, statements, condition) of each."""
@@ -253,17 +301,15 @@ class _Writer:
 
     def _increment(self, rows: Sequence[str]) -> str:
         """UPDATE parent SET n = n + (new part) - (old part) WHERE key IN (old, new)."""
-        aggregate = self.aggregate
-        key = aggregate.table_key
-        amount: ColumnElement[Any] = aggregate.column
+        amount: ColumnElement[Any] = self.column
         keys: list[ColumnElement[Any]] = []
         for row in rows:
             parent = self._parent_of_row(row)
-            same = and_(*(column == value for column, value in zip(key, parent, strict=True)))
+            same = and_(*(column == value for column, value in zip(self.key, parent, strict=True)))
             part = case((and_(same, *self._conditions(row)), self._amount(row)), else_=0)
             amount = amount - part if row == "OLD" else amount + part
             keys.append(same)
-        return self.text(update(aggregate.table).where(or_(*keys)).values({aggregate.column: amount}))
+        return self.text(update(self.parent).where(or_(*keys)).values(self._set(amount)))
 
     def _parent_of_row(self, row: str) -> tuple[ColumnElement[Any], ...]:
         mapper = self.chain.mappers[1]
@@ -294,41 +340,37 @@ class _Writer:
         return found
 
     def _recount(self, affected: Sequence[Any], locks: Sequence[str]) -> list[str]:
-        aggregate = self.aggregate
-        key = aggregate.table_key
+        key = self.key
         target = key[0] if len(key) == 1 else tuple_(*key)
         where = or_(*(_among(target, one) for one in affected))
         if self.dialect.name == "postgresql":
-            lock: Any = select(literal_column("1")).select_from(aggregate.table).where(where).order_by(*key)
+            lock: Any = select(literal_column("1")).select_from(self.parent).where(where).order_by(*key)
             first = self.text(lock.with_for_update(key_share=True)).replace("SELECT", "PERFORM", 1)
         else:
-            first = self.text(
-                update(aggregate.table).where(where).values({aggregate.column: aggregate.column})
-            )
+            first = self.text(update(self.parent).where(where).values({self.column: self.column}))
         value = self._whole()
         return [
             *locks,
             first,
-            self.text(update(aggregate.table).where(where).values({aggregate.column: value})),
+            self.text(update(self.parent).where(where).values(self._set(value))),
         ]
 
     def _recount_all(self) -> list[str]:
         """After TRUNCATE, which keeps every other writer of the table out."""
-        table, column = self.aggregate.table, self.aggregate.column
-        return [self.text(update(table).values({column: self._whole()}))]
+        return [self.text(update(self.parent).values(self._set(self._whole())))]
 
     def _whole(self) -> Any:
         aggregate = self.aggregate
         if aggregate.kind.ordered:
-            statement = aggregate.last(aggregate.table_key)
+            statement = aggregate.last(self.key)
         else:
             entities = self.chain.entities()
             statement = self.chain.join(select(aggregate.whole(entities)), entities, outer=False)
             keys = attribute_columns(entities[0], self.chain.keys[0])
-            statement = statement.where(*(a == b for a, b in zip(keys, aggregate.table_key, strict=True)))
+            statement = statement.where(*(a == b for a, b in zip(keys, self.key, strict=True)))
         if self.dialect.name in ("mysql", "mariadb"):
             statement = statement.with_for_update(read=True)
-        value = statement.correlate(aggregate.table).scalar_subquery()
+        value = statement.correlate(self.parent).scalar_subquery()
         scale = getattr(aggregate.column.type, "scale", None)
         # Other databases round when they store a Numeric.
         return func.round(value, scale) if self.dialect.name == "sqlite" and scale is not None else value

@@ -267,7 +267,9 @@ def _collections(session: Session, chain: Chain) -> tuple[dict[int, Any], set[in
             released.update(id(child) for child in history.deleted)
     for parent in session.deleted:
         state = sqlalchemy_inspect(parent)
-        if _is_of_path(state.mapper, chain) and step.passive_deletes != "all":
+        if name not in state.mapper.relationships or not _is_of_path(state.mapper, chain):
+            continue
+        if step.passive_deletes != "all":
             # The unit of work loads what it needs for that, too.
             history = state.attrs[name].history if step.passive_deletes else state.attrs[name].load_history()
             released.update(id(child) for child in history.unchanged)
@@ -275,7 +277,7 @@ def _collections(session: Session, chain: Chain) -> tuple[dict[int, Any], set[in
 
 
 def _is_of_path(mapper: Mapper[Any], chain: Chain) -> bool:
-    """Whether its collection is that of the path, which a base class may have, too."""
+    """Whether its collection, if it has one, is that of the path: a base class may have it, too, or not."""
     return mapper.isa(chain.root) or chain.root.isa(mapper)
 
 
