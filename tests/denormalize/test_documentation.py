@@ -268,7 +268,9 @@ def _(strategy: str, path: Path) -> str:
 
 @claim("objects that are older than their rows")
 def _(strategy: str, path: Path) -> str:
-    database = Database(family(strategy, lambda s: sum_of("children", "size", strategy=s)), path)
+    database = Database(
+        family(strategy, lambda s: sum_of("children", "size", strategy=s, type_=Integer)), path
+    )
     with database.session() as one, database.session() as other:
         child = one.get_one(database.m.Child, 1)
         assert child.size == 3
