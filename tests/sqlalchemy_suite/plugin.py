@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,7 +52,7 @@ _codec = Codec(FrozenStatement)
 
 def _not_executed(prepared: Prepared) -> Prepared:
     """The statement without the execution context in which the database was asked."""
-    return Prepared(prepared.invocation, prepared.plan)
+    return replace(prepared, _context=None, _begun=None)
 
 
 class _Load(interceptor._Load):
