@@ -92,6 +92,7 @@ class Transaction:
         tags: the tags that are changed.
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
+        flushes: those flushes, by the ``hash_key`` of their Session.
         marked: those that phase one has marked; None before it.
         marks: the marks of phase one.
         unmarked: ledgers that could not be reached in phase one.
@@ -101,6 +102,7 @@ class Transaction:
 
     tags: set[str] = field(default_factory=set)
     unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
+    flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
     marked: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
     unmarked: list[Ledger] = field(default_factory=list)
@@ -196,7 +198,6 @@ class Writes:
         return {
             "after_begin": self._after_begin,
             "after_flush": self._after_flush,
-            "before_flush": self._before_flush,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -367,9 +368,9 @@ class Writes:
                 continue
             changed: set[Table] = set()
             declared = [table]
-            session = sa_internals.flushing_session(context)
-            if session is not None and not sa_internals.replaces(table):
-                self._expect_rows(self._ensure(connection), session, table, schemas, context)
+            flush = sa_internals.flush_of(context)
+            if flush is not None and not sa_internals.replaces(table):
+                self._expect_rows(self._ensure(connection), flush, table, schemas, context)
             else:
                 changed.add(table)
                 # it may be declared once more, in a script or a migration, without the tables that refer to it
@@ -382,12 +383,17 @@ class Writes:
             self._note_sets(connection, changed, schemas)
         return bool(written)
 
-    @staticmethod
     def _expect_rows(
-        transaction: Transaction, session: Session, table: Table, schemas: SchemaMap, context: Any
+        self, transaction: Transaction, flush: UOWTransaction, table: Table, schemas: SchemaMap, context: Any
     ) -> None:
         """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
-        tables = transaction.unresolved.setdefault(session.hash_key, {})
+        session = flush.session.hash_key
+        known = transaction.flushes.get(session)
+        if known is None or known() is not flush:
+            # what a flush that failed has left: this one is to tell of its own rows only
+            self._resolve(transaction, session, context.dialect, {})
+            transaction.flushes[session] = weakref.ref(flush)
+        tables = transaction.unresolved.setdefault(session, {})
         expected = tables.setdefault((table, _name(table, schemas)[0]), Expected(schemas))
         followed = followed_columns(table) if context.isupdate else ()
         if followed:
@@ -467,13 +473,6 @@ class Writes:
                 self._note(connection, [EVERYTHING])
         if known.told and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
             self._expect_old_views(dialect)
-
-    def _before_flush(self, session: Session, context: UOWTransaction, instances: object) -> None:
-        # What a flush that failed has left; this one is to tell of its own rows only.
-        for connection in sa_internals.connections(session):
-            transaction = self._of(connection.info)
-            if transaction is not None:
-                self._resolve(transaction, session.hash_key, connection.dialect, {})
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         rows: dict[Table, FlushedRows] = {}

@@ -419,7 +419,8 @@ def test_a_statement_of_the_unit_of_work_shows_whose_flush_sends_it(live: Live) 
     seen: list[Session | None] = []
 
     def note(cursor: Any, sql: str, parameters: Any, context: Any) -> None:
-        seen.append(sa_internals.flushing_session(context))
+        flush = sa_internals.flush_of(context)
+        seen.append(None if flush is None else flush.session)
         assert sa_internals.is_of_flush(context) is (seen[-1] is not None)
 
     engine = create_engine("sqlite://")

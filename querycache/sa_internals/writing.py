@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Column, Table
-from sqlalchemy.orm import LoaderCallableStatus, Session, persistence
+from sqlalchemy.orm import LoaderCallableStatus, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -24,8 +24,8 @@ __all__ = [
     "cache_key_of",
     "columns_set",
     "custom_constructs",
+    "flush_of",
     "flushed",
-    "flushing_session",
     "holds_text",
     "inserts_one",
     "is_flushing",
@@ -86,18 +86,18 @@ def is_of_relationship() -> bool:
     return False
 
 
-def flushing_session(context: Any) -> Session | None:
-    """The Session whose flush sends a statement; None where no flush does. Asked by what sees it executed.
+def flush_of(context: Any) -> UOWTransaction | None:
+    """The flush that sends a statement; None where none does. Asked by what sees it executed.
 
     A connection may serve several Sessions, and the execution does not know for which of them it is; the function of
     the unit of work that sends it does.
     """
     frame = _sender(context)
-    return None if frame is None else cast("Session", frame.f_locals["uowtransaction"].session)
+    return None if frame is None else cast("UOWTransaction", frame.f_locals["uowtransaction"])
 
 
 def is_of_flush(context: Any) -> bool:
-    """True if a flush sends a statement to the table of a mapper; what :func:`flushing_session` comes to, for less time."""
+    """True if a flush sends a statement to the table of a mapper; what :func:`flush_of` comes to, for less time."""
     return _sender(context) is not None
 
 

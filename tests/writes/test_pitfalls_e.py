@@ -224,12 +224,12 @@ def test_E1_what_is_not_committed_leaves_entries_valid(
 
 def without_core(self: Writes, connection: Connection, context: Any) -> bool:
     """As libraries do that listen to the unit of work."""
-    session = sa_internals.flushing_session(context)
-    if session is None:
+    flush = sa_internals.flush_of(context)
+    if flush is None:
         return False
     for table, _, _ in sa_internals.written(context.compiled):
         assert table is not None
-        self._expect_rows(self._ensure(connection), session, table, {}, context)
+        self._expect_rows(self._ensure(connection), flush, table, {}, context)
     return True
 
 
