@@ -45,6 +45,8 @@ class Invocation:
         session = state.session
         statement: Any = state.statement
         parameters: Any = state.parameters
+        if isinstance(parameters, (list, tuple)):
+            parameters = parameters[0] if parameters else None  # not an executemany, which is refused
         bind_arguments = dict(state.bind_arguments)
         options: Any = uninterpreted_options(state)
         compile_state_cls: Any = state._compile_state_cls

@@ -17,7 +17,7 @@ from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import util
+from sqlalchemy import JSON, PickleType, util
 from sqlalchemy.engine import CursorResult, Dialect, Engine
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import BindParameter
@@ -149,7 +149,6 @@ class Compilation:
             application's own, or tell the ORM's loader what it loads for; they change nothing here and are not kept.
         compiled_cache: where the compiled statement was looked for.
         extracted, param_dict, cache_hit: what SQLAlchemy gives with it.
-        plan: what it comes to with no parameters but its own, once it was executed again.
         reused: True once it was executed again.
     """
 
@@ -162,7 +161,6 @@ class Compilation:
     extracted: Sequence[BindParameter[Any]]
     param_dict: Sequence[Any]
     cache_hit: Any
-    plan: Plan | None = None
     reused: bool = False
 
     @classmethod
@@ -197,9 +195,8 @@ class Compilation:
             schema_translate_map=options.get("schema_translate_map"),
             linting=dialect.compiler_linting | WARN_LINTING,
         )
-        reference = weakref.ref(statement)
-        made = statement.__dict__[_COMPILATION] = cls(
-            reference,
+        made = cls(
+            weakref.ref(statement),
             engine,
             names,
             lasting,
@@ -209,6 +206,8 @@ class Compilation:
             param_dict,
             cache_hit,
         )
+        if compiled.cache_key is not None:  # else SQLAlchemy compiles it anew each time
+            statement.__dict__[_COMPILATION] = made
         return made
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -238,15 +237,11 @@ class Compilation:
         Raises:
             Unpreparable: the code of the application that makes the parameters has failed.
         """
-        if self.plan is not None and not given:
-            return self.plan, None
         identity = self._identity(given)
         if identity is not None:
             plan = _plans_of(self.compiled).get(identity)
             if plan is not None and plan.engine is self.engine and plan.options == self.options:
                 plan.recent = True
-                if self.reused and not given:
-                    self.plan = plan
                 return plan, None
         try:
             context = self.context(given, options)
@@ -278,7 +273,7 @@ class Compilation:
     def _identity(self, given: Given) -> tuple[Any, ...] | None:
         """What tells the plan from others of this engine; None where the same values may come to something else another
         time, or somebody may change them."""
-        if self.compiled.cache_key is None or not _has_plain_types(self.compiled, self.engine.dialect):
+        if self.compiled.cache_key is None or not _is_repeatable(self.compiled, self.engine.dialect):
             return None
         identity: list[Any] = [self.names]
         values = [given[name] for name in self.names]
@@ -289,6 +284,8 @@ class Compilation:
             if parameter.callable is not None:
                 return None
             values.append(parameter.value)
+        if len(values) > _MOST_VALUES:
+            return None
         for value in values:
             kind = type(value)
             if kind in _SIZED and not _is_short(value):
@@ -317,7 +314,8 @@ _IMMUTABLE = frozenset({float, Decimal, datetime})
 _SIZED = frozenset({str, bytes, list, tuple})
 
 _LONGEST = 200
-"""Longer texts and lists are not worth the memory."""
+_MOST_VALUES = 50
+"""Longer texts and lists, and more values, are not worth the memory."""
 
 
 def _is_short(value: Any) -> bool:
@@ -352,17 +350,21 @@ def _remember(plan: Plan, identity: tuple[Any, ...]) -> None:
     """
     order: deque[tuple[weakref.ref[SQLCompiler], tuple[Any, ...]]]
     order = plan.engine.dialect.__dict__.setdefault(_ORDER, deque())
-    _plans_of(plan.compiled)[identity] = plan
+    plans = _plans_of(plan.compiled)
+    known = identity in plans  # with other options
+    plans[identity] = plan
+    if known:
+        return
     order.append((weakref.ref(plan.compiled), identity))
     while len(order) > _PLANS_OF_ENGINE:
         with suppress(IndexError):  # another thread is making room, too
             reference, oldest = order.popleft()
             compiled = reference()
-            known = None if compiled is None else _plans_of(compiled).get(oldest)
-            if compiled is None or known is None:
+            found = None if compiled is None else _plans_of(compiled).get(oldest)
+            if compiled is None or found is None:
                 continue
-            if known.recent:
-                known.recent = False
+            if found.recent:
+                found.recent = False
                 order.append((reference, oldest))
             else:
                 _plans_of(compiled).pop(oldest, None)
@@ -381,19 +383,31 @@ def _unrendered(compiled: SQLCompiler) -> list[int]:
     return places
 
 
-def _has_plain_types(compiled: SQLCompiler, dialect: Dialect) -> bool:
-    known: bool | None = compiled.__dict__.get(_PLAIN)
+def _is_repeatable(compiled: SQLCompiler, dialect: Dialect) -> bool:
+    """True if the same values always come to the same parameters.
+
+    Not so where functions of the application give some, of which not all show in the cache key (those of a relationship's
+    join do not), or where its types process them.
+    """
+    known: bool | None = compiled.__dict__.get(_REPEATABLE)
     if known is None:
-        known = all(_is_plain(bind.type, dialect) for bind in compiled.binds.values())
-        compiled.__dict__[_PLAIN] = known
+        binds = compiled.binds.values()
+        known = all(bind.callable is None and _is_plain(bind.type, dialect) for bind in binds)
+        compiled.__dict__[_REPEATABLE] = known
     return known
 
 
 def _is_plain(kind: Any, dialect: Dialect) -> bool:
-    """True for SQLAlchemy's own types. The application's may look at the context when they process a parameter."""
+    """True for SQLAlchemy's own types, but for those that run code of the application.
+
+    A type of the application, a pickler or an engine's serializer may look at the context when it processes a parameter.
+    """
     item = getattr(kind, "item_type", None)
     kinds = (kind, kind.dialect_impl(dialect))
-    plain = all(type(each).__module__.startswith("sqlalchemy.") for each in kinds)
+    plain = all(
+        type(each).__module__.startswith("sqlalchemy.") and not isinstance(each, (JSON, PickleType))
+        for each in kinds
+    )
     return plain and (item is None or _is_plain(item, dialect))
 
 
@@ -416,8 +430,8 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
 
 _COMPILATION = "_querycache_compilation"
 _MEMO = "_querycache_memo"
-_PLAIN = "_querycache_plain"
 _ORDER = "_querycache_order"
 _PLANS = "_querycache_plans"
+_REPEATABLE = "_querycache_repeatable"
 _TEMPLATE = "_querycache_template"
 _UNRENDERED = "_querycache_unrendered"

@@ -7,8 +7,11 @@ A statement object remembers what it was compiled to, and what was compiled reme
 from __future__ import annotations
 
 import gc
+import json
 import sqlite3
 import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,11 +19,14 @@ from typing import Any
 
 import pytest
 from sqlalchemy import (
+    JSON,
     DateTime,
     Engine,
+    ForeignKey,
     Integer,
     Numeric,
     String,
+    and_,
     bindparam,
     create_engine,
     event,
@@ -29,7 +35,19 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.exc import ProgrammingError, StatementError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, selectinload, sessionmaker
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    joinedload,
+    load_only,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+    subqueryload,
+)
+from sqlalchemy.types import TypeDecorator
 
 from querycache import QueryCache
 from querycache.sa_internals import Plan
@@ -296,3 +314,131 @@ def test_long_values_are_not_remembered(sqlite_forum: Engine, value: Any) -> Non
 def remembered() -> int:
     gc.collect()
     return sum(type(each) is Plan for each in gc.get_objects())
+
+
+# --- what the values do not tell ----------------------------------------------------------------------------------
+
+_shown: ContextVar[str] = ContextVar("shown", default="one")
+
+
+class Shown(TypeDecorator[str]):
+    """Its column expression is another in each context."""
+
+    impl = String
+    cache_ok = False
+
+    def column_expression(self, column: Any) -> Any:
+        return literal(_shown.get()) + "/" + type_coerce(column, String)
+
+
+class Ctx(DeclarativeBase):
+    pass
+
+
+class Leaf(Ctx):
+    __tablename__ = "leaf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tree_id: Mapped[int] = mapped_column(ForeignKey("tree.id"))
+    kind: Mapped[str]
+
+
+class Tree(Ctx):
+    __tablename__ = "tree"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(Shown)
+    leaves: Mapped[list[Leaf]] = relationship(
+        primaryjoin=lambda: and_(
+            Tree.id == Leaf.tree_id, Leaf.kind == bindparam("kind", type_=String, callable_=_shown.get)
+        ),
+        viewonly=True,
+    )
+
+
+@pytest.fixture
+def trees(tmp_path: Path) -> Engine:
+    engine = create_engine(f"sqlite:///{tmp_path / 'trees.db'}")
+    Ctx.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        session.add(Tree(id=1, name="oak"))
+        session.flush()
+        session.add_all([Leaf(id=1, tree_id=1, kind="one"), Leaf(id=2, tree_id=1, kind="two")])
+    return engine
+
+
+TREE = select(Tree).where(Tree.id == 1).options(load_only(Tree.id))
+IN_CONTEXT: dict[str, Callable[[], Any]] = {
+    "joined": lambda: select(Tree.id, Leaf.kind).join(Tree.leaves),
+    "joinedload": lambda: (
+        select(Tree).where(Tree.id == 1).options(load_only(Tree.id), joinedload(Tree.leaves))
+    ),
+    "selectinload": lambda: TREE.options(selectinload(Tree.leaves)),
+    "subqueryload": lambda: TREE.options(subqueryload(Tree.leaves)),
+    "type": lambda: select(Tree.name),
+}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("case", IN_CONTEXT)
+def test_functions_of_the_application_are_asked_each_time(trees: Engine, case: str, kept: bool) -> None:
+    cached = sessionmaker(trees)
+    QueryCache().attach(cached)
+    one = IN_CONTEXT[case]()
+    for shown in ("one", "two", "one", "two"):
+        token = _shown.set(shown)
+        try:
+            answers = []
+            for sessions in (cached, sessionmaker(trees)):
+                statement = one if kept else IN_CONTEXT[case]()
+                with sessions() as session:
+                    rows = session.execute(
+                        statement, execution_options={"cache_key": True, "cache_ttl": 60}
+                    ).unique()
+                    answers.append(
+                        [
+                            [leaf.kind for leaf in row[0].leaves] if isinstance(row[0], Tree) else tuple(row)
+                            for row in rows
+                        ]
+                    )
+        finally:
+            _shown.reset(token)
+        assert answers[0] == answers[1], shown
+
+
+def test_a_serializer_is_asked_each_time(tmp_path: Path) -> None:
+    engine = create_engine(
+        f"sqlite:///{tmp_path / 'json.db'}", json_serializer=lambda value: json.dumps([_shown.get(), value])
+    )
+    sessions = sessionmaker(engine)
+    QueryCache().attach(sessions)
+    statement = select(bindparam("value", type_=JSON))
+    for shown in ("one", "two", "one"):
+        token = _shown.set(shown)
+        try:
+            with sessions() as session:
+                answer = session.scalars(statement, {"value": "x"}, execution_options=CACHED).one()
+        finally:
+            _shown.reset(token)
+        assert answer == [shown, "x"]
+
+
+def test_values_that_are_changed_in_a_statement(sqlite_forum: Engine) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    ids = [1]
+    parameter = bindparam("ids", ids, expanding=True)
+    statement = select(User.id).where(User.id.in_(parameter)).execution_options(cache_key=True)
+    for _ in range(3):
+        for number in (1, 2):
+            ids[0] = number
+            with sessions() as session:
+                assert session.scalars(statement).all() == [number]
+
+
+def test_a_single_set_of_parameters(sqlite_forum: Engine) -> None:
+    sessions = sessionmaker(sqlite_forum)
+    QueryCache().attach(sessions)
+    statement = select(User.id).where(User.id == bindparam("id"))
+    for given in ({"id": 1}, [{"id": 1}], ({"id": 1},)):
+        for _ in range(2):
+            with sessions() as session:
+                assert session.execute(statement, given, execution_options=CACHED).scalars().all() == [1]  # type: ignore[arg-type]
