@@ -36,7 +36,7 @@ ROWS_FIRST = frozenset({"prebuffer_rows", "preserve_rowcount"})
 """Options under which a result takes its rows, or their number, as soon as it is made."""
 
 _PLANS_OF_ENGINE = 1_000
-"""So many plans are remembered for an engine: a few megabytes."""
+"""So many plans are remembered for an engine, of about 2 KB each."""
 
 
 class Unpreparable(Exception):
@@ -111,7 +111,7 @@ class Plan:
             context.invoked_statement = context.extracted_parameters = None
             context.execution_options = self.options
             adapted_to = None if for_all else compilation.statement
-            self.compiled.__dict__[_TEMPLATE] = _Template(kept, self.engine, self.options, adapted_to)
+            self.compiled.__dict__[_TEMPLATE] = _Template(kept, self.options, adapted_to)
         return result
 
 
@@ -120,19 +120,17 @@ class _Template:
     """A result to be copied, which knows nothing of who has asked for it.
 
     Attributes:
-        engine, options: of its execution.
+        options: of its execution.
         adapted_to: the statement by whose columns its own are known; None where that makes no difference.
     """
 
     result: CursorResult[Any]
-    engine: Engine
     options: Options
     adapted_to: weakref.ref[Any] | None
 
     def serves(self, plan: Plan, statement: Any, description: Sequence[Sequence[Any]]) -> bool:
         return (
-            self.engine is plan.engine
-            and (self.adapted_to is None or self.adapted_to() is statement)
+            (self.adapted_to is None or self.adapted_to() is statement)
             and cast("Any", self.result.context).cursor.description == description
             and self.options == plan.options
         )
@@ -271,11 +269,13 @@ class Compilation:
         )
 
     def _identity(self, given: Given) -> tuple[Any, ...] | None:
-        """What tells the plan from others of this engine; None where the same values may come to something else another
-        time, or somebody may change them."""
+        """What tells the plan from others of what was compiled for these names.
+
+        None where the same values may come to something else another time, or somebody may change them.
+        """
         if self.compiled.cache_key is None or not _is_repeatable(self.compiled, self.engine.dialect):
             return None
-        identity: list[Any] = [self.names]
+        identity: list[Any] = []
         values = [given[name] for name in self.names]
         for own in filter(None, self.param_dict):  # by params(), on 2.1
             identity.append(tuple(own))

@@ -23,6 +23,7 @@ from sqlalchemy import (
     JSON,
     DateTime,
     Engine,
+    Float,
     ForeignKey,
     Integer,
     Numeric,
@@ -153,6 +154,7 @@ GIVEN: list[tuple[Any, list[Any]]] = [
     (Integer, [1, True, 0, False, None]),
     (Numeric(asdecimal=True), [Decimal("1.0"), Decimal("1.00"), Decimal("-0")]),
     (DateTime, [datetime(2026, 1, 1), datetime(2026, 1, 1, fold=1)]),
+    (Float, [0.0, -0.0]),
 ]
 
 
@@ -223,12 +225,64 @@ def test_core_rows_are_found_by_the_columns_of_the_statement_that_was_executed(s
     sessions = sessionmaker(sqlite_forum)
     QueryCache().attach(sessions)
     table = User.__table__
-    for _ in range(4):
+
+    def made() -> tuple[Any, Any]:
         column = (table.c.id + 1).label("next")
-        statement = select(column).where(table.c.id == 1)
+        return column, select(column).where(table.c.id == 1)
+
+    kept = made()
+    for column, statement in (kept, kept, kept, made(), kept, made(), made()):
         with sessions() as session:
             row = session.execute(statement, execution_options=CACHED).one()
         assert row._mapping[column] == 2
+
+
+@pytest.mark.parametrize("form", ["value", "list"])
+def test_answers_are_kept_apart_by_values_that_are_equal_and_not_alike(
+    sqlite_forum: Engine, form: str
+) -> None:
+    """Not every driver takes True for 1."""
+    sessions = sessionmaker(sqlite_forum)
+    cache = QueryCache().attach(sessions)
+    keys: dict[str, set[str]] = {"1": set(), "True": set()}
+    for value in (1, True) * 3:
+        if form == "list":
+            parameter = bindparam("ids", [value], type_=Integer, expanding=True)
+            statement: Any = select(User.id).where(User.id.in_(parameter))
+        else:
+            statement = select(literal(value, Integer))
+        with sessions() as session:
+            keys[repr(value)].add(cache.explain(session, statement.execution_options(cache_key=True)).key)
+    assert [len(each) for each in keys.values()] == [1, 1]
+    assert keys["1"] != keys["True"]
+
+
+@pytest.mark.parametrize("dialect", ["of each engine", "of both"])
+def test_two_databases_with_one_compiled_cache(tmp_path: Path, dialect: str) -> None:
+    compiled_cache: dict[Any, Any] = {}
+    engines = []
+    for name in ("a", "b"):
+        engine = create_engine(f"sqlite:///{tmp_path / name}.db")
+        if engines and dialect == "of both":
+            engine = Engine(engine.pool, engines[0].dialect, engine.url)
+        engines.append(engine)
+        Ctx.metadata.create_all(engine)
+        with Session(engine) as session, session.begin():
+            session.add(Leaf(id=1, tree_id=1, kind=name))
+    sessions = [sessionmaker(engine.execution_options(compiled_cache=compiled_cache)) for engine in engines]
+    cache = QueryCache()
+    for each in sessions:
+        cache.attach(each)
+    kept = select(Leaf.kind).where(Leaf.id == 1).execution_options(cache_key=True)
+    for statement in (
+        kept,
+        kept,
+        kept,
+        select(Leaf.kind).where(Leaf.id == 1).execution_options(cache_key=True),
+    ):
+        for each, name in zip(sessions, "ab", strict=True):
+            with each() as session:
+                assert session.scalars(statement).all() == [name]
 
 
 def test_further_statements_keep_nothing_of_the_session(sqlite_forum: Engine) -> None:

@@ -408,6 +408,11 @@ def alive(kind: type) -> int:
     return sum(type(each) is kind for each in gc.get_objects())
 
 
+def plans_for(value: int) -> list[Plan]:
+    """The plans that are remembered for a single parameter of this value."""
+    return [each for each in gc.get_objects() if type(each) is Plan and list(each.values.values()) == [value]]
+
+
 def test_B7_what_is_remembered_of_statements_is_bounded(tmp_path: Path, cache: QueryCache) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'bounded.db'}", query_cache_size=20)
     Base.metadata.create_all(engine)
@@ -430,11 +435,16 @@ def test_B7_what_is_remembered_of_options_and_parameters_is_bounded(
     before = alive(CacheOptions), alive(Plan)
     with Session(engine) as db:
         cache.attach(db)
-        hot = select(Tag.id).where(Tag.id == -1)
+        for number in (-1, -1, -2, -2):  # both were used again once
+            db.execute(select(Tag.id).where(Tag.id == number), execution_options=CACHED)
+        [hot] = plans_for(-1)
+        assert len(plans_for(-2)) == 1
         for number in range(2400):
             statement = select(Tag.id).where(Tag.id == number)
             db.execute(statement, execution_options={"cache_key": f"key {number}"})
-            db.execute(hot, execution_options=CACHED)
+            db.execute(select(Tag.id).where(Tag.id == -1), execution_options=CACHED)
         assert alive(CacheOptions) - before[0] <= 2100
         assert alive(Plan) - before[1] <= 1010
+        assert [each is hot for each in plans_for(-1)] == [True], "what is used stays"
+        assert plans_for(-2) == [], "what is not used any more goes"
     engine.dispose()
