@@ -408,8 +408,9 @@ def missed(plan: Plan, before: Touched, again: Touched, new: Mapping[Place, Mapp
         raise UncoveredChange(
             f"{place.chain.mappers[place.level].class_.__name__} {in_order(late)[0]!r} was changed after"
             f" {', '.join(sorted(held.name for held in plan.by_chain[place.chain]))} had been looked at: by a before_flush"
-            " listener registered later than this package's, by a mapper event such as before_update, or by an after_flush"
-            " listener, of whose changes SQLAlchemy writes none. Make the change"
+            " listener registered later than this package's, by a mapper event such as before_update, by an after_flush"
+            " listener, of whose changes SQLAlchemy writes none, or by a parent that it was given before its object was"
+            " expired. Make the change"
             " where the attribute that leads to it is set (a validator, an attribute event), or in a before_flush listener"
             " registered on the Session class before the mappers configure"
         )

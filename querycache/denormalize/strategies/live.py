@@ -368,9 +368,9 @@ def _late(state: Any, aggregate: Aggregate, what: str) -> UncoveredChange:
     key = tuple(state.mapper.primary_key_from_instance(state.object))
     return UncoveredChange(
         f"{state.mapper.class_.__name__} {key!r} was {what} after {aggregate.name} had been looked at: by a before_flush"
-        " listener registered later than this package's, by a mapper event such as before_insert, or by a relationship or"
-        " the database, which give what the aggregate reads. Register that listener on the Session class before the mappers"
-        " configure, or take strategy 'sql'"
+        " listener registered later than this package's, by a mapper event such as before_insert, or by a relationship, a"
+        " default or the database, which give what the aggregate reads. Register that listener on the Session class before"
+        " the mappers configure, or take strategy 'sql'"
     )
 
 
