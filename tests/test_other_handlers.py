@@ -828,3 +828,21 @@ def test_sharded_columns_aggregates_queries_and_gets(shards: dict[str, Engine]) 
     ):
         house.ask(use)
         assert house.ask(use) == (["hit"] * lookups, 0)
+
+
+def test_two_caches_on_one_session_and_statements_on_a_connection(engine: Engine) -> None:
+    sessions = sessionmaker(engine)
+    caches = [QueryCache().attach(sessions) for _ in range(2)]
+    statement = select(Doc.id).order_by(Doc.id).execution_options(cache_key=True)
+    answers = []
+    with caches[0].recording() as first, caches[1].recording() as second:
+        for _ in range(2):
+            with sessions() as db:
+                answers.append(db.scalars(statement).all())
+        with engine.connect() as connection:
+            answers.append(connection.scalars(statement).all())
+    assert answers[0] and answers == [answers[0]] * 3
+    assert sorted([each.outcome for each in events] for events in (first, second)) == [
+        ["bypass", "bypass"],
+        ["miss", "fill", "hit"],
+    ]

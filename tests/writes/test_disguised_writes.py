@@ -393,3 +393,15 @@ def test_a_commit_is_found_behind_other_statements_and_not_in_names() -> None:
     assert commits("DELETE FROM book; COMMIT", "postgresql")
     assert commits("DELETE FROM book;\n END", "postgresql")
     assert not commits("UPDATE book SET commit = 1", "postgresql")
+
+
+def test_a_textual_select_that_cannot_be_read_counts_as_a_write_of_everything(on_postgresql: Library) -> None:
+    """It may call what writes; nobody is answered from before it, whatever it reads."""
+    on_postgresql.fill(PRICES)
+    unread = text("SELECT xmlparse(content '<a/>')")
+    assert not read_text(unread.text, "postgresql").understood
+    with on_postgresql.sessions() as session:
+        session.execute(unread).all()
+        assert on_postgresql.outcome(PRICES, session) == "bypass own write"
+        session.commit()
+    assert on_postgresql.outcome(PRICES) == "stale fill"
