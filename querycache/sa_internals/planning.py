@@ -238,6 +238,7 @@ class Compilation:
         identity = self._identity(given)
         if identity is not None:
             plan = _plans_of(self.compiled).get(identity)
+            # what was compiled is the dialect's, which several engines may have
             if plan is not None and plan.engine is self.engine and plan.options == self.options:
                 plan.recent = True
                 return plan, None
