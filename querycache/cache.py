@@ -155,6 +155,8 @@ class QueryCache:
             if not isinstance(table, dict):
                 raise ConfigurationError(f"{source!r} has no table [querycache]")
         table = dict(table)
+        if any(isinstance(name, str) and name.startswith("cache.") for name in table):
+            table["regions"] = _regions_to_extend(table.get("regions", {}))
         for name in list(table):
             if isinstance(name, str) and name.startswith("cache."):
                 _add_dogpile_key(table, name, table.pop(name))
@@ -360,17 +362,50 @@ def _is_mapped(cls: object) -> bool:
     return inspect(cls, raiseerr=False) is not None or any(map(_is_mapped, type.__subclasses__(cls)))
 
 
+def _regions_to_extend(regions: object) -> dict[str, Any]:
+    """A copy of the regions, each as a mapping to which keys can be added."""
+    if not isinstance(regions, Mapping):
+        raise ConfigurationError(
+            f"configuration: regions={regions!r} beside keys 'cache.REGION.…'; give a mapping of names to regions"
+        )
+    copy: dict[str, Any] = {}
+    for name, region in regions.items():
+        if isinstance(region, Mapping):
+            copy[name] = dict(region)
+            if isinstance(region.get("arguments"), Mapping):
+                copy[name]["arguments"] = dict(region["arguments"])
+        else:
+            copy[name] = {"url": region} if isinstance(region, str) else region
+    return copy
+
+
 def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
     parts = name.split(".")
-    if len(parts) < 3 or parts[2] not in ("backend", "expiration_time", "arguments"):
+    if not (
+        (len(parts) == 3 and parts[2] in ("backend", "expiration_time", "arguments"))
+        or (len(parts) == 4 and parts[2] == "arguments")
+    ):
         raise ConfigurationError(
             f"configuration: cannot use {name!r}; write cache.REGION.backend, cache.REGION.expiration_time or "
             "cache.REGION.arguments.NAME"
         )
     # files of other formats than TOML have texts only, and dogpile takes them for what they look like
     value = coerce_string_conf({name: value})[name]  # type: ignore[no-untyped-call]
-    region = table.setdefault("regions", {}).setdefault(parts[1], {})
-    if parts[2] == "arguments" and len(parts) == 4:
-        region.setdefault("arguments", {})[parts[3]] = value
-    else:
-        region[parts[2]] = value
+    region = table["regions"].setdefault(parts[1], {})
+    if not isinstance(region, dict):
+        raise ConfigurationError(
+            f"configuration: {name!r} is for a region that is given as {region!r}; leave out one"
+        )
+    if len(parts) == 3:
+        known = region.get(parts[2])
+        # arguments that were named one by one before are kept
+        region[parts[2]] = (
+            {**value, **known} if isinstance(value, dict) and isinstance(known, dict) else value
+        )
+        return
+    arguments = region.setdefault("arguments", {})
+    if not isinstance(arguments, dict):
+        raise ConfigurationError(
+            f"configuration: cache.{parts[1]}.arguments={arguments!r} beside {name!r}; give a mapping, or leave it out"
+        )
+    arguments[parts[3]] = value

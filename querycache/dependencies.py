@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
+from uuid import UUID
 
 from sqlalchemy import (
     Alias,
@@ -26,14 +27,16 @@ from sqlalchemy import (
     Select,
     String,
     Table,
+    TypeDecorator,
 )
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
+from sqlalchemy.sql.visitors import iterate
 
 from querycache.functions import is_stable, is_system_table
 from querycache.keys import canonical, digest, structure_digest
-from querycache.sa_internals import Plan, custom_constructs
+from querycache.sa_internals import Plan, asks_by_key, custom_constructs
 from querycache.tables import (
     TableName,
     declared_tags,
@@ -161,22 +164,27 @@ class Analysis:
         tables: how often each table appears in its SQL.
         pins: tracked columns that it compares with parameters, for tables that appear once.
         functions: lower-case names of the functions it calls.
+        casts: names of parameters that it casts to another type.
         texts: pieces of textual SQL in it.
         text_tables: tables that these name.
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes.
+        by_key: the parameter that holds the keys of rows, and the place of the key among the columns, where each row is
+            there for its key alone.
     """
 
     structure: bytes
     tables: Counter[TableName] = field(default_factory=Counter)
     pins: tuple[Pin, ...] = ()
     functions: set[str] = field(default_factory=set)
+    casts: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
     text_tables: frozenset[TableName] = frozenset()
     opaque: bool = False
     locks: bool = False
     writes: bool = False
+    by_key: tuple[str, int] | None = None
 
     def unstable(self, plan: Plan, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""
@@ -184,11 +192,19 @@ class Analysis:
             if not is_stable(name) and declared.sources.keys().isdisjoint(_spellings(name)):
                 return name
         for name, value in plan.values.items():
-            if type(value) is str and value.strip().lower() in _MOMENTS:
-                bind = plan.compiled.binds.get(name)
-                if bind is None or not isinstance(bind.type, String):
-                    return repr(value)
+            for each in value if isinstance(value, (list, tuple)) else (value,):
+                moment = _MOMENT.search(each) if type(each) is str else None
+                if moment is not None and not self._stays_text(name, plan):
+                    return repr(moment.group(1).lower())
         return ""
+
+    def _stays_text(self, name: str, plan: Plan) -> bool:
+        """True if the database does not take a parameter for anything but text."""
+        bind = plan.compiled.binds.get(name)
+        if bind is None or name in self.casts or self.texts:
+            return False
+        kind = bind.type.impl if isinstance(bind.type, TypeDecorator) else bind.type
+        return isinstance(kind, String)
 
     def system_table(self, declared: Declarations) -> str:
         """Name of a table that the database itself writes; empty where there is none."""
@@ -235,6 +251,21 @@ class Analysis:
             tags.extend(declared_tags(declared.made_from([*given, *named, *called])))
         return sorted(set(tags))
 
+    def tags_by_key(self, plan: Plan, declared: Declarations) -> dict[object, str] | None:
+        """For each key that is asked for, the tag on which its row depends besides those on which all rows do.
+
+        None where a row may depend on more than its key.
+        """
+        if self.by_key is None or len(self.pins) != 1:
+            return None
+        [pin] = self.pins
+        values = self._pinned_values(pin, plan)
+        if values is None or not {int, UUID}.issuperset(map(type, values)):
+            return None
+        label = label_of(*translated(pin.table, plan.schema_translate_map))
+        slots = {value: slot_of(value, declared.slots) for value in values}
+        return {value: slot_tag(label, pin.column, slot) for value, slot in slots.items() if slot is not None}
+
     @staticmethod
     def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:
         values: list[object] = []
@@ -270,7 +301,10 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         # of several the first is taken that can be: a key changes least
         memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.functions |= custom_constructs(rendered)
+        memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
+        if memo.tables.total() == 1 and not (memo.functions or memo.texts or memo.opaque or memo.locks):
+            memo.by_key = asks_by_key(compiled)
         compiled.__dict__[_MEMO] = memo
     return memo
 
@@ -282,6 +316,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
         def __init__(self, *args: Any, analysis: Analysis, **kwargs: Any) -> None:
             self.analysis = analysis
+            self.cast: list[BindParameter[Any]] = []
             super().__init__(*args, **kwargs)
 
         def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
@@ -292,6 +327,11 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
         def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
             self.analysis.functions.add(".".join((*func.packagenames, func.name)).lower())
             return super().visit_function(func, *args, **kwargs)
+
+        def visit_cast(self, cast: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(cast.type, String):
+                self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
+            return super().visit_cast(cast, *args, **kwargs)
 
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
             # as a member of FROM it may be no more than the name of a table
@@ -338,9 +378,9 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
-_MOMENTS = frozenset({"now", "today", "tomorrow", "yesterday"})
-"""What PostgreSQL, and SQLite's functions of time, take for a moment."""
-_CLOCK = re.compile(rf"'\s*({'|'.join(sorted(_MOMENTS))})\s*'", re.IGNORECASE)
+_MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
+"""What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
+_LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
 _OF_MYSQL = re.compile(r"""(?<![\w'"`@.])(@@?[\w`]+|utc_(date|time|timestamp)\b)""", re.IGNORECASE)
 """What is neither a column nor called: its variables, of the connection or of the server, and its clocks."""
 _NILADIC = re.compile(
@@ -374,7 +414,8 @@ _NOT_CALLED = frozenset(
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
-        analysis.functions |= {f"'{match.group(1).lower()}'" for match in _CLOCK.finditer(text)}
+        for literal in _LITERAL.finditer(text):
+            analysis.functions |= {repr(each.lower()) for each in _MOMENT.findall(literal.group())}
         if dialect in ("mysql", "mariadb"):
             analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
         if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (

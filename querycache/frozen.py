@@ -27,7 +27,7 @@ from sqlalchemy.engine import Result
 
 from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
-from querycache.sa_internals import Plan, Prepared
+from querycache.sa_internals import Plan, Prepared, json_serializer
 
 __all__ = [
     "Entry",
@@ -37,6 +37,7 @@ __all__ = [
     "fingerprint",
     "fits",
     "freeze",
+    "how_given",
     "layout",
     "merge_frozen_result",
 ]
@@ -103,14 +104,22 @@ def fingerprint(plan: Plan) -> bytes:
     Raises:
         UnkeyableValue: a parameter has no canonical form.
     """
-    return digest((bind_identity(plan.engine), plan.sql, canonical_parameters(plan)), size=16)
+    parts = bind_identity(plan.engine), plan.sql, canonical_parameters(plan), how_given(plan)
+    return digest(parts, size=16)
+
+
+def how_given(plan: Plan) -> str:
+    """How the driver is given the parameters: with ``no_parameters`` it reads the same SQL otherwise where there are
+    none."""
+    return "alone" if plan.options.get("no_parameters") else ""
 
 
 def canonical_parameters(plan: Plan) -> str:
     """The statement's parameters, as given to the driver, in canonical form."""
     parameters: Any = plan.parameters
     # drivers may ask for their own kind of sequence
-    return canonical(dict(parameters) if hasattr(parameters, "keys") else tuple(parameters))
+    given = dict(parameters) if hasattr(parameters, "keys") else tuple(parameters)
+    return canonical(given, json_serializer(plan.engine.dialect))
 
 
 def discriminators(plan: Plan) -> str:

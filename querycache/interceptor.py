@@ -39,8 +39,9 @@ from querycache.frozen import Entry, FrozenStatement, fits, freeze, layout, merg
 from querycache.ledger import Reading
 from querycache.options import CacheOptions, Policy
 from querycache.regions import Region
-from querycache.requests import Completion, Refresh, Refused, Request, Requests
+from querycache.requests import ByKey, Completion, Refresh, Refused, Request, Requests
 from querycache.sa_internals import Prepared
+from querycache.shared_rows import Vectors
 from querycache.writes import Writes
 
 __all__ = ["Interceptor"]
@@ -66,7 +67,9 @@ class _Load:
         checks: True where not all further statements of the entry may stand, or were stored with all tags they need.
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
-        grown: True once the database was asked for a further statement.
+        grown: True once there is a further statement that the entry does not have.
+        later: True once something may have been seen that is later than the entry: from the database, or of the tags.
+        learned: further statements that were asked for by the keys of their rows.
     """
 
     request: Request
@@ -77,6 +80,8 @@ class _Load:
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
+    later: bool = False
+    learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
     _token: Token[object] | None = None
 
     def __enter__(self) -> None:
@@ -101,10 +106,10 @@ class _Load:
     def find(self, asked: Completion) -> FrozenStatement | None:
         """A further statement that the entry has and that still stands.
 
-        None once one was asked of the database: SQLAlchemy asks them one after the other, so a later one never knows
+        None once one was found out otherwise: SQLAlchemy asks them one after the other, so a later one never knows
         less than an earlier one.
         """
-        frozen = None if self.grown or self.entry is None else self.entry.loads.get(asked.mark)
+        frozen = None if self.later or self.entry is None else self.entry.loads.get(asked.mark)
         if frozen is not None and self.checks:
             keys, reading = self.request.region.tag_keys(asked.tags()), self.reading
             if reading is None or not reading.fallen.isdisjoint(keys) or not reading.names(keys):
@@ -121,6 +126,7 @@ class _Load:
         if self.reading is not None and not self.needed.issubset(self.reading.tags):
             more = region.observe(keys)
             self.reading = None if more is None else self.reading.union(more)
+            self.later = True
 
     @property
     def unfit(self) -> str:
@@ -379,12 +385,34 @@ class Interceptor:
         _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(asked.tags())
         load.grown = True
+        by_key = self._requests.by_key(load.request, asked)
+        frozen = None if by_key is None else self._known_rows(load, by_key)
+        if frozen is not None:
+            load.loads[asked.mark] = frozen
+            return merge_frozen_result(asked.prepared, frozen)
+        load.later = True
         frozen, result = load.run(asked.prepared)
         if load.entry is not None and self._is_torn(load):
             raise _Torn
         if frozen is not None:
             load.loads[asked.mark] = frozen
+            if by_key is not None:
+                load.learned.append((by_key, frozen))
         return result
+
+    def _known_rows(self, load: _Load, by_key: ByKey) -> FrozenStatement | None:
+        """Rows that this process was told when it completed other answers, and that still stand."""
+        request, reading = load.request, load.reading
+        known = request.region.shared_rows
+        if request.options.mode == "refresh" or not known.has(by_key.family):
+            return None
+        for transaction in self._writes.transactions(request.session, request.bind):
+            if transaction.wrote or transaction.snapshot is not None:
+                return None
+        if load.entry is None or load.later:
+            # The database was asked after the versions were read, and what completes its answer is to be no older.
+            reading = request.region.observe((*by_key.common, *by_key.own.values()))
+        return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
     def _is_torn(self, load: _Load) -> bool:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
@@ -410,6 +438,10 @@ class Interceptor:
             reading = load.reading.of(load.needed)
             reason = request.region.fill(request.key, entry, reading, seconds, request.tag_keys)
             outcome = "error" if reason else "fill"
+            for by_key, frozen in load.learned if not reason else ():
+                request.region.shared_rows.learn(
+                    by_key.family, _vectors(by_key, load.reading), frozen, by_key.place
+                )
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 
     def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
@@ -421,6 +453,15 @@ class Interceptor:
         if sa_internals.reads_uncommitted(request.session):
             return "uncommitted"
         return self._distrust(request, reading) if reading is not None else ""
+
+
+def _vectors(by_key: ByKey, reading: Reading) -> Vectors:
+    """The versions of what the rows of a further statement depend on."""
+    found = dict(zip(reading.tags, reading.versions, strict=True))
+    return Vectors(
+        tuple((tag, found.get(tag)) for tag in by_key.common),
+        {key: found.get(tag) for key, tag in by_key.own.items()},
+    )
 
 
 def _check_allowed(region: Region, options: CacheOptions, reason: str) -> None:

@@ -19,12 +19,14 @@ from __future__ import annotations
 import datetime
 import decimal
 import enum
+import json
 import os
 import secrets
 import types
 import uuid
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -33,7 +35,7 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
 from sqlalchemy.types import TypeEngine
 
-from querycache.sa_internals import StatementOption, root_engine
+from querycache.sa_internals import StatementOption, driver_settings, root_engine
 
 __all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "hashed", "structure_digest"]
 
@@ -67,26 +69,28 @@ _CANONICAL = frozenset(
 )
 
 
-def canonical(value: object) -> str:
+def canonical(value: object, dumps: Callable[[Any], object] | None = None) -> str:
     """A text that is equal for equal values of one type and differs otherwise.
 
     Args:
         value: a value as given to a driver; containers are walked.
+        dumps: what the driver makes JSON with, unless a value says.
     Raises:
         UnkeyableValue: the value, or one inside it, is of a type without a canonical form.
     """
+    within = canonical if dumps is None else partial(canonical, dumps=dumps)
     kind = type(value)
     if kind in _CANONICAL:
         return repr(value)
     if kind is tuple or kind is list:
         if _CANONICAL.issuperset(map(type, value)):  # type: ignore[call-overload]
             return repr(value)
-        return f"{kind.__name__}({','.join(map(canonical, value))})"  # type: ignore[call-overload]
+        return f"{kind.__name__}({','.join(map(within, value))})"  # type: ignore[call-overload]
     if kind is dict:
-        pairs = sorted((canonical(k), canonical(v)) for k, v in value.items())  # type: ignore[attr-defined]
+        pairs = sorted((within(k), within(v)) for k, v in value.items())  # type: ignore[attr-defined]
         return f"dict({','.join(f'{k}:{v}' for k, v in pairs)})"
     if kind is set or kind is frozenset:
-        return f"{kind.__name__}({','.join(sorted(map(canonical, value)))})"  # type: ignore[call-overload]
+        return f"{kind.__name__}({','.join(sorted(map(within, value)))})"  # type: ignore[call-overload]
     if kind is memoryview or kind is bytearray:
         return f"{kind.__name__}({bytes(value)!r})"  # type: ignore[call-overload]
     if isinstance(value, enum.Enum):
@@ -95,11 +99,20 @@ def canonical(value: object) -> str:
     if kind is datetime.datetime or kind is datetime.time:
         # the repr() of a time zone may be anything; what reaches the database is the offset
         offset = value.utcoffset()  # type: ignore[attr-defined]
+        if offset is None and value.tzinfo is not None:  # type: ignore[attr-defined]
+            raise UnkeyableValue(value)  # a time of day in a zone with summer time: the driver decides
         return f"{value.replace(tzinfo=None)!r}{offset!r}"  # type: ignore[attr-defined]
     module = kind.__module__
     if module == "ipaddress":
         return f"{kind.__name__}({value})"
-    if module in ("psycopg.types.json", "psycopg.dbapi20"):  # Json, Jsonb, Binary
+    if module == "psycopg.types.json":
+        # the text, which the driver makes: by code of the application, and in the order of the keys
+        make = value.dumps or dumps or json.dumps  # type: ignore[attr-defined]
+        try:
+            return f"{kind.__name__}({make(value.obj)!r})"  # type: ignore[attr-defined]
+        except Exception as error:
+            raise UnkeyableValue(value) from error
+    if module == "psycopg.dbapi20":  # Binary
         return f"{kind.__name__}({canonical(value.obj)})"  # type: ignore[attr-defined]
     if module.startswith("psycopg.types.range"):
         bounds = (value.lower, value.upper, value.bounds)  # type: ignore[attr-defined]
@@ -127,30 +140,55 @@ def hashed(parts: Iterable[str | bytes], hasher: blake2b) -> blake2b:
     return hasher
 
 
-_private_databases: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
+_identities: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
 
 
 def bind_identity(engine: Engine) -> str:
-    """Which database an engine speaks to, without its password.
+    """Which database an engine speaks to, without its password, and what its driver makes of the values there.
 
     An SQLite database in memory belongs to one engine, and so does what a ``creator`` connects to when the
     URL does not say: such engines get a random identity of their own, which they share with what
-    ``Engine.execution_options`` makes from them.
+    ``Engine.execution_options`` makes from them. The same holds for those whose driver is given a function that has no
+    name by which it is known in every process.
     """
     engine = root_engine(engine)
-    url = engine.url
-    if url.get_backend_name() == "sqlite":
-        name = url.database
-        if name and name != ":memory:" and not name.startswith("file:"):
-            return f"sqlite:{os.path.abspath(name)}"
-    elif url.host or url.database or url.query:
-        return (
-            f"{url.get_backend_name()}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)}"
-        )
-    identity = _private_databases.get(engine)
+    identity = _identities.get(engine)
     if identity is None:
-        identity = _private_databases.setdefault(engine, f"private:{secrets.token_hex(8)}")
+        # once: a relative path of SQLite does not follow a process that changes its directory
+        identity = _identities.setdefault(engine, _identity(engine) or f"private:{secrets.token_hex(8)}")
     return identity
+
+
+def _identity(engine: Engine) -> str | None:
+    url = engine.url
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        name = url.database
+        private = not name or name == ":memory:" or name.startswith("file:")
+        return None if private else f"sqlite:{os.path.abspath(str(name))}"
+    if not (url.host or url.database or url.query):
+        return None
+    settings = [_named(each) for each in driver_settings(engine.dialect)]
+    if None in settings:
+        return None
+    return f"{backend}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)} {settings}"
+
+
+def _named(value: object) -> str | None:
+    """A text for a setting that is the same in every process; None where there is none."""
+    if type(value) in _CANONICAL:
+        return repr(value)
+    if isinstance(value, partial):
+        parts = [_named(each) for each in (value.func, *value.args, *value.keywords.values())]
+        return None if None in parts else f"{parts} {list(value.keywords)}"
+    if isinstance(value, types.FunctionType):
+        known = value.__closure__ is None
+    elif isinstance(value, types.BuiltinFunctionType):  # which a method in C is as well
+        known = isinstance(value.__self__, types.ModuleType)
+    else:
+        known = isinstance(value, type)
+    name = f"{value.__module__}.{value.__qualname__}" if known else "<"  # type: ignore[attr-defined]
+    return None if "<" in name else name
 
 
 def structure_digest(cache_key: Sequence[Any] | None) -> bytes:

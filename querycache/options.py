@@ -8,7 +8,7 @@ select of an entity, in the table given to ``QueryCache(policies=…)``.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
@@ -145,7 +145,7 @@ def check_ttl(argument: str, value: object) -> None:
     if value is None:
         return
     known = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not known or not value > 0 or not math.isfinite(value):  # type: ignore[operator, arg-type]
+    if not known or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigurationError(
             f"{argument}={value!r}: give a positive number of seconds, or None for no expiry"
         )

@@ -28,6 +28,7 @@ from querycache.events import Outcome
 from querycache.frozen import Entry
 from querycache.ledger import Ledger, Reading
 from querycache.options import check_ttl
+from querycache.shared_rows import SharedRows
 from querycache.store import Meanwhile, StoreBackend
 
 __all__ = ["DEFAULT_REGION", "Lookup", "Region", "Regions"]
@@ -111,6 +112,7 @@ class Region:
         self._codec = codec
         self._entries = f"{namespace}:e:"
         self._tags = f"{namespace}:t:"
+        self.shared_rows = SharedRows()
         self._further: dict[str, tuple[str, ...]] = {}
         self._recent: dict[str, tuple[bytes, Entry]] = {}
         self._recent_bytes = 0

@@ -18,7 +18,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.dependencies import Analysis, Declarations, analyse
-from querycache.frozen import canonical_parameters, discriminators, fingerprint
+from querycache.frozen import canonical_parameters, discriminators, fingerprint, how_given
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
@@ -27,7 +27,7 @@ from querycache.tables import declared_tags
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
 from querycache.writes import Transaction, Writes
 
-__all__ = ["Completion", "Refresh", "Refused", "Request", "Requests"]
+__all__ = ["ByKey", "Completion", "Refresh", "Refused", "Request", "Requests"]
 
 # Options under which rows are fetched piece by piece, or objects are overwritten: the caller wants the database.
 _DATABASE_ONLY = frozenset({"populate_existing", "yield_per", "stream_results"})
@@ -52,6 +52,7 @@ class Request:
         key: of the answer in the store.
         tags, tag_keys: what the answer depends on, as far as the statement shows; and their keys in the store.
         name: what to call it in events.
+        scope: what keeps answers apart by the session that asks.
         transactions: those that the session takes part in.
     """
 
@@ -62,6 +63,7 @@ class Request:
     tags: list[str]
     tag_keys: tuple[str, ...]
     name: str
+    scope: str
     transactions: Sequence[Transaction]
 
     @property
@@ -85,6 +87,23 @@ class Completion:
     prepared: Prepared
     mark: bytes
     tags: Callable[[], Sequence[str]]
+
+
+@dataclass(slots=True)
+class ByKey:
+    """What a completion asks, where each of its rows is there for its key alone.
+
+    Attributes:
+        family: the same for all that differ by their keys only, and complete the answers to one statement.
+        place: of the key among the columns.
+        common: keys in the store of the tags on which all rows depend, those of the answers that they complete included.
+        own: by key of a row, that of the tag on which it depends by itself.
+    """
+
+    family: bytes
+    place: int
+    common: tuple[str, ...]
+    own: Mapping[object, str]
 
 
 class Requests:
@@ -198,6 +217,24 @@ class Requests:
         except (UnkeyableValue, Unpreparable) as refusal:
             raise Refused(str(refusal)) from refusal
 
+    def by_key(self, request: Request, asked: Completion) -> ByKey | None:
+        """What a completion asks by key; None where its rows must not complete other answers."""
+        region, options, plan = request.region, request.options, asked.prepared.plan
+        if options.ttl is not None or region.ttl is not None:
+            return None  # who has asked for a short time must not be given what another has asked long ago
+        analysis = analyse(plan.compiled)
+        own = analysis.tags_by_key(plan, self._declared)
+        if own is None or analysis.by_key is None:
+            return None
+        main = analyse(request.prepared.plan.compiled)
+        family = self._begin_key(region, options, request.prepared.plan, main, request.scope).copy()
+        schemas = canonical(dict(plan.schema_translate_map))
+        hashed((plan.compiled.string, bind_identity(plan.engine), schemas), family)
+        tags = {*self._tags_of_answer(region, options, main), *analysis.tags(plan, self._declared)}
+        common = region.tag_keys(sorted(tags.difference(own.values())))
+        keys = dict(zip(own, region.tag_keys(own.values()), strict=True))
+        return ByKey(family.digest(), analysis.by_key[1], common, keys)
+
     def _request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
         if options.mode == "bypass":
             raise Refused("mode")
@@ -206,6 +243,8 @@ class Requests:
         prepared = sa_internals.prepare(Invocation.take(state))
         plan = prepared.plan
         bind = prepared.invocation.bind
+        if isinstance(bind, Connection) and bind.closed:
+            raise Refused("connection closed")  # the execution will raise it
         self._writes.watch_bind(bind)
         scope = "" if self._scope is None else canonical(self._scope(session))
         # For a statement that is executed again and again, all of this follows from its plan.
@@ -215,7 +254,7 @@ class Requests:
             derived = _remember(plan, memo, self._derive(region, options, plan, scope))
         self._refuse_temporary(plan)
         transactions = self._writes.transactions(session, bind, before_lookup=True)
-        request = Request(region, options, prepared, *derived, transactions)
+        request = Request(region, options, prepared, *derived, scope, transactions)
         if self._writes.owes(region.ledger):
             raise Refused("unavailable")
         for transaction in transactions:
@@ -250,6 +289,11 @@ class Requests:
             raise Refused("not a select")
         if state.is_executemany:
             raise Refused("several parameter sets")
+        given: Any = state.parameters
+        if given is not None and not isinstance(given, Mapping):
+            sets = given if isinstance(given, (list, tuple)) else (given,)
+            if not all(isinstance(each, Mapping) for each in sets):
+                raise Refused("parameters")  # the execution will raise the reason
         if "sa_top_level_orm_context" in options and not within:
             raise Refused("part of another load")
         if not session.is_active:
@@ -302,7 +346,15 @@ class Requests:
             schemas = canonical(dict(plan.schema_translate_map))
             identity = bind_identity(plan.engine)
             return region.entry_key(digest((region.name, options.name, scope, identity, schemas, declared)))
-        # Parameters apart, all of it is the same for a statement that is built anew for each execution.
+        begun = self._begin_key(region, options, plan, analysis, scope)
+        parameters = canonical_parameters(plan), discriminators(plan), how_given(plan)
+        return region.entry_key(hashed(parameters, begun.copy()).digest())
+
+    def _begin_key(
+        self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str
+    ) -> blake2b:
+        """All of a key but the parameters, which is the same for a statement that is built anew for each execution."""
+        declared = self._declared.digest()
         memo = (self, region, options, scope, plan.engine, plan.sql, declared)
         begun: blake2b | None = plan.shared_memo.get(memo)
         if begun is None:
@@ -325,16 +377,18 @@ class Requests:
             if len(plan.shared_memo) > 64:
                 plan.shared_memo.clear()
             plan.shared_memo[memo] = begun
-        parameters = canonical_parameters(plan), discriminators(plan)
-        return region.entry_key(hashed(parameters, begun.copy()).digest())
+        return begun
 
     def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
+        return [*self._tags_of_answer(region, options, analysis), *analysis.tags(plan, self._declared)]
+
+    def _tags_of_answer(self, region: Region, options: CacheOptions, analysis: Analysis) -> list[str]:
+        """The tags of an answer that do not follow from what it reads."""
         tags = [EVERYTHING, region_tag(region.name), statement_tag(analysis.structure)]
         if isinstance(options.key, str):
             tags.append(key_tag(options.key))
         tags.extend(map(user_tag, options.tags))
         tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
-        tags.extend(analysis.tags(plan, self._declared))
         return tags
 
 

@@ -95,11 +95,16 @@ def slot_of(value: object, slots: int) -> int | None:
     if isinstance(value, int):
         return int(value) % slots
     if isinstance(value, str):
+        if _DIGITS.issuperset(value):
+            return None  # a number as well, which an integer column would compare as such
         try:
             value = uuid.UUID(value)
         except ValueError:
             return None
     return value.int % slots if isinstance(value, uuid.UUID) else None
+
+
+_DIGITS = frozenset("0123456789eE")
 
 
 # --- names -------------------------------------------------------------------------------------------

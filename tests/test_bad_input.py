@@ -200,7 +200,26 @@ def test_a_mapping() -> None:
     check(lambda: QueryCache.from_config({7: "red"}), ["7", "namespace"])  # type: ignore[dict-item]
     check(lambda: QueryCache.from_config(None), ["None", "TOML", "mapping"])  # type: ignore[arg-type]
     check(lambda: QueryCache.from_config({"cache.pages.colour": 1}), ["'cache.pages.colour'"])
+    check(lambda: QueryCache.from_config({"cache.pages.backend.name": 1}), ["'cache.pages.backend.name'"])
+    one_by_one = {
+        "cache.a.arguments": 5,
+        "cache.a.arguments.max_bytes": 5,
+        "cache.a.backend": "querycache.memory",
+    }
+    check(lambda: QueryCache.from_config(one_by_one), ["cache.a.arguments=5", "mapping"])
+    check(lambda: QueryCache.from_config({"regions": MEMORY, "cache.a.backend": "null"}), [MEMORY, "mapping"])
+    made = make_region().configure("querycache.memory")
+    both = {"regions": {"a": made}, "cache.a.backend": "querycache.memory"}
+    check(lambda: QueryCache.from_config(both), ["'cache.a.backend'", "leave out one"])
+    check(lambda: QueryCache(ttl=10**400), ["ttl", "seconds"])
     check(lambda: QueryCache.from_config({"ttl": 5}, ttl=6), ["ttl", "twice"])
+
+
+def test_a_mapping_is_left_as_it_is() -> None:
+    given: dict[str, Any] = {"regions": {"a": MEMORY, "b": {"url": MEMORY}}, "cache.a.expiration_time": 60}
+    given |= {"cache.b.expiration_time": 30, "cache.c.backend": "querycache.memory"}
+    QueryCache.from_config(given)
+    assert given["regions"] == {"a": MEMORY, "b": {"url": MEMORY}}
 
 
 # --- Where it works --------------------------------------------------------------------------------

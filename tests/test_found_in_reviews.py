@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,17 @@ import pytest
 import sqlglot
 from dogpile.cache import make_region
 from sqlalchemy import (
+    ARRAY,
     Column,
     DateTime,
     Engine,
     ForeignKey,
     Integer,
     MetaData,
+    Numeric,
     String,
     Table,
+    bindparam,
     cast,
     column,
     create_engine,
@@ -38,6 +42,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import ArgumentError, InvalidRequestError, ResourceClosedError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import (
@@ -72,6 +77,11 @@ class Shifted(TypeDecorator[int]):
 
     def process_bind_param(self, value: Any, dialect: Any) -> Any:
         return None if value is None else value + _shift.get()
+
+
+class Shouted(TypeDecorator[str]):
+    impl = String
+    cache_ok = True
 
 
 class Item(Base):
@@ -407,7 +417,17 @@ def test_found_the_same_in_text(
         assert cache.explain(db, piece).cacheable
 
 
-@pytest.mark.parametrize("words", ["'now'::timestamp", "timestamp 'now'", "cast('today' as date)"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "'now'::timestamp",
+        "timestamp 'now'",
+        "cast('today' as date)",
+        "timestamp 'today 08:00'",
+        "$$now$$::timestamp",
+        "$a$tomorrow 09:30$a$::timestamp",
+    ],
+)
 def test_found_a_literal_that_is_the_clock(postgresql_engine: Engine, cache: QueryCache, words: str) -> None:
     _fill(postgresql_engine)
     with Session(postgresql_engine) as db:
@@ -421,9 +441,25 @@ def test_found_a_parameter_that_is_the_clock(postgresql_engine: Engine, cache: Q
     _fill(postgresql_engine)
     with Session(postgresql_engine) as db:
         cache.attach(db)
-        moment = select(Item.id, cast(" Now", DateTime)).execution_options(cache_key=True)
-        word = select(Item.id).where(literal("now") != "then").execution_options(cache_key=True)
-        assert [cache.explain(db, each).cacheable for each in (moment, word)] == [False, True]
+        moments = [
+            select(Item.id, cast(" Now", DateTime)),
+            select(cast("today 08:00", DateTime)),
+            select(cast(literal("now"), DateTime)),
+            select(cast(bindparam("moment", "now"), DateTime)),
+            select(cast(["2026-01-01", "now"], ARRAY(DateTime))),
+            select(cast(literal("{now}"), ARRAY(DateTime))),
+            text("SELECT cast(:moment AS timestamp) FROM found_item").bindparams(moment="now"),
+        ]
+        words = [
+            select(Item.id).where(literal("now") != "then"),
+            select(Item.id).where(literal("buy now") != "then", cast("then", Shouted) != "now or never"),
+            select(Item.id).where(literal("today", Shouted) != "then"),
+            select(Item.id).where(cast(literal("knowing"), String) != "then"),
+        ]
+        for statements, cacheable in ((moments, False), (words, True)):
+            for statement in statements:
+                explained = cache.explain(db, statement.execution_options(cache_key=True))
+                assert explained.cacheable is cacheable, (str(statement), explained)
 
 
 @pytest.mark.parametrize(
@@ -584,3 +620,75 @@ def test_found_a_parser_that_speaks_to_the_log(caplog: pytest.LogCaptureFixture)
     assert not caplog.records
     sqlglot.parse("ALTER TABLE found_item ENGINE = InnoDB, ALGORITHM = WHATEVER, LOCK", dialect="mysql")
     assert caplog.records
+
+
+def test_found_a_hit_where_the_transaction_has_ended(Sessions: sessionmaker[Session]) -> None:
+    statement = select(Item.id).execution_options(cache_key=True)
+    with Sessions() as db:
+        db.scalars(statement).all()
+        for begin in (db.begin_nested, db.get_transaction):
+            with pytest.raises(InvalidRequestError, match="closed transaction"), begin() as transaction:  # type: ignore[union-attr]
+                transaction.rollback()
+                db.scalars(statement)
+
+
+def test_found_a_hit_where_the_connection_is_closed(
+    sqlite_engine: Engine, Sessions: sessionmaker[Session]
+) -> None:
+    statement = select(Item.id).execution_options(cache_key=True)
+    with Sessions() as db:
+        db.scalars(statement).all()
+    with sqlite_engine.connect() as connection:
+        db = Sessions(bind=connection)
+    with db, pytest.raises(ResourceClosedError):
+        db.scalars(statement)
+
+
+@pytest.mark.parametrize("given", [(1, 2), "ab", 5, [1]])
+def test_found_parameters_that_are_none(Sessions: sessionmaker[Session], given: Any) -> None:
+    statement = select(Item.id).execution_options(cache_key=True)
+    with Sessions() as db:
+        db.scalars(statement).all()
+        with pytest.raises(ArgumentError):
+            db.execute(statement, given)
+
+
+def test_found_a_number_that_looks_like_a_uuid(Sessions: sessionmaker[Session]) -> None:
+    """SQLite compares the text with an integer column as the number that it is."""
+    with Sessions.begin() as db:
+        db.add(Special(id=30))
+    for number in (f"{30:032}", f"{'3e1':>032}"):
+        statement = select(Item.name).where(Item.id == bindparam("id")).execution_options(cache_key=True)
+        with Sessions.begin() as db:
+            before = db.scalars(statement, {"id": number}).one()
+            db.get_one(Item, 30).name = f"{before}!"
+        with Sessions() as db:
+            assert db.scalars(statement, {"id": number}).one() == f"{before}!"
+
+
+def test_found_a_parameter_that_is_no_number(Sessions: sessionmaker[Session], cache: QueryCache) -> None:
+    """It does not equal itself, which is no sign that somebody has rewritten the statement."""
+    with Sessions() as db:
+        statement = select(literal(Decimal("NaN"), Numeric)).execution_options(cache_key=True)
+        with cache.recording() as events:
+            for _ in range(2):
+                db.scalars(statement).one()
+    assert [each.outcome for each in events] == ["miss", "fill", "hit"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_found_objects_that_are_loaded_at_once(
+    sqlite_engine: Engine, Sessions: sessionmaker[Session], cached: bool
+) -> None:
+    """As the README says: what is read after a commit was loaded before it."""
+    statement = select(Item)
+    if cached:
+        statement = statement.execution_options(cache_key=True)
+    statements: list[str] = []
+    event.listen(sqlite_engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    with Sessions() as db:
+        result = db.scalars(statement)
+        db.commit()
+        statements.clear()
+        assert [item.name for item in result] == [f"n{number}" for number in range(1, 6)]
+    assert len(statements) == (5 if cached else 0)

@@ -18,8 +18,10 @@ private name of SQLAlchemy.
 
 from querycache.sa_internals.dialect import (
     ask_for,
+    driver_settings,
     has_listeners,
     heed_others,
+    json_serializer,
     note_reading,
     tap,
     tell_of_reading,
@@ -47,7 +49,7 @@ from querycache.sa_internals.mapping import (
     remembered,
     tables_of,
 )
-from querycache.sa_internals.planning import Plan, Unpreparable
+from querycache.sa_internals.planning import Plan, Unpreparable, asks_by_key
 from querycache.sa_internals.transactions import (
     autobegin,
     begins_transaction,
@@ -99,6 +101,7 @@ __all__ = [
     "Unpreparable",
     "Written",
     "ask_for",
+    "asks_by_key",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
@@ -109,6 +112,7 @@ __all__ = [
     "custom_constructs",
     "default_isolation_level",
     "driver_isolation_level",
+    "driver_settings",
     "effective_options",
     "expire_loaded_since",
     "flush_of",
@@ -129,6 +133,7 @@ __all__ = [
     "is_told",
     "is_unit_of_work",
     "isolation_level",
+    "json_serializer",
     "just_flushed",
     "known_metadata",
     "known_tables",

@@ -21,8 +21,10 @@ __all__ = [
     "Row",
     "Tap",
     "ask_for",
+    "driver_settings",
     "has_listeners",
     "heed_others",
+    "json_serializer",
     "note_reading",
     "sent",
     "tap",
@@ -375,3 +377,18 @@ def _give_up(connection: Any) -> None:
         connection.invalidate()
     else:
         connection.rollback()
+
+
+def driver_settings(dialect: Any) -> list[object]:
+    """What an engine was told of how its driver reads and writes values: rows are stored as the driver gives them."""
+    driver = dialect.driver.removesuffix("_async")  # which gives the same values
+    if dialect.name != "postgresql":
+        return [driver]  # what else there is, SQLAlchemy does itself when rows are replayed
+    hstore = getattr(dialect, "use_native_hstore", None)
+    return [driver, dialect._json_deserializer, dialect._json_serializer, dialect._native_inet_types, hstore]
+
+
+def json_serializer(dialect: Any) -> Callable[[Any], object] | None:
+    """What an engine was told to make JSON with; None for the usual."""
+    serializer: Callable[[Any], object] | None = getattr(dialect, "_json_serializer", None)
+    return serializer

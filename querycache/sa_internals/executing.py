@@ -132,6 +132,7 @@ class Prepared:
         if not (_same_sql(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
+            self._begun = None
         cursor: Any = result.cursor
         strategy: Any = result.cursor_strategy
         description = strategy.alternate_cursor_description or cursor.description
@@ -140,7 +141,6 @@ class Prepared:
         result.close()
         context.cursor = ReplayCursor()
         self._context = context
-        self._begun = None
         return description, rows, rowcount
 
     def begin_replay(self) -> None:
@@ -203,8 +203,8 @@ def prepare(invocation: Invocation) -> Prepared:
     return Prepared(invocation, compilation, plan, options, _context=context)
 
 
-# but for those that MySQL executes
-_COMMENT = re.compile(r"/\*(?!!).*?\*/|--[^\n]*", re.DOTALL)
+# but for those that MySQL and MariaDB execute
+_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--[^\n]*", re.DOTALL)
 
 
 def _same_sql(executed: str, prepared: str) -> bool:
@@ -226,7 +226,9 @@ def _same_parameters(executed: Any, prepared: Any) -> bool:
     else:
         pairs = list(zip(executed, prepared, strict=True))
     return all(
-        one == other or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        one == other
+        or (type(one) is type(other) and hasattr(one, "obj") and one.obj == other.obj)
+        or (one != one and other != other)  # not a number
         for one, other in pairs
     )
 

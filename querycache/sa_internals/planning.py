@@ -17,14 +17,15 @@ from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import JSON, PickleType, util
+from sqlalchemy import JSON, PickleType, Select, Table, util
 from sqlalchemy.engine import CursorResult, Dialect, Engine
+from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
-from sqlalchemy.sql.elements import BindParameter
+from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnClause
 
 from querycache.sa_internals.replay import ReplayConnection, copied
 
-__all__ = ["ROWS_FIRST", "Compilation", "Plan", "Unpreparable"]
+__all__ = ["ROWS_FIRST", "Compilation", "Plan", "Unpreparable", "asks_by_key"]
 
 Options = Mapping[str, Any]
 """Execution options."""
@@ -369,6 +370,46 @@ def _remember(plan: Plan, identity: tuple[Any, ...]) -> None:
                 order.append((reference, oldest))
             else:
                 _plans_of(compiled).pop(oldest, None)
+
+
+def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
+    """Of a select that asks rows of a table for their primary key and for nothing else: the name of the parameter with
+    the keys, and the place of the key among the columns.
+
+    None for others; also where the key has several columns, or is none of those that are selected. The caller sees to it
+    that the table is all that is read, no function called and no textual SQL in it.
+    """
+    state: Any = compiled.compile_state
+    statement: Any = compiled.statement if state is None else state.statement
+    if (
+        not isinstance(statement, Select)
+        or len(statement._where_criteria) != 1
+        or len(set(compiled.bind_names.values())) != 1
+        or statement._limit_clause is not None
+        or statement._offset_clause is not None
+        or statement._fetch_clause is not None
+        or statement._distinct
+        or statement._group_by_clauses
+    ):
+        return None
+    where: Any = statement._where_criteria[0]
+    if not isinstance(where, BinaryExpression) or where.operator not in (operators.eq, operators.in_op):
+        return None
+    names: Mapping[Any, str] = compiled.bind_names
+    name, table = names.get(where.right), getattr(where.left, "table", None)
+    if name is None or not isinstance(table, Table):
+        return None
+    key = list(table.primary_key)
+    if len(key) != 1 or key[0].name != where.left.name:
+        return None
+    for place, column in enumerate(compiled._result_columns):
+        # not `is`: each may be as it is declared, or as the ORM has annotated it
+        if any(
+            isinstance(each, ColumnClause) and each.name == key[0].name and isinstance(each.table, Table)
+            for each in column[2]
+        ):
+            return name, place
+    return None
 
 
 def _unrendered(compiled: SQLCompiler) -> list[int]:

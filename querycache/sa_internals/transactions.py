@@ -7,6 +7,7 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
+from sqlalchemy.engine.util import TransactionalContext
 from sqlalchemy.orm import Session
 
 from querycache.textual import first_word
@@ -33,7 +34,12 @@ __all__ = [
 
 
 def autobegin(session: Session) -> None:
-    """Begin the Session's transaction as any statement would, without a connection."""
+    """Begin the Session's transaction as any statement would, without a connection.
+
+    Raises:
+        InvalidRequestError: the Session is within the context manager of a transaction that has ended.
+    """
+    TransactionalContext._trans_ctx_check(session)
     session._autobegin_t()
 
 

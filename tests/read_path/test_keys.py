@@ -354,3 +354,7 @@ def test_databases_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert bind_identity(create_engine("sqlite:///a.db")) == bind_identity(create_engine(urls[7]))
     private = create_engine("sqlite://")
     assert bind_identity(private) == bind_identity(private.execution_options(isolation_level="AUTOCOMMIT"))
+    relative = create_engine("sqlite:///a.db")
+    identity = bind_identity(relative)
+    monkeypatch.chdir("/")
+    assert bind_identity(relative) == identity, "an engine does not follow the process"

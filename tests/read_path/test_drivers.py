@@ -1,0 +1,147 @@
+"""What a driver was told, and how it is given a statement: it decides what is stored, so it keeps answers apart."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from decimal import Decimal
+from functools import partial
+from typing import Any
+from unittest import mock
+from zoneinfo import ZoneInfo
+
+import pytest
+from sqlalchemy import JSON, Engine, create_engine, literal, literal_column, select, text
+from sqlalchemy.dialects.postgresql import INET
+from sqlalchemy.orm import Session, sessionmaker
+
+from querycache import QueryCache
+from querycache.keys import UnkeyableValue, bind_identity, canonical
+
+POSTGRESQL = "postgresql+psycopg://me:secret@db/a"
+
+exactly = partial(json.loads, parse_float=Decimal)
+
+
+def test_drivers_are_told_apart() -> None:
+    other = create_engine("mysql+mysqldb://me:secret@db/a", module=mock.Mock(__version__="2.2.7"))
+    assert bind_identity(other) != bind_identity(create_engine("mysql+pymysql://me:secret@db/a"))
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"json_deserializer": exactly},
+        {"json_deserializer": partial(json.loads, parse_int=float)},
+        {"json_deserializer": json.loads},
+        {"json_serializer": json.dumps},
+        {"native_inet_types": False},
+        {"use_native_hstore": False},
+    ],
+    ids=["partial", "another partial", "function", "serializer", "inet", "hstore"],
+)
+def test_what_an_engine_was_told_is_the_same_everywhere(told: dict[str, Any]) -> None:
+    one, same, other = (create_engine(POSTGRESQL, **each) for each in (told, told, {}))
+    assert bind_identity(one) == bind_identity(same) != bind_identity(other)
+
+
+def _local() -> Callable[[str], object]:
+    def loads(value: str) -> object:
+        return json.loads(value)
+
+    return loads
+
+
+@pytest.mark.parametrize(
+    "loads",
+    [lambda value: json.loads(value), _local(), json.JSONDecoder().decode],
+    ids=["lambda", "local", "method"],
+)
+def test_functions_without_a_name_keep_an_engine_apart(loads: Callable[[str], object]) -> None:
+    one, other = (create_engine(POSTGRESQL, json_deserializer=loads) for _ in range(2))
+    assert bind_identity(one) == bind_identity(one.execution_options(isolation_level="AUTOCOMMIT"))
+    assert bind_identity(one) != bind_identity(other)
+    # where SQLAlchemy calls them itself, it does so for each answer
+    assert bind_identity(create_engine("mysql+pymysql://db/a", json_deserializer=loads)) == bind_identity(
+        create_engine("mysql+pymysql://db/a")
+    )
+
+
+@pytest.fixture
+def engine_told(postgresql_engine: Engine) -> Iterator[Callable[..., Engine]]:
+    made: list[Engine] = []
+
+    def make(**told: Any) -> Engine:
+        made.append(create_engine(postgresql_engine.url, **told))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.dispose()
+
+
+@pytest.mark.parametrize(
+    ("statement", "told"),
+    [
+        (select(literal_column("""'{"price": 1.1}'::json""", JSON)), {"json_deserializer": exactly}),
+        (select(literal_column("'10.0.0.1'::inet", INET)), {"native_inet_types": False}),
+    ],
+)
+def test_each_engine_is_given_its_own_values(
+    engine_told: Callable[..., Engine], statement: Any, told: dict[str, Any]
+) -> None:
+    cache = QueryCache()
+    engines = [engine_told(), engine_told(**told)]
+    for _ in range(2):
+        for engine in engines:
+            with Session(engine) as plain, Session(engine) as session:
+                cache.attach(session)
+                answer = session.scalar(statement, execution_options={"cache_key": True})
+                assert repr(answer) == repr(plain.scalar(statement))
+
+
+_shown: ContextVar[str] = ContextVar("shown", default="")
+
+
+def test_a_serializer_of_a_driver_is_asked_each_time(engine_told: Callable[..., Engine]) -> None:
+    engine = engine_told(json_serializer=lambda value: json.dumps([_shown.get(), value]))
+    sessions = sessionmaker(engine)
+    QueryCache().attach(sessions)
+    statement = select(literal("x", JSON)).execution_options(cache_key=True)
+    for shown in ("one", "two", "one"):
+        token = _shown.set(shown)
+        try:
+            with sessions() as session:
+                assert session.scalar(statement) == [shown, "x"]
+        finally:
+            _shown.reset(token)
+
+
+def test_json_has_an_order(engine_told: Callable[..., Engine]) -> None:
+    sessions = sessionmaker(engine_told())
+    QueryCache().attach(sessions)
+    for value in ({"a": 1, "b": 2}, {"b": 2, "a": 1}):
+        with sessions() as session:
+            as_text = select(literal(value, JSON).op("::")(text("json")).op("::")(text("text")))
+            answer = session.scalar(as_text, execution_options={"cache_key": True})
+        assert answer == json.dumps(value)
+
+
+@pytest.mark.parametrize("server", ["postgresql", "mariadb"])
+def test_a_driver_that_is_given_no_parameters(server: str, request: pytest.FixtureRequest) -> None:
+    """It does not turn two percent signs into one then."""
+    sessions = sessionmaker(request.getfixturevalue(f"{server}_engine"))
+    QueryCache().attach(sessions)
+    statement = select(literal_column("'100%'"))
+    answers = []
+    for options in ({}, {"no_parameters": True}) * 2:
+        with sessions() as session:
+            answers.append(session.scalar(statement, execution_options={"cache_key": True, **options}))
+    assert answers == ["100%", "100%%"] * 2
+
+
+def test_a_time_of_day_whose_offset_nobody_knows() -> None:
+    with pytest.raises(UnkeyableValue, match="parameter type time"):
+        canonical(datetime.time(12, tzinfo=ZoneInfo("Europe/Berlin")))

@@ -1,0 +1,651 @@
+"""Rows that many answers have in common: one answer is told by the database, the others know."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from dogpile.cache import CacheRegion, make_region
+from sqlalchemy import (
+    JSON,
+    Engine,
+    ForeignKey,
+    String,
+    create_engine,
+    event,
+    func,
+    literal_column,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
+    Session,
+    aliased,
+    immediateload,
+    joinedload,
+    mapped_column,
+    relationship,
+    selectinload,
+    sessionmaker,
+    subqueryload,
+    with_loader_criteria,
+)
+from sqlalchemy.pool import StaticPool
+
+from querycache import QueryCache, dependencies, shared_rows
+from querycache.frozen import freeze
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Writer(Base):
+    __tablename__ = "shared_writers"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(2000), default="")
+    notes: Mapped[list[Note]] = relationship(back_populates="writer")
+
+
+class Note(Base):
+    __tablename__ = "shared_notes"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    page: Mapped[int]
+    writer_id: Mapped[int] = mapped_column(ForeignKey(Writer.id))
+    topic_id: Mapped[int | None] = mapped_column(ForeignKey("shared_topics.id"))
+    writer: Mapped[Writer | None] = relationship(back_populates="notes")
+    topic: Mapped[Topic | None] = relationship()
+
+
+class Topic(Base):
+    __tablename__ = "shared_topics"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    words: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+PAGES = 4
+
+
+def fill(engine: Engine) -> None:
+    Base.metadata.drop_all(engine)
+    Base.metadata.create_all(engine)
+    with sessionmaker(engine).begin() as session:
+        session.add_all([Writer(id=n) for n in range(1, 6)] + [Topic(id=1, words={"a": 1})])
+        session.flush()
+        session.add_all(
+            Note(page=page, writer_id=n, topic_id=1) for page in range(PAGES) for n in range(1, 6)
+        )
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    fill(engine)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def asked(engine: Engine) -> Iterator[list[str]]:
+    """The tables that the database was asked for."""
+    yield from note_asked(engine)
+
+
+def note_asked(engine: Engine) -> Iterator[list[str]]:
+    tables: list[str] = []
+
+    def note(connection: object, cursor: object, sql: str, *rest: object) -> None:
+        if sql.startswith("SELECT") and "FROM shared_" in sql:
+            tables.append(sql.split("FROM shared_")[1].split()[0])
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield tables
+    event.remove(engine, "before_cursor_execute", note)
+
+
+@pytest.fixture
+def store() -> CacheRegion:
+    return make_region().configure("querycache.memory")
+
+
+@pytest.fixture
+def sessions(engine: Engine, store: CacheRegion) -> Any:
+    return attached(engine, store)
+
+
+def attached(engine: Engine, store: CacheRegion, **arguments: Any) -> Any:
+    """A factory of sessions of a process that has a cache of its own, on a store that it shares with others."""
+    factory: Any = sessionmaker(engine)
+    factory.cache = QueryCache(store, lease=0.1, **arguments).attach(factory)
+    return factory
+
+
+def page(number: int, *options: Any, **execution_options: Any) -> Any:
+    return (
+        select(Note)
+        .where(Note.page == number)
+        .order_by(Note.id)
+        .options(selectinload(Note.writer), *options)
+        .execution_options(**{"cache_key": True, **execution_options})
+    )
+
+
+def names(factory: Any, number: int, **execution_options: Any) -> list[str | None]:
+    with factory() as session:
+        notes = session.scalars(page(number, **execution_options)).all()
+        return [None if note.writer is None else note.writer.name for note in notes]
+
+
+def rename(factory: Any, name: str, number: int = 3) -> None:
+    with factory.begin() as session:
+        session.get_one(Writer, number).name = name
+
+
+def warm_up(factory: Any, **execution_options: Any) -> None:
+    for number in range(PAGES):
+        names(factory, number, **execution_options)
+
+
+def test_one_page_asks_for_a_changed_writer_and_the_others_know(sessions: Any, asked: list[str]) -> None:
+    warm_up(sessions)
+    rename(sessions, "Zoe")
+    asked.clear()
+    with sessions.cache.recording() as events:
+        assert [names(sessions, number)[2] for number in range(PAGES)] == ["Zoe"] * PAGES
+    assert asked == ["writers"]
+    assert [(each.outcome, each.reason) for each in events] == [("stale", "in part"), ("fill", "")] * PAGES
+    with sessions.cache.recording() as events:
+        warm_up(sessions)
+    assert {each.outcome for each in events} == {"hit"}, "completed with them, they are stored"
+
+
+def test_a_page_that_is_asked_again_knows_its_writers(sessions: Any, asked: list[str]) -> None:
+    warm_up(sessions)
+    with sessions.begin() as session:
+        session.add(Note(page=0, writer_id=2))
+    asked.clear()
+    assert len(names(sessions, 0)) == 6
+    assert asked == ["notes"]
+
+
+def test_no_page_is_given_a_writer_from_before_a_change(sessions: Any, asked: list[str]) -> None:
+    warm_up(sessions)
+    for number in range(PAGES):
+        rename(sessions, f"Zoe {number}")
+        asked.clear()
+        assert names(sessions, number)[2] == f"Zoe {number}"
+        assert asked == ["writers"]
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+def test_nor_from_before_a_change_by_another_process(
+    engine: Engine, store: CacheRegion, sessions: Any, bulk: bool
+) -> None:
+    warm_up(sessions)
+    other = attached(engine, store)
+    with other.begin() as session:
+        if bulk:
+            session.execute(update(Writer).where(Writer.name == "").values(name="Zoe"))
+        else:
+            session.get_one(Writer, 3).name = "Zoe"
+    assert [names(sessions, number)[2] for number in range(PAGES)] == ["Zoe"] * PAGES
+
+
+def test_a_writer_that_is_not_there_is_known_too(sessions: Any, asked: list[str]) -> None:
+    with sessions.begin() as session:
+        session.execute(update(Note).where(Note.writer_id == 5).values(writer_id=50))
+    warm_up(sessions)
+    rename(sessions, "Zoe")
+    asked.clear()
+    assert [names(sessions, number)[2:] for number in range(PAGES)] == [["Zoe", "", None]] * PAGES
+    assert asked == ["writers"]
+    with sessions.begin() as session:
+        session.add(Writer(id=50, name="Max"))
+    assert [names(sessions, number)[2:] for number in range(PAGES)] == [["Zoe", "", "Max"]] * PAGES
+
+
+def test_what_a_transaction_has_written_is_its_own(sessions: Any, asked: list[str]) -> None:
+    """The database is asked by who has written, and a rollback leaves no trace."""
+    warm_up(sessions)
+    rename(sessions, "Zoe")
+    names(sessions, 0)
+    with sessions() as session:
+        session.add(Topic(id=2, words={}))
+        session.flush()
+        asked.clear()
+        assert session.scalars(page(1)).all()[2].writer.name == "Zoe"
+        assert asked == ["writers"]
+    with sessions() as session:
+        session.get_one(Writer, 3).name = "Amy"
+        session.flush()
+        assert session.scalars(page(1)).all()[2].writer.name == "Amy"
+    assert names(sessions, 1)[2] == "Zoe"
+
+
+def test_a_refresh_asks_for_all_of_it(sessions: Any, asked: list[str]) -> None:
+    warm_up(sessions)
+    asked.clear()
+    names(sessions, 0, cache_mode="refresh")
+    assert asked == ["notes", "writers"]
+
+
+@pytest.mark.parametrize(
+    "by_hand",
+    [
+        {"everything": True},
+        {"region": "default"},
+        {"tags": ["pages"]},
+        {"tables": ["shared_writers"]},
+        {"entities": [Writer]},
+        {"statement": page(0)},
+    ],
+    ids=lambda each: next(iter(each)),
+)
+def test_what_is_invalid_by_hand_is_asked_again(
+    sessions: Any, asked: list[str], by_hand: dict[str, Any]
+) -> None:
+    """Who says so knows of something that the cache does not: the database was written by somebody else."""
+    warm_up(sessions, cache_tags=["pages"])
+    warm_up(sessions)
+    with sessions() as session:
+        session.connection().connection.dbapi_connection.execute("UPDATE shared_writers SET name = 'Zoe'")
+        session.connection().connection.dbapi_connection.commit()
+    sessions.cache.invalidate(**by_hand)
+    tags = {"cache_tags": ["pages"]} if "tags" in by_hand else {}
+    assert [names(sessions, number, **tags)[2] for number in range(PAGES)] == ["Zoe"] * PAGES
+
+
+def test_a_key_of_its_own_shares_with_nobody(sessions: Any, asked: list[str]) -> None:
+    for number in range(2):
+        names(sessions, number, cache_key=f"page {number}")
+    rename(sessions, "Zoe")
+    asked.clear()
+    for number in range(2):
+        assert names(sessions, number, cache_key=f"page {number}")[2] == "Zoe"
+    assert asked == ["writers", "writers"]
+
+
+@pytest.mark.parametrize("of_region", [False, True])
+def test_what_expires_is_not_completed_with_what_was_told_long_ago(
+    engine: Engine, store: CacheRegion, asked: list[str], of_region: bool
+) -> None:
+    sessions = attached(engine, store, ttl=100.0 if of_region else None)
+    options: dict[str, Any] = {} if of_region else {"cache_ttl": 100}
+    warm_up(sessions, **options)
+    rename(sessions, "Zoe")
+    asked.clear()
+    warm_up(sessions, **options)
+    assert asked == ["writers"] * PAGES
+
+
+def test_scopes_share_nothing(engine: Engine, store: CacheRegion, asked: list[str]) -> None:
+    tenant = "one"
+    sessions = attached(engine, store, scope=lambda session: tenant)
+    names(sessions, 0)
+    for tenant in ("two", "one"):
+        asked.clear()
+        names(sessions, 1)
+        assert asked == (["notes", "writers"] if tenant == "two" else ["notes"])
+
+
+def test_criteria_on_writers_share_nothing(sessions: Any) -> None:
+    for name in ("", "nobody", ""):
+        for number in range(PAGES):
+            statement = page(number, with_loader_criteria(Writer, Writer.name == name))
+            with sessions() as session:
+                notes = session.scalars(statement).all()
+                assert [note.writer is None for note in notes] == [name == "nobody"] * 5
+
+
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server("postgresql"))]
+)
+def test_what_could_be_changed_in_place_is_not_shared(
+    request: pytest.FixtureRequest, store: CacheRegion, database: str
+) -> None:
+    """On PostgreSQL the driver gives JSON as dictionaries."""
+    engine: Engine = request.getfixturevalue(f"{database}_engine")
+    fill(engine)
+    sessions = attached(engine, store)
+
+    def look(number: int) -> list[dict[str, Any]]:
+        statement = page(number).options(selectinload(Note.topic))
+        with sessions() as session:
+            found = [note.topic.words.copy() for note in session.scalars(statement)]
+            session.get_one(Topic, 1).words["b"] = 2
+            return found
+
+    for number in range(PAGES):
+        assert look(number) == [{"a": 1}] * 5
+    with sessions.begin() as session:
+        session.get_one(Topic, 1).words = {"a": 2}
+    for _ in range(2):
+        for number in range(PAGES):
+            assert look(number) == [{"a": 2}] * 5
+
+
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server("postgresql"))]
+)
+def test_keys_that_the_driver_gives_in_another_form(
+    request: pytest.FixtureRequest, store: CacheRegion, database: str
+) -> None:
+    """UUIDs are text in SQLite: nobody can tell which row is whose before SQLAlchemy has read it."""
+
+    class Owned(DeclarativeBase):
+        pass
+
+    class Owner(Owned):
+        __tablename__ = "shared_owners"
+        id: Mapped[UUID] = mapped_column(primary_key=True)
+        name: Mapped[str] = mapped_column(default="")
+
+    class Thing(Owned):
+        __tablename__ = "shared_things"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        owner_id: Mapped[UUID] = mapped_column(ForeignKey(Owner.id))
+        owner: Mapped[Owner] = relationship()
+
+    engine: Engine = request.getfixturevalue(f"{database}_engine")
+    Owned.metadata.create_all(engine)
+    sessions = attached(engine, store)
+    with sessions.begin() as session:
+        session.add_all(Owner(id=UUID(int=n)) for n in (1, 2))
+        session.flush()
+        session.add_all(Thing(id=n, owner_id=UUID(int=n % 2 + 1)) for n in range(8))
+
+    def look() -> list[list[str]]:
+        found = []
+        for number in range(4):
+            statement = select(Thing).where(Thing.id.in_([number, number + 1])).order_by(Thing.id)
+            statement = statement.options(selectinload(Thing.owner)).execution_options(cache_key=True)
+            with sessions() as session:
+                found.append([thing.owner.name for thing in session.scalars(statement)])
+        return found
+
+    assert look() == [["", ""]] * 4
+    with sessions.begin() as session:
+        session.get_one(Owner, UUID(int=2)).name = "Zoe"
+    asked = note_asked(engine)
+    tables = next(asked)
+    assert look() == [["", "Zoe"], ["Zoe", ""]] * 2
+    assert tables == ["owners"] * (1 if database == "postgresql" else 4)
+    asked.close()
+
+
+def test_large_rows_are_not_remembered(sessions: Any, asked: list[str]) -> None:
+    for number in range(1, 6):
+        rename(sessions, "Z" * 1500, number)
+    warm_up(sessions)
+    rename(sessions, "Y" * 1500)
+    asked.clear()
+    warm_up(sessions)
+    assert asked == ["writers"] * PAGES
+
+
+def test_it_starts_anew_when_there_are_many(
+    sessions: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_rows, "_MOST_ROWS", 7)
+    many = page(0).options(selectinload(Note.topic).defer(Topic.words))
+    known = sessions.cache._regions.get().shared_rows
+    for number in range(PAGES):
+        for each in (page(number), many.where(Note.id > number)):
+            with sessions() as session:
+                session.scalars(each).all()
+            assert sum(len(each.rows) for each in known._known.values()) <= 12
+    rename(sessions, "Zoe")
+    assert [names(sessions, number)[2] for number in range(PAGES)] == ["Zoe"] * PAGES
+
+
+def test_writers_of_different_databases_are_not_mixed(tmp_path: Path, store: CacheRegion) -> None:
+    engines = [create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("notes", "one", "two")]
+    for engine in engines:
+        fill(engine)
+    notes, *others = engines
+    for name, engine in zip(("Amy", "Zoe"), others, strict=True):
+        with engine.begin() as connection:
+            connection.execute(update(Writer).values(name=name))
+    makers = [sessionmaker(binds={Note: notes, Writer: each}) for each in others]
+    cache = QueryCache(store)
+    for maker in makers:
+        cache.attach(maker)
+    for number in range(PAGES):
+        assert [set(names(maker, number)) for maker in makers] == [{"Amy"}, {"Zoe"}]
+    for engine in engines:
+        engine.dispose()
+
+
+def test_writers_of_different_schemas_are_not_mixed(store: CacheRegion) -> None:
+    class Elsewhere(DeclarativeBase):
+        pass
+
+    class Author(Elsewhere):
+        __tablename__ = "authors"
+        __table_args__ = {"schema": "theirs"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    class Article(Elsewhere):
+        __tablename__ = "articles"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        author_id: Mapped[int] = mapped_column(ForeignKey("theirs.authors.id"))
+        author: Mapped[Author] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    cache, articles = QueryCache(store), select(Article).options(selectinload(Article.author))
+    with engine.connect() as connection:
+        for schema in ("one", "two"):
+            connection.exec_driver_sql(f"ATTACH DATABASE ':memory:' AS {schema}")
+    makers = {}
+    for schema in ("one", "two"):
+        translated = engine.execution_options(schema_translate_map={"theirs": schema})
+        Elsewhere.metadata.create_all(translated)
+        makers[schema] = sessionmaker(translated)
+        cache.attach(makers[schema])
+        with makers[schema].begin() as session:
+            session.add(Author(id=1, name=schema))
+    with makers["one"].begin() as session:
+        session.add_all(Article(id=n, author_id=1) for n in range(1, 4))
+    for number in range(1, 4):
+        for schema, maker in makers.items():
+            with maker() as session:
+                found = session.scalars(
+                    articles.where(Article.id == number).execution_options(cache_key=True)
+                ).one()
+                assert found.author.name == schema
+    engine.dispose()
+
+
+def test_columns_of_another_kind_replace_what_was_known() -> None:
+    """As when a column is given another type, while the versions stand."""
+    known, vectors = shared_rows.SharedRows(), shared_rows.Vectors((), {1: 7, 2: 7})
+    for code, values in ((23, [(1, 5), (2, 6)]), (25, [(1, "5"), (2, "6")])):
+        known.learn(b"family", vectors, freeze([("id", 23), ("value", code)], values, -1), 0)
+    known.learn(
+        b"family", shared_rows.Vectors((), {1: 7}), freeze([("id", 23), ("value", 23)], [(1, 5)], 1), 0
+    )
+    assert known.find(b"family", vectors) is None
+    found = known.find(b"family", shared_rows.Vectors((), {1: 7}))
+    assert found is not None and (found.unpack(), found.rowcount) == ([(1, 5)], 1)
+    assert found.columns == [("id", 23), ("value", 23)]
+
+
+def by_key(statement: Any, **given: Any) -> tuple[str, int] | None:
+    """What is seen in a statement that a Session executes."""
+    found: list[Any] = []
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Base.metadata.create_all(engine)
+
+    def look(connection: object, cursor: object, sql: str, given: object, context: Any, many: object) -> None:
+        found.append(dependencies.analyse(context.compiled).by_key)
+
+    event.listen(engine, "before_cursor_execute", look)
+    with Session(engine) as session:
+        session.execute(statement, given)
+    engine.dispose()
+    [only] = found
+    return only
+
+
+W = aliased(Writer)
+
+
+@pytest.mark.parametrize(
+    ("statement", "place"),
+    [
+        (select(Writer).where(Writer.id == 1), 0),
+        (select(Writer.name, Writer.id).where(Writer.id == 1), 1),
+        (select(Writer).where(Writer.id.in_([1, 2])), 0),
+        (select(W).where(W.id == 1), None),
+        (select(Writer.name).where(Writer.id == 1), None),
+        (select(Writer).where(Writer.id > 1), None),
+        (select(Writer).where(Writer.id.not_in([1])), None),
+        (select(Writer).where(Writer.id == 1, Writer.id < 5), None),
+        (select(Writer).where(Writer.name == "x"), None),
+        (select(Note).where(Note.writer_id == 1), None),
+        (select(Writer).where(Writer.id == 1).limit(1), None),
+        (select(Writer).where(Writer.id == 1).offset(1), None),
+        (select(Writer).where(Writer.id == 1).distinct(), None),
+        (select(Writer).where(Writer.id == 1).with_for_update(), None),
+        (select(Writer.id).where(Writer.id.in_([1])).group_by(Writer.id), None),
+        (select(Writer.id).where(Writer.id == 1).add_cte(select(Note.id).cte()), None),
+        (select(Writer.id, literal_column("7")).where(Writer.id == 1), None),
+        (select(Writer.id, func.abs(Writer.id)).where(Writer.id == 1), None),
+        (select(Writer).where(Writer.id == 1).prefix_with("ALL"), None),
+        (select(Writer, (Writer.id + 7).label("n")).where(Writer.id == 1), None),
+        (select(Writer).where(Writer.id == select(func.max(Note.writer_id)).scalar_subquery()), None),
+        (select(Writer).where(text("shared_writers.id = 1")), None),
+        (select(Writer).where(Writer.id == 1).union(select(Writer).where(Writer.id == 2)), None),
+    ],
+    ids=lambda each: "" if each is None or isinstance(each, int) else str(each).replace("\n", " ")[-60:],
+)
+def test_what_asks_by_key(statement: Any, place: int | None) -> None:
+    found = by_key(statement)
+    assert (None if found is None else found[1]) == place
+
+
+LOADERS = {
+    "selectinload": lambda: selectinload(Note.writer),
+    "immediateload": lambda: immediateload(Note.writer),
+    "subqueryload": lambda: subqueryload(Note.writer),
+    "joinedload": lambda: joinedload(Note.writer),
+    "and back": lambda: selectinload(Note.writer).selectinload(Writer.notes),
+    "joined within": lambda: selectinload(Note.writer).joinedload(Writer.notes),
+    "some columns": lambda: selectinload(Note.writer).load_only(Writer.id),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS.values(), ids=LOADERS)
+def test_whatever_completes_them_answers_are_the_databases(
+    engine: Engine, store: CacheRegion, loader: Callable[[], Any]
+) -> None:
+    """Two processes write and read at random."""
+    chance = random.Random(7)
+    processes = [attached(engine, store) for _ in range(2)]
+    plain = sessionmaker(engine)
+
+    def look(factory: Any, number: int) -> object:
+        statement = select(Note).where(Note.page == number).order_by(Note.id).options(loader())
+        with factory() as session:
+            return [
+                (note.id, note.writer and (note.writer.id, note.writer.name, len(note.writer.notes)))
+                for note in session.scalars(statement.execution_options(cache_key=True)).unique()
+            ]
+
+    for step in range(300):
+        factory = chance.choice(processes)
+        what = chance.random()
+        with factory.begin() as session:
+            if what < 0.15:
+                session.get_one(Writer, chance.randint(1, 4)).name = f"name {step}"
+            elif what < 0.2:
+                session.add(Note(page=chance.randrange(PAGES), writer_id=chance.randint(1, 6)))
+            elif what < 0.25:
+                session.get_one(Note, chance.randint(1, 20)).writer_id = chance.randint(1, 6)
+            elif what < 0.3:
+                gone = session.get(Writer, 5)
+                if gone is None:
+                    session.add(Writer(id=5, name=f"back {step}"))
+                else:
+                    session.execute(text("DELETE FROM shared_writers WHERE id = 5"))
+        number = chance.randrange(PAGES)
+        assert look(chance.choice(processes), number) == look(plain, number), step
+
+
+def when_asked_for_notes(engine: Engine, when: str, act: Callable[[], object]) -> None:
+    """Do something once, just before or just after the database is asked for notes."""
+
+    done: list[object] = []
+
+    def listen(connection: object, cursor: object, sql: str, *rest: object) -> None:
+        if "FROM shared_notes" in sql and not done:
+            done.append(sql)
+            act()
+
+    event.listen(engine, when, listen)
+
+
+def test_writers_are_no_older_than_their_notes(tmp_path: Path, store: CacheRegion) -> None:
+    """What the database is asked for sees a commit that came after the versions were read, so the rest must, too."""
+    engine = create_engine(f"sqlite:///{tmp_path / 'notes.db'}")
+    fill(engine)
+    sessions = attached(engine, store)
+    warm_up(sessions)
+    with sessions.begin() as session:
+        session.add(Note(page=0, writer_id=2))
+    when_asked_for_notes(engine, "before_cursor_execute", lambda: rename(sessions, "Zoe"))
+    assert names(sessions, 0)[2] == "Zoe"
+    assert names(sessions, 0)[2] == "Zoe"
+    engine.dispose()
+
+
+@pytest.mark.server("postgresql")
+def test_writers_are_of_the_snapshot_of_their_notes(postgresql_engine: Engine, store: CacheRegion) -> None:
+    fill(postgresql_engine)
+    sessions = attached(postgresql_engine, store)
+    snapshots = postgresql_engine.execution_options(isolation_level="REPEATABLE READ")
+    readers = sessionmaker(snapshots)
+    sessions.cache.attach(readers)
+    warm_up(sessions)
+    with sessions.begin() as session:
+        session.add(Note(page=0, writer_id=2))
+
+    def meanwhile() -> None:
+        rename(sessions, "Zoe")
+        names(sessions, 1)
+
+    when_asked_for_notes(snapshots, "after_cursor_execute", meanwhile)
+    assert names(readers, 0)[2] == ""
+    assert names(readers, 0)[2] == "Zoe"
+
+
+@pytest.mark.server("postgresql")
+@pytest.mark.server("redis")
+def test_a_snapshot_is_shown_as_it_is(postgresql_engine: Engine, redis_store_url: str) -> None:
+    fill(postgresql_engine)
+    engine = postgresql_engine.execution_options(isolation_level="REPEATABLE READ")
+    readers, writers = sessionmaker(engine), sessionmaker(postgresql_engine)
+    QueryCache(redis_store_url, lease=0.1).attach(readers).attach(writers)
+    warm_up(writers)
+    rename(writers, "Amy")
+    warm_up(writers)
+    with readers() as session:
+        session.scalars(select(Topic)).all()
+        rename(writers, "Zoe")
+        warm_up(writers)
+        assert session.scalars(page(1, cache_mode="use")).all()[2].writer.name == "Amy"
+        session.expunge_all()
+        # asked of the database, and so is what completes it
+        statement = page(1).where(Note.id > 0)
+        assert session.scalars(statement).all()[2].writer.name == "Amy"
