@@ -303,7 +303,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         memo.functions |= custom_constructs(rendered)
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
-        if memo.tables.total() == 1 and not (memo.functions or memo.texts or memo.opaque or memo.locks):
+        if memo.tables.total() == 1 and not (memo.functions or memo.texts):
             memo.by_key = asks_by_key(compiled)
         compiled.__dict__[_MEMO] = memo
     return memo
