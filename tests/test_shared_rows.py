@@ -383,6 +383,37 @@ def test_keys_that_the_driver_gives_in_another_form(
     asked.close()
 
 
+def test_keys_of_text_are_followed_by_no_row(store: CacheRegion) -> None:
+    class Coded(DeclarativeBase):
+        pass
+
+    class Country(Coded):
+        __tablename__ = "shared_countries"
+        code: Mapped[str] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    class Town(Coded):
+        __tablename__ = "shared_towns"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[str] = mapped_column(ForeignKey(Country.code))
+        country: Mapped[Country] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Coded.metadata.create_all(engine)
+    sessions = attached(engine, store)
+    with sessions.begin() as session:
+        session.add_all([Country(code="nl", name="Holland"), Town(id=1, code="nl"), Town(id=2, code="nl")])
+    for name in ("Holland", "Nederland"):
+        with sessions.begin() as session:
+            session.get_one(Country, "nl").name = name
+        for number in (1, 2):
+            statement = select(Town).where(Town.id == number).options(selectinload(Town.country))
+            with sessions() as session:
+                town = session.scalars(statement.execution_options(cache_key=True)).one()
+                assert town.country.name == name
+    engine.dispose()
+
+
 def test_large_rows_are_not_remembered(sessions: Any, asked: list[str]) -> None:
     for number in range(1, 6):
         rename(sessions, "Z" * 1500, number)
