@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
-from uuid import UUID
 
 from sqlalchemy import (
     Alias,
@@ -260,7 +259,7 @@ class Analysis:
             return None
         [pin] = self.pins
         values = self._pinned_values(pin, plan)
-        if values is None or not {int, UUID}.issuperset(map(type, values)):
+        if values is None:
             return None
         label = label_of(*translated(pin.table, plan.schema_translate_map))
         slots = {value: slot_of(value, declared.slots) for value in values}

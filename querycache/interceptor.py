@@ -386,7 +386,7 @@ class Interceptor:
         load.observe(asked.tags())
         load.grown = True
         by_key = self._requests.by_key(load.request, asked)
-        frozen = None if by_key is None else self._known_rows(load, by_key)
+        frozen = None if by_key is None else self._known_rows(load, asked, by_key)
         if frozen is not None:
             load.loads[asked.mark] = frozen
             return merge_frozen_result(asked.prepared, frozen)
@@ -400,18 +400,25 @@ class Interceptor:
                 load.learned.append((by_key, frozen))
         return result
 
-    def _known_rows(self, load: _Load, by_key: ByKey) -> FrozenStatement | None:
-        """Rows that this process was told when it completed other answers, and that still stand."""
+    def _known_rows(self, load: _Load, asked: Completion, by_key: ByKey) -> FrozenStatement | None:
+        """The rows that a further statement asks for, from this and other answers, where all of them still stand."""
         request, reading = load.request, load.reading
         known = request.region.shared_rows
-        if request.options.mode == "refresh" or not known.has(by_key.family):
+        if request.options.mode == "refresh":
             return None
         for transaction in self._writes.transactions(request.session, request.bind):
             if transaction.wrote or transaction.snapshot is not None:
                 return None
         if load.entry is None or load.later:
+            if not known.has(by_key.family):
+                return None
             # The database was asked after the versions were read, and what completes its answer is to be no older.
             reading = request.region.observe((*by_key.common, *by_key.own.values()))
+        elif reading is not None:
+            stored = load.entry.loads.get(asked.mark)
+            if stored is not None and reading.fallen.isdisjoint(by_key.common):
+                standing = _vectors(by_key, reading, reading.fallen)
+                known.learn(by_key.family, by_key.own, standing, stored, by_key.place)
         return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
     def _is_torn(self, load: _Load) -> bool:
@@ -439,9 +446,8 @@ class Interceptor:
             reason = request.region.fill(request.key, entry, reading, seconds, request.tag_keys)
             outcome = "error" if reason else "fill"
             for by_key, frozen in load.learned if not reason else ():
-                request.region.shared_rows.learn(
-                    by_key.family, _vectors(by_key, load.reading), frozen, by_key.place
-                )
+                vectors = _vectors(by_key, load.reading)
+                request.region.shared_rows.learn(by_key.family, by_key.own, vectors, frozen, by_key.place)
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 
     def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
@@ -455,12 +461,12 @@ class Interceptor:
         return self._distrust(request, reading) if reading is not None else ""
 
 
-def _vectors(by_key: ByKey, reading: Reading) -> Vectors:
-    """The versions of what the rows of a further statement depend on."""
+def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozenset()) -> Vectors:
+    """The versions of what the rows of a further statement depend on, but for rows that depend on certain tags."""
     found = dict(zip(reading.tags, reading.versions, strict=True))
     return Vectors(
         tuple((tag, found.get(tag)) for tag in by_key.common),
-        {key: found.get(tag) for key, tag in by_key.own.items()},
+        {key: found.get(tag) for key, tag in by_key.own.items() if tag not in without},
     )
 
 

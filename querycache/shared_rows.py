@@ -9,7 +9,7 @@ read before, and they complete other answers to the same statement for as long a
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -83,16 +83,19 @@ class SharedRows:
         rowcount = len(rows) if known.counted else -1
         return FrozenStatement(known.columns, rowcount, pack_rows(rows, len(known.columns)))
 
-    def learn(self, family: bytes, vectors: Vectors, frozen: FrozenStatement, place: int) -> None:
-        """Remember what the database has told of these keys.
+    def learn(
+        self, family: bytes, keys: Iterable[object], vectors: Vectors, frozen: FrozenStatement, place: int
+    ) -> None:
+        """Remember rows that the database has told.
 
         Args:
-            vectors: the versions from before it was asked.
+            keys: that it was asked for.
+            vectors: the versions from before it was asked, of the keys that are to be remembered.
             place: of the key in each row.
         """
         if not _is_small(frozen.rows):
             return
-        rows: dict[object, Row | None] = dict.fromkeys(vectors.own)
+        rows: dict[object, Row | None] = dict.fromkeys(keys)
         for row in frozen.unpack():
             key = row[place]
             # where the database takes other values for equal than Python does, nobody knows which row is whose
@@ -106,7 +109,9 @@ class SharedRows:
             if known is None or known.columns != frozen.columns:
                 known = self._known[family] = _Known(frozen.columns, frozen.rowcount >= 0)
             before = len(known.rows)
-            known.rows.update({key: (vectors.common, vectors.own[key], row) for key, row in rows.items()})
+            known.rows.update(
+                {key: (vectors.common, version, rows[key]) for key, version in vectors.own.items()}
+            )
             self._count += len(known.rows) - before
 
 

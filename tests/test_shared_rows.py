@@ -169,6 +169,26 @@ def test_one_page_asks_for_a_changed_writer_and_the_others_know(sessions: Any, a
     assert {each.outcome for each in events} == {"hit"}, "completed with them, they are stored"
 
 
+def test_what_still_stands_of_a_page_is_known_to_others(
+    engine: Engine, store: CacheRegion, sessions: Any, asked: list[str]
+) -> None:
+    """One process has stored the pages, and another learns from them as it meets them."""
+    warm_up(sessions)
+    rename(sessions, "Zoe")
+    other = attached(engine, store)
+    asked.clear()
+    assert [names(other, number)[2] for number in range(PAGES)] == ["Zoe"] * PAGES
+    assert asked == ["writers"]
+    rename(sessions, "Amy", 1)
+    rename(sessions, "Max", 2)
+    asked.clear()
+    assert names(other, 0)[:3] == ["Amy", "Max", "Zoe"]
+    with other.begin() as session:
+        session.execute(update(Note).where(Note.writer_id > 2, Note.page == 1).values(writer_id=1))
+    assert names(other, 1)[:3] == ["Amy", "Max", "Amy"]
+    assert asked == ["writers", "notes"]
+
+
 def test_a_page_that_is_asked_again_knows_its_writers(sessions: Any, asked: list[str]) -> None:
     warm_up(sessions)
     with sessions.begin() as session:
@@ -498,14 +518,17 @@ def test_writers_of_different_schemas_are_not_mixed(store: CacheRegion) -> None:
 
 def test_columns_of_another_kind_replace_what_was_known() -> None:
     """As when a column is given another type, while the versions stand."""
-    known, vectors = shared_rows.SharedRows(), shared_rows.Vectors((), {1: 7, 2: 7})
-    for code, values in ((23, [(1, 5), (2, 6)]), (25, [(1, "5"), (2, "6")])):
-        known.learn(b"family", vectors, freeze([("id", 23), ("value", code)], values, -1), 0)
-    known.learn(
-        b"family", shared_rows.Vectors((), {1: 7}), freeze([("id", 23), ("value", 23)], [(1, 5)], 1), 0
-    )
-    assert known.find(b"family", vectors) is None
-    found = known.find(b"family", shared_rows.Vectors((), {1: 7}))
+    known, both = shared_rows.SharedRows(), shared_rows.Vectors((), {1: 7, 2: 7})
+    one = shared_rows.Vectors((), {1: 7})
+    for code, values, vectors in (
+        (23, [(1, 5), (2, 6)], both),
+        (25, [(1, "5"), (2, "6")], both),
+        (23, [(1, 5), (2, 6)], one),
+    ):
+        frozen = freeze([("id", 23), ("value", code)], values, len(values))
+        known.learn(b"family", [1, 2], vectors, frozen, 0)
+    assert known.find(b"family", both) is None
+    found = known.find(b"family", one)
     assert found is not None and (found.unpack(), found.rowcount) == ([(1, 5)], 1)
     assert found.columns == [("id", 23), ("value", 23)]
 
