@@ -99,6 +99,7 @@ class _Load:
         if not self.unfit:
             try:
                 frozen = freeze(description, rows, rowcount)
+                description = frozen.description  # as it is for a hit, for which a replay may have begun
             except Unstorable as refusal:
                 self.spoiled = refusal.reason
         return frozen, prepared.replay(description, rows, rowcount)

@@ -6,7 +6,9 @@ Each of these was found by running SQLAlchemy's own tests on replayed rows (``te
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,12 +68,9 @@ def session(cache: QueryCache) -> Iterator[Session]:
     engine.dispose()
 
 
-@pytest.mark.parametrize("options", [{}, {"preserve_rowcount": True}, {"prebuffer_rows": True}])
-def test_a_replay_begun_ahead_gives_what_it_gives_otherwise(
-    session: Session, cache: QueryCache, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
-) -> None:
+def begin_while_the_store_is_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a server, which the memory store is not."""
     fetch = MemoryBackend.fetch
-    found = []
 
     def slowly(self: MemoryBackend, key: str | None, counters: Any = (), meanwhile: Any = None) -> Any:
         if meanwhile is not None:
@@ -79,6 +78,43 @@ def test_a_replay_begun_ahead_gives_what_it_gives_otherwise(
         return fetch(self, key, counters)
 
     monkeypatch.setattr(MemoryBackend, "fetch", slowly)
+
+
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server("postgresql"))]
+)
+def test_nothing_of_a_session_stays_behind(
+    request: pytest.FixtureRequest, cache: QueryCache, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    """A load that was begun for nothing would refer to its Session, and the other way round."""
+    begin_while_the_store_is_at_work(monkeypatch)
+    engine = request.getfixturevalue(f"{database}_engine")
+    Base.metadata.create_all(engine)
+    with Session(engine) as session, session.begin():
+        session.add(Author(id=1, books=[Book(id=1)]))
+    gc.collect()
+    gc.disable()
+    try:
+        for mode in ("use", "use", "refresh", "refresh"):
+            session = Session(engine)
+            cache.attach(session)
+            with session:
+                statement = AUTHORS_WITH_BOOKS.execution_options(cache_mode=mode)
+                assert session.scalars(statement).one().books
+            gone = weakref.ref(session)
+            cache.detach(session)
+            del session
+            assert gone() is None, mode
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve_rowcount": True}, {"prebuffer_rows": True}])
+def test_a_replay_begun_ahead_gives_what_it_gives_otherwise(
+    session: Session, cache: QueryCache, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    found = []
+    begin_while_the_store_is_at_work(monkeypatch)
     statement = select(Author, Author.name).execution_options(cache_key=True, **options)
     with cache.recording() as events:
         for name in ("one", "one", "two", "two"):

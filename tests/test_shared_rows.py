@@ -66,6 +66,13 @@ class Note(Base):
     topic: Mapped[Topic | None] = relationship()
 
 
+class Mark(Base):
+    __tablename__ = "shared_marks"
+
+    note_id: Mapped[int] = mapped_column(ForeignKey(Note.id), primary_key=True)
+    writer_id: Mapped[int] = mapped_column(ForeignKey(Writer.id), primary_key=True)
+
+
 class Topic(Base):
     __tablename__ = "shared_topics"
 
@@ -434,6 +441,17 @@ def test_keys_of_text_are_followed_by_no_row(store: CacheRegion) -> None:
     engine.dispose()
 
 
+def test_more_keys_than_are_followed(sessions: Any) -> None:
+    with sessions.begin() as session:
+        session.add_all(Writer(id=n, name="Amy") for n in range(100, 200))
+        session.flush()
+        session.add_all(Note(page=number, writer_id=n) for n in range(100, 200) for number in (0, 1))
+    for name in ("Amy", "Zoe"):
+        with sessions.begin() as session:
+            session.get_one(Writer, 150).name = name
+        assert [names(sessions, number)[55] for number in (0, 1)] == [name] * 2
+
+
 def test_large_rows_are_not_remembered(sessions: Any, asked: list[str]) -> None:
     for number in range(1, 6):
         rename(sessions, "Z" * 1500, number)
@@ -564,6 +582,8 @@ W = aliased(Writer)
         (select(Writer).where(Writer.id > 1), None),
         (select(Writer).where(Writer.id.not_in([1])), None),
         (select(Writer).where(Writer.id == 1, Writer.id < 5), None),
+        (select(Writer).where(Writer.id == 1, Writer.name.is_(None)), None),
+        (select(Mark).where(Mark.writer_id == 1), None),
         (select(Writer).where(Writer.name == "x"), None),
         (select(Note).where(Note.writer_id == 1), None),
         (select(Writer).where(Writer.id == 1).limit(1), None),

@@ -132,7 +132,6 @@ class Prepared:
         if not (_same_sql(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
-            self._begun = None
         cursor: Any = result.cursor
         strategy: Any = result.cursor_strategy
         description = strategy.alternate_cursor_description or cursor.description

@@ -374,7 +374,7 @@ def _remember(plan: Plan, identity: tuple[Any, ...]) -> None:
 
 def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
     """Of a select that asks rows of a table for their primary key and for nothing else: the name of the parameter with
-    the keys, and the place of the key among the columns.
+    the keys, the only one, and the place of the key among the columns.
 
     None for others; also where the key has several columns, or is none of those that are selected. The caller sees to it
     that the table is all that is read, no function called and no textual SQL in it.
@@ -385,9 +385,6 @@ def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
         not isinstance(statement, Select)
         or len(statement._where_criteria) != 1
         or len(set(compiled.bind_names.values())) != 1
-        or statement._limit_clause is not None
-        or statement._offset_clause is not None
-        or statement._fetch_clause is not None
         or statement._distinct
         or statement._group_by_clauses
     ):
