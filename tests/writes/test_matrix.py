@@ -174,21 +174,57 @@ WORLDS: Mapping[str, Sequence[str]] = {
 }
 
 
+class Worlds:
+    """The world of the last test, which the next one goes on with if it is the same.
+
+    A fixture that is parametrized together with others is made anew for each test, whatever its scope.
+    """
+
+    def __init__(self) -> None:
+        self._open = contextlib.ExitStack()
+        self._name = ""
+        self._world: World | None = None
+
+    def enter(self, name: str, make: Callable[[], contextlib.AbstractContextManager[World]]) -> World:
+        if self._world is None or name != self._name:
+            self.close()
+            self._name, self._world = name, self._open.enter_context(make())
+        return self._world
+
+    def close(self) -> None:
+        self._world = None
+        self._open.close()
+
+
 @pytest.fixture(scope="module")
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def worlds() -> Iterator[Worlds]:
+    worlds = Worlds()
+    yield worlds
+    worlds.close()
+
+
+@pytest.fixture
+def world(
+    request: pytest.FixtureRequest, worlds: Worlds, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
     database, store = request.param.split()
-    if store == "redis":
-        store_url = request.getfixturevalue("redis_url")
-        with Redis.from_url(store_url) as client:
-            client.flushdb()
-    else:
-        store_url = "memory://"
-    if database == "sqlite":
-        database_url = f"sqlite:///{tmp_path_factory.mktemp('matrix') / 'library.db'}"
-    else:
-        database_url = request.getfixturevalue(f"{database}_url")
-    with _world(database_url, store_url) as made:
-        yield made
+
+    def make() -> contextlib.AbstractContextManager[World]:
+        if store == "redis":
+            store_url = request.getfixturevalue("redis_url")
+            with Redis.from_url(store_url) as client:
+                client.flushdb()
+        else:
+            store_url = "memory://"
+        if database == "sqlite":
+            database_url = f"sqlite:///{tmp_path_factory.mktemp('matrix') / 'library.db'}"
+        else:
+            database_url = request.getfixturevalue(f"{database}_url")
+        return _world(database_url, store_url)
+
+    yield worlds.enter(request.param, make)
+    if "DROP" in request.node.callspec.params["name"]:
+        worlds.close()  # its tables are not what they were
 
 
 # --- ways: whose transaction it is -----------------------------------------------------------------
