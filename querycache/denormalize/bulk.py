@@ -19,8 +19,8 @@ from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
 from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, in_order, primary_keys
-from querycache.denormalize.dml import columns_written, is_upsert, literal_rows
-from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
+from querycache.denormalize.dml import columns_written, is_upsert, keys_upserted, literal_rows
+from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.keeping import Work, keeper_of
 from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
@@ -29,6 +29,7 @@ from querycache.denormalize.touched import Touched
 from querycache.sa_internals import (
     columns_set,
     inserts_one,
+    is_flushing,
     later_handlers,
     names_entity,
     run_later_handlers,
@@ -79,8 +80,10 @@ def _execute(
     target.refuse_aggregates()
     target.refuse_unseen()
     guard.check_elsewhere(statement, target.tables)
-    if target.concerns() and state.session.autoflush:
-        state.session.flush()
+    if target.concerns():
+        target.refuse_within_flush()
+        if _flushes_before(state):
+            state.session.flush()
     with guard.covered():
         if not target.concerns():
             result = state.invoke_statement()
@@ -92,6 +95,13 @@ def _execute(
     if kept_elsewhere:
         keeper_of(state.session).after_bulk(state.session, parents_in(state.session, kept_elsewhere))
     return result
+
+
+def _flushes_before(state: ORMExecuteState) -> bool:
+    """Whether SQLAlchemy would flush before a statement of entities."""
+    session = state.session
+    wanted = session.autoflush and state.execution_options.get("autoflush", True)
+    return bool(wanted) and not is_flushing(session)
 
 
 class _Target:
@@ -149,7 +159,8 @@ class _Target:
         names = {name for row in self.rows for name in row}
         if self.by_key or (names and isinstance(self.statement, Insert) and names_entity(self.statement)):
             # Row by row, which has no text of its own; VALUES in the statement are those of each row.
-            return names | {str(getattr(each, "key", each)) for each in columns_set(self.statement)}
+            given = names | {str(getattr(each, "key", each)) for each in columns_set(self.statement)}
+            return given | keys_upserted(self.statement) if isinstance(self.statement, Insert) else given
         found = columns_written(
             self.statement.compile(dialect=self.dialect, column_keys=sorted(names) if names else None)
         )
@@ -166,17 +177,25 @@ class _Target:
         return self.table.fullname
 
     @property
-    def tables(self) -> set[Any]:
-        return {self.table, *(self.mapper.tables if self.mapper is not None else ())}
+    def kind(self) -> str:
+        """Of statement."""
+        return self.statement.__visit_name__.upper()
+
+    @property
+    def tables(self) -> set[Table]:
+        mapped = self.mapper.tables if self.mapper is not None else ()
+        return {self.table, *(table for table in mapped if isinstance(table, Table))}
 
     def refuse_aggregates(self) -> None:
-        columns = {name for row in self.rows for name in row} if self.columns is None else self.columns
-        for name, aggregate in self.plan.columns.get(self.table, {}).items():
-            if name in columns or aggregate.key in columns:
-                raise ReadOnlyAggregate(
-                    f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by a statement;"
-                    " run repair() if it is wrong"
-                )
+        for table in self.tables:
+            # Of a joined subclass the tables above it are written as well, row by row.
+            guard.refuse_aggregates(table, self.columns, self.kind, by_attribute=True)
+            guard.refuse_replacing(table, self.statement)
+
+    def refuse_within_flush(self) -> None:
+        connection = self.work(Touched()).connection
+        what = f"{self.kind} on {self.name}"
+        guard.refuse_within_flush(connection, what, _dependents(self), of=self.session)
 
     def refuse_unseen(self) -> None:
         """Refuse what a class writes that has but the table in common with the one by which aggregates are kept."""
@@ -331,7 +350,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
         )
     if len(target.rows) > 1 and not target.by_key:
         raise UncoveredChange(
-            f"{statement.__visit_name__.upper()} on {target.name} with {len(target.rows)} sets of parameters cannot be"
+            f"{target.kind} on {target.name} with {len(target.rows)} sets of parameters cannot be"
             f" followed; {_dependents(target)} would be wrong. Execute it once for each set"
         )
     touched = Touched()
@@ -343,7 +362,7 @@ def _change(target: _Target, statement: Update | Delete) -> Result[Any]:
         keys = _matching(target, work, statement)
         if len(keys) * max(1, len(target.key)) > LIMIT:
             raise UncoveredChange(
-                f"{statement.__visit_name__.upper()} on {target.name} changes {len(keys)} rows; more than {LIMIT} key values"
+                f"{target.kind} on {target.name} changes {len(keys)} rows; more than {LIMIT} key values"
                 " cannot be accounted for in one statement. Do it in portions, or with the execution option"
                 ' {"denormalize": "unchecked"} and repair() afterwards'
             )
@@ -416,7 +435,7 @@ def _pair_keys(target: _Target, statement: Any, place: Place) -> set[Key]:
             keys = {tuple(row[name] for name in names) for row in rows}
             return {key for key in keys if None not in key}
     raise UncoveredChange(
-        f"{statement.__visit_name__.upper()} on the secondary table {target.name} without plain values cannot be followed;"
+        f"{target.kind} on the secondary table {target.name} without plain values cannot be followed;"
         f" {_dependents(target)} would be wrong. Delete rows and insert rows with values, or change the relationship"
     )
 

@@ -22,13 +22,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import Delete, Insert, Table, Update
+from sqlalchemy import Connection, Delete, Insert, Table, Update
 from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 
-from querycache.denormalize.dml import columns_written, set_elsewhere
+from querycache.denormalize.dml import columns_written, replaces_rows, set_elsewhere
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of, planned_table
-from querycache.sa_internals import is_of_flush, is_of_relationship
+from querycache.sa_internals import connections, is_flushing, is_of_flush, is_of_relationship
 
 __all__ = [
     "check_elsewhere",
@@ -36,7 +36,11 @@ __all__ = [
     "covered",
     "do_execute",
     "do_execute_no_params",
+    "is_any_at_work",
     "is_covered",
+    "refuse_aggregates",
+    "refuse_replacing",
+    "refuse_within_flush",
     "uncover",
 ]
 
@@ -133,7 +137,7 @@ def check_elsewhere(statement: Any, but: Container[Table] = ()) -> None:
         table = planned_table(selectable)
         if table is not None:
             written = _keys(table, names)
-            _refuse_aggregates(table, written, "UPDATE")
+            refuse_aggregates(table, written, "UPDATE")
             if table not in but:
                 _refuse(table, written, "UPDATE", "together with another table")
 
@@ -146,8 +150,8 @@ def _check(statement: Any, compiled: Any, where: str) -> None:
         return
     kind = statement.__visit_name__.upper()
     written = columns_written(compiled, table)
-    if written is not None:
-        _refuse_aggregates(table, written, kind)
+    refuse_aggregates(table, written, kind)
+    refuse_replacing(table, statement)
     _refuse(table, written, kind, where)
 
 
@@ -155,14 +159,84 @@ def _keys(table: Table, names: set[str]) -> set[str]:
     return {str(column.key) for column in table.columns if column.name in names}
 
 
-def _refuse_aggregates(table: Table, written: set[str], kind: str) -> None:
+def refuse_aggregates(
+    table: Table, written: set[str] | None, kind: str, *, by_attribute: bool = False
+) -> None:
+    """Refuse a statement that sets aggregates.
+
+    Args:
+        written: the columns that it sets, by their keys; None if that cannot be told.
+        kind: of statement.
+        by_attribute: whether it may name them by their attributes, too.
+
+    Raises:
+        ReadOnlyAggregate: naming the aggregate.
+        UncoveredChange: where it cannot be told whether it sets one.
+    """
     plan = plan_of(table)
     assert plan is not None
-    for name, aggregate in plan.columns.get(table, {}).items():
-        if name in written:
+    held = plan.columns.get(table, {})
+    if written is None and held:
+        raise UncoveredChange(
+            f"which columns the {kind} on {table.fullname} sets cannot be told from its text, and"
+            f" {', '.join(sorted(one.name for one in held.values()))} must not be among them; write it without comments and"
+            ' text of your own, or take the execution option {"denormalize": "unchecked"} and then repair()'
+        )
+    for name, aggregate in held.items() if written is not None else ():
+        if name in written or (by_attribute and aggregate.key in written):
             raise ReadOnlyAggregate(
                 f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by {kind}; run repair() if it"
                 " is wrong"
+            )
+
+
+def refuse_replacing(table: Table, statement: Any) -> None:
+    """Refuse INSERT OR REPLACE and its like where the rows that it deletes, of which nothing tells, count for aggregates or
+    hold some.
+
+    Raises:
+        UncoveredChange: naming the table.
+    """
+    plan = plan_of(table)
+    if plan is None or not replaces_rows(statement):
+        return
+    held = {one.name for one in plan.columns.get(table, {}).values()}
+    if table in plan.tables or table in plan.edges:
+        held |= {one.name for one in plan.depending_on(table) if one.strategy != "trigger"}
+    if held:
+        raise UncoveredChange(
+            f"OR REPLACE on {table.fullname} deletes the rows that are in its way unseen, which would leave"
+            f" {', '.join(sorted(held))} wrong; delete them and then insert or update, in two statements"
+        )
+
+
+def is_any_at_work() -> bool:
+    """Whether a flush that is accounted for may be at work in this thread or task."""
+    return bool(_flushes.get())
+
+
+def refuse_within_flush(connection: Connection, what: str, names: str, *, of: Session | None = None) -> None:
+    """Refuse a write of rows while a flush is at work on the same connection, which has looked at what it changes before,
+    and will take what it then finds for its own doing.
+
+    Args:
+        what: is to be written.
+        names: of the aggregates concerned.
+        of: a Session whose own flush counts as well.
+
+    Raises:
+        UncoveredChange: naming these.
+    """
+    for each in _flushes.get():
+        flush = each()
+        if flush is None or not is_flushing(flush.session):
+            continue
+        if flush.session is of or connection in connections(flush.session):
+            raise UncoveredChange(
+                f"{what} while a flush is at work, as mapper events, and before_flush and after_flush listeners, execute"
+                f" it, would be counted twice, or not at all, for {names}; set the attributes of the objects in a"
+                " before_flush listener that was registered on the Session class before the mappers configured, or execute"
+                " it after the flush"
             )
 
 

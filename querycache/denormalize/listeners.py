@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapper, Session, configure_mappers
 
 from querycache.denormalize import bulk, configure, guard, readonly
 from querycache.denormalize.declare import INFO_KEY
-from querycache.denormalize.keeping import forget_classes, keeper_of
+from querycache.denormalize.keeping import Keeper, forget_classes, keeper_of
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.strategies import STRATEGIES
 from querycache.denormalize.strategies.trigger import drop_triggers, make_triggers
@@ -103,8 +103,22 @@ def _before_flush(session: Session, flush_context: Any, instances: Any) -> None:
     if configure.any_broken():
         for instance in (*session.new, *session.dirty, *session.deleted):
             configure.raise_if_broken(type(instance))
-    keeper_of(session).before_flush(session, partly=bool(instances))
+    keeper = keeper_of(session)
+    keeper.before_flush(session, partly=bool(instances))
+    if guard.is_any_at_work():
+        _refuse_within_another(session, keeper)
     guard.cover(flush_context)
+
+
+def _refuse_within_another(session: Session, keeper: Keeper) -> None:
+    """A mapper event may flush another Session on the connection of its own."""
+    for work in keeper.works.values():
+        for place in work.touched.rows:
+            guard.refuse_within_flush(
+                work.locks_of(place.chain).connection,
+                f"the flush of another Session that changes {place.chain.mappers[place.level].class_.__name__},",
+                ", ".join(held.name for held in work.plan.by_chain[place.chain]),
+            )
 
 
 def _after_flush(session: Session, flush_context: Any) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "Written",
     "cache_key_of",
     "columns_set",
+    "columns_upserted",
     "custom_constructs",
     "flush_of",
     "flushed",
@@ -36,6 +37,7 @@ __all__ = [
     "made_by_flush",
     "names_entity",
     "old_and_new",
+    "prefixes",
     "replaces",
     "savepoint_word",
     "unflushed",
@@ -123,10 +125,26 @@ def columns_set(statement: Any) -> list[Any]:
     return [column for column, _ in pairs] if pairs else list(statement._values or ())
 
 
+def columns_upserted(statement: Any) -> list[Any]:
+    """The columns that an INSERT sets in rows which are there already; strings where they were named."""
+    found: list[Any] = []
+    for element in iterate(statement):
+        if element.__visit_name__ == "on_conflict_do_update":
+            found.extend(dict(cast("Any", element).update_values_to_set))
+        elif element.__visit_name__ == "on_duplicate_key_update":
+            found.extend(dict(cast("Any", element).update))
+    return found
+
+
 def inserts_one(statement: Any) -> bool:
     """True if an INSERT has VALUES for one row, and makes it or fails: it does not leave conflicts alone."""
     alone = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
     return statement.select is None and not statement._multi_values and not alone
+
+
+def prefixes(statement: Any) -> list[str]:
+    """What an INSERT, UPDATE or DELETE was given by ``prefix_with()``, as text."""
+    return [str(clause) for clause, _ in statement._prefixes]
 
 
 def names_entity(statement: Any) -> bool:

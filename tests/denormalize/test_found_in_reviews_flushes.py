@@ -1,0 +1,137 @@
+"""What reviewers have found of statements within flushes, and of flushes after flushes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import event
+from sqlalchemy.orm import Session, object_session
+
+from querycache.denormalize import UncoveredChange
+from tests.denormalize.family import Open, family, kept, right, two
+
+SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+KEPT = ("sql", "recount", "flush", "memory")
+
+
+@contextmanager
+def _listening(target: Any, name: str, listener: Callable[..., Any], **options: Any) -> Iterator[None]:
+    event.listen(target, name, listener, **options)
+    try:
+        yield
+    finally:
+        event.remove(target, name, listener)
+
+
+def _once(then: Callable[[Session], Any]) -> Callable[..., None]:
+    asked: list[bool] = []
+
+    def listener(*given: Any) -> None:
+        session = given[0] if isinstance(given[0], Session) else object_session(given[2])
+        if not asked:
+            asked.append(True)
+            then(session)
+
+    return listener
+
+
+EVENTS = [
+    "before_insert",
+    "after_insert",
+    "before_update",
+    "after_update",
+    "later before_flush",
+    "early after_flush",
+]
+
+
+@SQLITE
+@pytest.mark.parametrize("when", EVENTS)
+@pytest.mark.parametrize("strategy", [*KEPT, "trigger"])
+def test_a_bulk_statement_within_a_flush(opened: Open, strategy: str, when: str) -> None:
+    m = family(f"y_within_{strategy}", kept(strategy))
+    for do in (
+        sa.update(m.Child).where(m.Child.id != 2).values(size=10),
+        sa.update(m.Child).where(m.Child.id == 1).values(parent_id=2),
+        sa.delete(m.Child).where(m.Child.id == 2),
+        sa.insert(m.Child).values(id=50, parent_id=1, size=3),
+    ):
+        s = opened(m)
+        two(s, m)
+        listener = _once(lambda session, do=do: session.execute(do))
+        target = Session if "flush" in when else m.Child
+        with _listening(target, when.split()[-1], listener, **({"insert": True} if "early" in when else {})):
+            s.get_one(m.Child, 1).size = 6
+            s.add(m.Child(id=3, parent_id=1, size=1000))
+            if strategy == "trigger":
+                s.commit()
+            else:
+                with pytest.raises(
+                    UncoveredChange, match=r"on y_\w+_child while a flush is at work.*Parent\.n"
+                ):
+                    s.commit()
+                s.rollback()
+        right(s, m)
+
+
+@SQLITE
+@pytest.mark.parametrize("when", ["early before_flush", "later after_flush", "after_flush_postexec"])
+@pytest.mark.parametrize("strategy", KEPT)
+def test_a_bulk_statement_beside_a_flush(opened: Open, strategy: str, when: str) -> None:
+    m = family(f"y_beside_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    do = sa.update(m.Child).where(m.Child.id == 2).values(parent_id=2, size=3)
+    with _listening(
+        Session, when.split()[-1], _once(lambda session: session.execute(do)), insert="early" in when
+    ):
+        s.get_one(m.Child, 1).size = 6
+        s.add(m.Child(id=3, parent_id=1, size=1000))
+        s.commit()
+    right(s, m)
+    assert s.get_one(m.Parent, 2).total == 3
+
+
+@SQLITE
+@pytest.mark.parametrize("how", ["bulk", "object"])
+@pytest.mark.parametrize("strategy", KEPT)
+def test_another_session_on_the_connection_of_a_flush(opened: Open, strategy: str, how: str) -> None:
+    m = family(f"y_other_{strategy}", kept(strategy))
+
+    def more(mapper: Any, connection: Any, target: Any) -> None:
+        with Session(connection) as other:
+            if how == "bulk":
+                other.execute(sa.update(m.Child).where(m.Child.id == 1).values(size=70))
+            else:
+                other.get_one(m.Child, 1).size = 70
+            other.commit()
+
+    s = opened(m)
+    two(s, m)
+    with _listening(m.Child, "after_update", more):
+        s.get_one(m.Child, 1).message = "changed"
+        s.get_one(m.Child, 1).size = 7
+        with pytest.raises(UncoveredChange, match="while a flush is at work"):
+            s.commit()
+    s.rollback()
+    right(s, m)
+
+
+@SQLITE
+def test_a_bulk_statement_flushes_as_sqlalchemy_does(opened: Open) -> None:
+    m = family("y_auto", kept("sql"))
+    s = opened(m)
+    two(s, m)
+    s.add(m.Child(id=3, parent_id=1, size=1))
+    for_all = sa.update(m.Child).values(size=10)
+    s.execute(for_all, execution_options={"autoflush": False})
+    assert s.new
+    s.execute(for_all)
+    assert not s.new
+    s.commit()
+    assert s.get_one(m.Parent, 1).total == 30
+    right(s, m)
