@@ -176,13 +176,15 @@ def refuse_aggregates(
     plan = plan_of(table)
     assert plan is not None
     held = plan.columns.get(table, {})
-    if written is None and held:
+    if written is None:
+        if not held:
+            return
         raise UncoveredChange(
             f"which columns the {kind} on {table.fullname} sets cannot be told from its text, and"
             f" {', '.join(sorted(one.name for one in held.values()))} must not be among them; write it without comments and"
             ' text of your own, or take the execution option {"denormalize": "unchecked"} and then repair()'
         )
-    for name, aggregate in held.items() if written is not None else ():
+    for name, aggregate in held.items():
         if name in written or (by_attribute and aggregate.key in written):
             raise ReadOnlyAggregate(
                 f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by {kind}; run repair() if it"

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.orm import Session, object_session
+from sqlalchemy import ForeignKey, Integer, String, event
+from sqlalchemy.orm import (
+    Session,
+    attribute_keyed_dict,
+    declarative_base,
+    mapped_column,
+    object_session,
+    relationship,
+)
 
-from querycache.denormalize import UncoveredChange
+from querycache.denormalize import UncoveredChange, count_of
 from tests.denormalize.family import Open, family, kept, right, two
 
 SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -134,4 +142,108 @@ def test_a_bulk_statement_flushes_as_sqlalchemy_does(opened: Open) -> None:
     assert not s.new
     s.commit()
     assert s.get_one(m.Parent, 1).total == 30
+    right(s, m)
+
+
+def _one_sided(prefix: str, strategy: str, **options: Any) -> Any:
+    """A family whose children have no relationship to their parent."""
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = f"{prefix}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child", **options)
+        n = count_of("children", strategy=strategy, type_=Integer)
+
+    class Child(Base):
+        __tablename__ = f"{prefix}_child"
+        id = mapped_column(Integer, primary_key=True)
+        name = mapped_column(String(9))
+        parent_id = mapped_column(ForeignKey(f"{prefix}_parent.id"))
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+@SQLITE
+@pytest.mark.parametrize("strategy", [*KEPT, "trigger"])
+def test_a_child_leaves_a_collection_after_another_has_taken_it(opened: Open, strategy: str) -> None:
+    m = _one_sided(f"y_sided_{strategy}", strategy)
+    for steps in (
+        "append 0, flush, remove 1",
+        "append 0, remove 1",
+        "append 0, flush, remove 1, commit, clear 0",
+        "append 0, flush, remove 1, flush, clear 0",
+        "remove 1, append 0, flush, key 1, flush, remove 0",
+        "append 0, flush, remove 1, clear 0",
+        "append 0, flush, remove 1, flush, delete 0",
+    ):
+        s = opened(m, expire_on_commit=False)
+        parents = [m.Parent(id=1), m.Parent(id=2)]
+        s.add_all(parents)
+        child = m.Child(id=3)
+        parents[1].children.append(child)
+        s.commit()
+        assert [len(parent.children) for parent in parents] == [0, 1]
+        for step in steps.split(", "):
+            what, *which = step.split()
+            parent = parents[int(which[0])] if which else None
+            if what == "append":
+                parent.children.append(child)
+            elif what == "remove":
+                parent.children.remove(child)
+            elif what == "clear":
+                parent.children.clear()
+            elif what == "key":
+                child.parent_id = parent.id
+            elif what == "delete":
+                s.delete(parent)
+            else:
+                getattr(s, what)()
+        s.commit()
+        right(s, m)
+
+
+@SQLITE
+@pytest.mark.parametrize("keyed", [True, False])
+@pytest.mark.parametrize("strategy", [*KEPT, "trigger"])
+def test_a_deleted_child_leaves_a_collection_that_shows_it(opened: Open, strategy: str, keyed: bool) -> None:
+    options = {"collection_class": attribute_keyed_dict("name")} if keyed else {}
+    m = _one_sided(f"y_shows_{strategy}_{keyed:d}", strategy, **options)
+    s = opened(m)
+    s.add(m.Parent(id=1))
+    s.flush()
+    s.add_all([m.Child(id=1, name="a", parent_id=1), m.Child(id=2, name="b", parent_id=1)])
+    s.commit()
+    parent, child = s.get_one(m.Parent, 1), s.get_one(m.Child, 1)
+    assert len(parent.children) == 2
+    s.delete(child)
+    s.flush()
+    if keyed:
+        parent.children["a"] = m.Child(id=3, name="a")
+    else:
+        parent.children.remove(child)
+    s.commit()
+    assert parent.n == 1 + keyed
+    right(s, m)
+
+
+@SQLITE
+@pytest.mark.parametrize("strategy", KEPT)
+def test_a_child_is_put_into_two_collections(opened: Open, strategy: str) -> None:
+    m = _one_sided(f"y_two_{strategy}", strategy)
+    s = opened(m)
+    parents = [m.Parent(id=1), m.Parent(id=2)]
+    child = m.Child(id=3)
+    s.add_all([*parents, child])
+    s.commit()
+    for collection in [parent.children for parent in parents]:
+        collection.append(child)
+    if strategy in ("flush", "memory"):
+        with pytest.raises(
+            UncoveredChange, match=r"Child .*put into Parent\.children of two parents in one flush"
+        ):
+            s.commit()
+        s.rollback()
+    else:
+        s.commit()
     right(s, m)

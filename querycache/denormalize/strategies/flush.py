@@ -156,7 +156,7 @@ class _Family:
 
     def find_parents(self) -> None:
         old = old_rows(self.locks, self.chain, self.keys)
-        placed = staying(self.session, self.chain, self.touched, self._persistent())
+        placed = staying(self.session, self.chain, self.touched, self._persistent(old))
         keys = {*old, *(each.key for each in placed if each.key is not None)}
         loaded = load_parents(self.session, self.chain, keys) if keys else {}
         for key, rows in old.items():
@@ -246,9 +246,14 @@ class _Family:
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)
 
-    def _persistent(self) -> Iterable[Any]:
+    def _persistent(self, old: Mapping[Key, Iterable[ChildRow]]) -> Iterable[Any]:
+        names = self.chain.keys[1]
+        there = {tuple(getattr(row, name) for name in names) for rows in old.values() for row in rows}
         for key in self.keys:
             child = self.session.identity_map.get(self.chain.leaf.identity_key_from_primary_key(key))
+            if child is None and key not in there:
+                # It was deleted and flushed before, and leaves a collection that still shows it.
+                continue
             if child is None:
                 raise UncoveredChange(
                     f"{self.chain.leaf.class_.__name__} {key!r} is changed by a cascade that the session does not hold;"

@@ -14,7 +14,7 @@ from sqlalchemy import ClauseElement, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Mapper, RelationshipDirection, Session, object_session
-from sqlalchemy.orm.attributes import get_history, set_committed_value
+from sqlalchemy.orm.attributes import get_history, has_parent, set_committed_value
 from sqlalchemy.orm.base import NO_VALUE, PassiveFlag
 
 from querycache.denormalize.chain import (
@@ -252,7 +252,11 @@ def staying(session: Session, chain: Chain, touched: Touched, persistent: Iterab
 
 
 def _collections(session: Session, chain: Chain) -> tuple[dict[int, Any], set[int]]:
-    """Children put into, and taken out of, their parents' collections; those of parents that go lose their key."""
+    """Children put into, and taken out of, their parents' collections; those of parents that go lose their key.
+
+    Raises:
+        UncoveredChange: for a child that is put into those of two parents.
+    """
     step = chain.relationships[0]
     name = step.key
     adopted: dict[int, Any] = {}
@@ -263,8 +267,19 @@ def _collections(session: Session, chain: Chain) -> tuple[dict[int, Any], set[in
             continue
         if name in state.committed_state or not state.has_identity:
             history = state.attrs[name].history
-            adopted.update((id(child), parent) for child in history.added)
-            released.update(id(child) for child in history.deleted)
+            for child in history.added:
+                if adopted.setdefault(id(child), parent) is not parent:
+                    raise UncoveredChange(
+                        f"{type(child).__name__} {sqlalchemy_inspect(child).identity or ''} was put into {step} of two"
+                        " parents in one flush, and which of them it gets is a matter of chance; remove it from the one, or"
+                        " flush() between the two"
+                    )
+            # One that another parent has taken since keeps its key, as far as the unit of work knows of its parents.
+            released.update(
+                id(child)
+                for child in history.deleted
+                if child is not None and not has_parent(type(parent), child, name)
+            )
     for parent in session.deleted:
         state = sqlalchemy_inspect(parent)
         if name not in state.mapper.relationships or not _is_of_path(state.mapper, chain):
