@@ -189,7 +189,7 @@ class _Target:
     def refuse_aggregates(self) -> None:
         for table in self.tables:
             # Of a joined subclass the tables above it are written as well, row by row.
-            guard.refuse_aggregates(table, self.columns, self.kind, by_attribute=True)
+            guard.refuse_aggregates(table, self.columns, self.statement, by_attribute=True)
             guard.refuse_replacing(table, self.statement)
 
     def refuse_within_flush(self) -> None:

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Column, Table, types
+from sqlalchemy import Column, Table, make_url, types
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Mapper
 
 from querycache.denormalize.chain import (
@@ -17,6 +18,7 @@ from querycache.denormalize.chain import (
     mapped_attributes,
 )
 from querycache.denormalize.checks_of_expressions import check_expression, check_nested
+from querycache.denormalize.checks_of_mappings import check_conflicts
 from querycache.denormalize.declare import Expression
 from querycache.denormalize.errors import DenormalizeWarning
 from querycache.denormalize.kinds import LATEST, MAX, MIN
@@ -35,7 +37,6 @@ def check(aggregates: Sequence[Aggregate]) -> None:
     for aggregate in aggregates:
         _check_column(aggregate)
         _check_joins(aggregate)
-        _check_classes(aggregate)
         measure = check_expression(aggregate, aggregate.declaration.measure, "the measure")
         check_expression(aggregate, aggregate.declaration.where, "where=")
         _check_order(aggregate)
@@ -60,6 +61,7 @@ def check_plan(plan: Plan) -> None:
         other = seen.setdefault(aggregate.column, aggregate)
         if other is not aggregate:
             raise ConfigurationError(f"{aggregate.name} and {other.name} are the same column")
+    check_conflicts(plan)
     for aggregate in plan.aggregates:
         _check_carried_along(aggregate, plan)
         if aggregate.strategy != "trigger":
@@ -194,19 +196,6 @@ def _check_joins(aggregate: Aggregate) -> None:
         )
 
 
-def _check_classes(aggregate: Aggregate) -> None:
-    """SQLAlchemy does not tell the rows of a class by an expression where its table has an alias, as it has in most queries
-    here; and what such an expression reads would have to be followed."""
-    for mapper in aggregate.chain.mappers:
-        told_by = mapper.polymorphic_on
-        if mapper.single and told_by is not None and not isinstance(told_by, Column):
-            raise ConfigurationError(
-                f"{aggregate.name}: rows of {mapper.class_.__name__} are told from others of their table by an expression,"
-                f" {getattr(told_by, 'element', told_by)}; take a column as polymorphic_on, or aggregate over all rows of the"
-                " table with where="
-            )
-
-
 def _check_order(aggregate: Aggregate) -> None:
     order = aggregate.declaration.order_by
     if order is not None and order in aggregate.chain.leaf.column_attrs:
@@ -223,6 +212,7 @@ def _check_extreme(aggregate: Aggregate) -> None:
     chain, kind = aggregate.chain, aggregate.kind
     if kind not in (MIN, MAX, LATEST):
         return
+    _check_json(aggregate)
     type_ = _stored(aggregate.compared)
     if kind is not LATEST and isinstance(type_, (types.Boolean, types.Uuid, types.LargeBinary)):
         raise ConfigurationError(
@@ -243,6 +233,25 @@ def _check_extreme(aggregate: Aggregate) -> None:
                 f"{aggregate.name}: strategy 'flush' compares {what} in Python, which does not order {type_!r} as every"
                 " database does; take strategy 'sql'"
             )
+
+
+def _check_json(aggregate: Aggregate) -> None:
+    """PostgreSQL neither compares values of its type JSON nor groups by them, as the recount of a parent does."""
+    type_ = _stored(aggregate.column.type)
+    if not isinstance(type_, types.JSON):
+        return
+    if aggregate.kind is not LATEST:
+        raise ConfigurationError(
+            f"{aggregate.name}: databases have no {aggregate.kind.name.removesuffix('_of')}() of {type_!r}; take"
+            " latest_of(…, order_by=…)"
+        )
+    if not isinstance(
+        _stored(type_.dialect_impl(make_url("postgresql://").get_dialect()())), postgresql.JSONB
+    ):
+        raise ConfigurationError(
+            f"{aggregate.name}: PostgreSQL cannot group by a column of type {type_!r}, as a recount does; give it"
+            ' JSON().with_variant(JSONB(), "postgresql")'
+        )
 
 
 def _check_collation(aggregate: Aggregate, measure: types.TypeEngine[Any] | None) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.orm import (
 
 from querycache.denormalize import checks
 from querycache.denormalize.chain import Aggregate, Chain
+from querycache.denormalize.checks_of_mappings import check_classes
 from querycache.denormalize.declare import INFO_KEY, Declaration
 from querycache.denormalize.plan import Plan
 from querycache.errors import ConfigurationError
@@ -200,6 +201,7 @@ def _plan(metadata: MetaData, mapper: Mapper[Any], mappers: Iterable[Mapper[Any]
                     f"{name}: an aggregate needs a column of a table, not of {column.table!r}"
                 )
             steps = _steps(root, column, declaration, name)
+            check_classes(root, steps, name)
             identity = (root, *steps)
             chain = chains.get(identity)
             if chain is None:

@@ -25,9 +25,10 @@ from typing import Any
 from sqlalchemy import Connection, Delete, Insert, Table, Update
 from sqlalchemy.orm import FromStatement, Session, UOWTransaction
 
-from querycache.denormalize.dml import columns_written, replaces_rows, set_elsewhere
+from querycache.denormalize.dml import columns_written, keys_upserted, replaces_rows, set_elsewhere
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.plan import plan_of, planned_table
+from querycache.denormalize.readonly import becomes_another
 from querycache.sa_internals import connections, is_flushing, is_of_flush, is_of_relationship
 
 __all__ = [
@@ -137,7 +138,7 @@ def check_elsewhere(statement: Any, but: Container[Table] = ()) -> None:
         table = planned_table(selectable)
         if table is not None:
             written = _keys(table, names)
-            refuse_aggregates(table, written, "UPDATE")
+            refuse_aggregates(table, written, statement)
             if table not in but:
                 _refuse(table, written, "UPDATE", "together with another table")
 
@@ -150,7 +151,7 @@ def _check(statement: Any, compiled: Any, where: str) -> None:
         return
     kind = statement.__visit_name__.upper()
     written = columns_written(compiled, table)
-    refuse_aggregates(table, written, kind)
+    refuse_aggregates(table, written, statement)
     refuse_replacing(table, statement)
     _refuse(table, written, kind, where)
 
@@ -160,13 +161,12 @@ def _keys(table: Table, names: set[str]) -> set[str]:
 
 
 def refuse_aggregates(
-    table: Table, written: set[str] | None, kind: str, *, by_attribute: bool = False
+    table: Table, written: set[str] | None, statement: Any, *, by_attribute: bool = False
 ) -> None:
-    """Refuse a statement that sets aggregates.
+    """Refuse a statement that sets aggregates, or makes rows those of a class that has some.
 
     Args:
         written: the columns that it sets, by their keys; None if that cannot be told.
-        kind: of statement.
         by_attribute: whether it may name them by their attributes, too.
 
     Raises:
@@ -175,6 +175,7 @@ def refuse_aggregates(
     """
     plan = plan_of(table)
     assert plan is not None
+    kind = statement.__visit_name__.upper()
     held = plan.columns.get(table, {})
     if written is None:
         if not held:
@@ -190,6 +191,13 @@ def refuse_aggregates(
                 f"{aggregate.name} is kept by {aggregate.kind.name}(…) and cannot be set by {kind}; run repair() if it"
                 " is wrong"
             )
+    changed = keys_upserted(statement, table) if isinstance(statement, Insert) else written
+    for column, aggregates in plan.discriminators.get(table, {}).items():
+        names = {str(column.key)}
+        if by_attribute:
+            names.add(aggregates[0].chain.root.get_property_by_column(column).key)
+        if not names.isdisjoint(changed):
+            raise becomes_another(aggregates, f"{column} cannot be set by {kind}")
 
 
 def refuse_replacing(table: Table, statement: Any) -> None:

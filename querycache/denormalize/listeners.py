@@ -47,6 +47,12 @@ def _plan_made(plan: Plan) -> None:
             _attached.add(aggregate.column)
             readonly.protect(aggregate)
             STRATEGIES[aggregate.strategy].attach(plan, aggregate)
+    for column, aggregates in (
+        (c, held) for each in plan.discriminators.values() for c, held in each.items()
+    ):
+        if column not in _attached:
+            _attached.add(column)
+            readonly.protect_discriminator(column, aggregates)
     _kept.add(plan.metadata)
     forget_classes()
     if not event.contains(Session, "before_flush", _before_flush):

@@ -119,6 +119,13 @@ class Plan:
         self.columns: dict[Table, dict[str, Aggregate]] = {}
         for aggregate in aggregates:
             self.columns.setdefault(aggregate.table, {})[aggregate.column.key] = aggregate
+        self.discriminators: dict[Table, dict[Column[Any], list[Aggregate]]] = {}
+        """The columns by which rows become those of a class that has aggregates, which then are as they were inserted."""
+        for aggregate in aggregates:
+            root = aggregate.chain.root
+            if root.single and isinstance(root.polymorphic_on, Column):
+                told_by = self.discriminators.setdefault(root.polymorphic_on.table, {})
+                told_by.setdefault(root.polymorphic_on, []).append(aggregate)
         _by_name.update({table.fullname: table for table in (*self.tables, *self.edges, *self.columns)})
 
     def depending_on(self, table: Table) -> set[Aggregate]:

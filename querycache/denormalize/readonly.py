@@ -7,18 +7,19 @@ stored one stays, since merging a detached parent is no attempt to set its count
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import Column, event
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import ColumnProperty
 from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize.chain import Aggregate
-from querycache.denormalize.errors import ReadOnlyAggregate
+from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.strategies.base import assigning, is_assigning
 
-__all__ = ["protect"]
+__all__ = ["becomes_another", "protect", "protect_discriminator"]
 
 _MERGE = ColumnProperty.merge.__code__
 
@@ -38,6 +39,33 @@ def protect(aggregate: Aggregate) -> None:
         )
 
     event.listen(attribute, "set", refuse, retval=True, propagate=True)
+
+
+def protect_discriminator(column: Column[Any], aggregates: Sequence[Aggregate]) -> None:
+    """Have an object not become one of a class that has aggregates, since its row then has them as it was inserted."""
+    *_, top = (each for each in aggregates[0].chain.root.iterate_to_root() if each.polymorphic_on is column)
+    key = top.get_property_by_column(column).key
+    attribute = getattr(top.class_, key, None)
+    if attribute is None:  # it is no attribute of the class, and cannot be set
+        return
+
+    def refuse(instance: Any, value: Any, old: Any, initiator: Any) -> None:
+        state = sqlalchemy_inspect(instance)
+        if state.has_identity and value not in (old, state.mapper.polymorphic_identity):
+            raise becomes_another(aggregates, f"{type(instance).__name__}.{key} cannot be set to {value!r}")
+
+    event.listen(attribute, "set", refuse, propagate=True)
+
+
+def becomes_another(aggregates: Sequence[Aggregate], what: str) -> UncoveredChange:
+    """What to raise where rows would become those of a class that has aggregates, or are so no more."""
+    names = ", ".join(sorted(held.name for held in aggregates))
+    classes = ", ".join(sorted({held.chain.root.class_.__name__ for held in aggregates}))
+    return UncoveredChange(
+        f"{what}: it would make rows those of {classes}, or of another class, and {names} would be as they were before; add"
+        ' rows of that class and delete these, or take the execution option {"denormalize": "unchecked"} for an UPDATE, and'
+        " then repair()"
+    )
 
 
 def _stored(aggregate: Aggregate, instance: Any) -> Any:

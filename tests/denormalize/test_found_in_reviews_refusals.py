@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Engine, ForeignKey, Integer, String
+from sqlalchemy import JSON, Engine, ForeignKey, Index, Integer, String, UniqueConstraint
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from sqlalchemy.orm import Session, declarative_base, mapped_column, relationship
+from sqlalchemy.orm import Session, aliased, configure_mappers, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import ReadOnlyAggregate, UncoveredChange, count_of
+from querycache.denormalize import (
+    ReadOnlyAggregate,
+    UncoveredChange,
+    count_of,
+    latest_of,
+    maintain,
+    max_of,
+    python,
+)
 from querycache.denormalize.dml import columns_written
+from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, kept, right, two
 
 SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -202,4 +211,246 @@ def test_rows_are_replaced(opened: Open, strategy: str, how: str) -> None:
         ):
             _execute(s, statement.prefix_with("OR REPLACE"), how)
         s.rollback()
+    right(s, m)
+
+
+def _refused(make: Any, match: str) -> None:
+    """Declarations that are refused when the mappers configure, as any of their kind."""
+    registry: list[Any] = []
+    with pytest.raises(ConfigurationError, match=match):
+        Base: Any = declarative_base()
+        registry.append(Base.registry)
+        make(Base)
+        configure_mappers()
+    registry[0].dispose()
+
+
+@pytest.mark.parametrize("where", ["constraint", "key", "column"])
+@pytest.mark.parametrize("whose", ["child", "parent"])
+@pytest.mark.parametrize("strategy", ["sql", "flush", "trigger"])
+def test_a_table_that_replaces_rows(strategy: str, whose: str, where: str) -> None:
+    def make(Base: Any) -> None:
+        def columns(mine: bool) -> dict[str, Any]:
+            given: Any = {"sqlite_on_conflict_primary_key": "REPLACE"} if mine and where == "key" else {}
+            found: dict[str, Any] = {"id": mapped_column(Integer, primary_key=True, **given)}
+            given = {"sqlite_on_conflict_unique": "replace"} if mine and where == "column" else {}
+            found["slot"] = mapped_column(Integer, unique=bool(given), **given)
+            if mine and where == "constraint":
+                found["__table_args__"] = (UniqueConstraint("slot", sqlite_on_conflict="REPLACE"),)
+            return found
+
+        class Parent(Base):
+            __tablename__ = "parent"
+            locals().update(columns(whose == "parent"))
+            children = relationship("Child")
+            n = count_of("children", strategy=strategy, type_=Integer)
+
+        class Child(Base):
+            __tablename__ = "child"
+            locals().update(columns(whose == "child"))
+            parent_id = mapped_column(ForeignKey("parent.id"))
+
+    if (
+        strategy == "trigger" and whose == "child"
+    ):  # which sees them by PRAGMA recursive_triggers, as is documented
+        Base: Any = declarative_base()
+        make(Base)
+        configure_mappers()
+        Base.registry.dispose()
+    else:
+        _refused(make, rf"Parent\.n: {whose} has ON CONFLICT REPLACE")
+
+
+@pytest.mark.parametrize("strategy", ["sql", "memory", "trigger"])
+@pytest.mark.parametrize("what", ["join", "parent", "subquery", "alias"])
+def test_a_class_that_is_mapped_to_no_table(strategy: str, what: str) -> None:
+    def make(Base: Any) -> None:
+        metadata = Base.metadata
+        key = sa.Column("id", Integer, primary_key=True)
+        first = sa.Table("first", metadata, key)
+        if what == "parent":
+            second = sa.Table("second", metadata, sa.Column("id", ForeignKey("first.id"), primary_key=True))
+            second.append_column(sa.Column("n", Integer, nullable=False, default=0))
+        else:
+            first.append_column(sa.Column("parent_id", ForeignKey("parent.id")))
+            second = sa.Table("second", metadata, sa.Column("id", ForeignKey("first.id"), primary_key=True))
+        both = sa.join(first, second)
+
+        class Joined(Base):
+            if what == "subquery":
+                __table__ = sa.select(first).subquery("s")
+                __mapper_args__ = {"primary_key": [__table__.c.id]}
+            elif what == "alias":
+                __table__ = first
+            else:
+                __table__ = both
+                id = sa.orm.column_property(first.c.id, second.c.id)
+            if what == "parent":
+                children = relationship("Plain")
+
+        if what == "parent":
+
+            class Plain(Base):
+                __tablename__ = "plain"
+                id = mapped_column(Integer, primary_key=True)
+                parent_id = mapped_column(ForeignKey("first.id"))
+
+            maintain(Joined, "n", count_of("children", strategy=strategy))
+            return
+        part = aliased(Joined, sa.select(Joined).subquery()) if what == "alias" else Joined
+
+        class Parent(Base):
+            __tablename__ = "parent"
+            id = mapped_column(Integer, primary_key=True)
+            n = count_of("children", strategy=strategy, type_=Integer)
+            children = relationship(
+                part,
+                primaryjoin=lambda: Parent.id == sa.orm.foreign(part.parent_id),
+                viewonly=what == "subquery",
+            )
+
+    _refused(
+        make,
+        "leads to an alias of Joined" if what == "alias" else r"\.n: Joined is mapped to a join or a sub",
+    )
+
+
+@pytest.mark.parametrize("whose", ["child", "heir", "parent"])
+@pytest.mark.parametrize("strategy", ["sql", "flush", "trigger"])
+def test_concrete_inheritance(strategy: str, whose: str) -> None:
+    def make(Base: Any) -> None:
+        class Parent(Base):
+            __tablename__ = "parent"
+            id = mapped_column(Integer, primary_key=True)
+            children = relationship("Heir" if whose == "heir" else "Child")
+            n = count_of("children", strategy=strategy, type_=Integer)
+
+        class Child(Base):
+            __tablename__ = "child"
+            id = mapped_column(Integer, primary_key=True)
+            parent_id = mapped_column(ForeignKey("parent.id"))
+
+        class Heir(Parent if whose == "parent" else Child):  # type: ignore[misc]
+            __tablename__ = "heir"
+            id = mapped_column(Integer, primary_key=True)
+            parent_id = mapped_column(ForeignKey("parent.id"))
+            if whose == "parent":
+                n = mapped_column(Integer)
+            __mapper_args__ = {"concrete": True}
+
+    _refused(make, r"\.n: \w+ is mapped with concrete inheritance")
+
+
+def _kinds(strategy: str) -> SimpleNamespace:
+    Base: Any = declarative_base()
+    p = f"x_kinds_{strategy}"
+
+    class Parent(Base):
+        __tablename__ = f"{p}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        what = mapped_column("kind", String(9))
+        title = mapped_column(String(9))
+        children = relationship("Child")
+        __mapper_args__ = {"polymorphic_on": what, "polymorphic_identity": "parent"}
+
+    class Heir(Parent):
+        n = count_of("children", strategy=strategy, type_=Integer)
+        __mapper_args__ = {"polymorphic_identity": "heir"}
+
+    class Child(Base):
+        __tablename__ = f"{p}_child"
+        id = mapped_column(Integer, primary_key=True)
+        parent_id = mapped_column(ForeignKey(f"{p}_parent.id"))
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Heir=Heir, Child=Child)
+
+
+@SQLITE
+@pytest.mark.parametrize("strategy", ["sql", "flush", "memory", "trigger"])
+def test_a_parent_becomes_one_of_the_subclass_with_the_aggregate(
+    opened: Open, engine: Engine, strategy: str
+) -> None:
+    m = _kinds(strategy)
+    s = opened(m)
+    s.add_all([m.Parent(id=1), m.Heir(id=2)])
+    s.flush()
+    s.add_all([m.Child(parent_id=1), m.Child(parent_id=2), m.Child(parent_id=2)])
+    s.commit()
+    table = m.Parent.__table__
+    for how, statement, *rows in (
+        ("session", sa.update(m.Parent).where(m.Parent.id == 1).values(what="heir")),
+        ("session", sa.update(m.Parent), [{"id": 1, "what": "heir"}]),
+        ("session", sa.update(table).where(table.c.id == 1).values(kind="heir")),
+        ("connection", sa.update(table).where(table.c.id == 1).values(kind="heir")),
+        ("connection", _upsert(engine, table, {"id": 1, "kind": "heir"}, kind=...)),
+    ):
+        with pytest.raises(
+            UncoveredChange, match=r"kind cannot be set by .* those of Heir, .*Heir\.n would be"
+        ):
+            _execute(s, statement, how, *rows)
+        s.rollback()
+    parent, heir = s.get_one(m.Parent, 1), s.get_one(m.Heir, 2)
+    with pytest.raises(UncoveredChange, match=r"Parent\.what cannot be set to 'heir'"):
+        parent.what = "heir"
+    with pytest.raises(UncoveredChange, match=r"Heir\.what cannot be set to 'parent'"):
+        heir.what = "parent"
+    parent.what, heir.what, heir.title = "parent", "heir", "x"
+    s.merge(m.Parent(id=1, what="parent", title="y"))
+    s.execute(sa.update(m.Parent).values(title="z"))
+    s.add(m.Heir(id=3, what="heir"))
+    s.commit()
+    right(s, m)
+    assert heir.n == 2
+
+
+def test_json_is_not_grouped_by_on_postgresql() -> None:
+    def make(type_: Any, kind: Any = latest_of, **order: Any) -> Any:
+        def declare(Base: Any) -> None:
+            class Parent(Base):
+                __tablename__ = "parent"
+                id = mapped_column(Integer, primary_key=True)
+                children = relationship("Child")
+                last = kind("children", python(lambda c: c.data, columns=("data",)), type_=type_, **order)
+
+            class Child(Base):
+                __tablename__ = "child"
+                id = mapped_column(Integer, primary_key=True)
+                data = mapped_column(type_)
+                parent_id = mapped_column(ForeignKey("parent.id"))
+                __table_args__ = (Index("child_by_id", "parent_id", "id"),)
+
+        return declare
+
+    _refused(make(JSON(), order_by="id"), r"Parent\.last: PostgreSQL cannot group .*with_variant\(JSONB\(\)")
+    _refused(make(postgresql.JSON(), order_by="id"), "PostgreSQL cannot group")
+    _refused(make(postgresql.JSONB(), max_of), r"no max\(\) of JSONB")
+
+
+def test_json_that_postgresql_groups_by(opened: Open) -> None:
+    Base: Any = declarative_base()
+    type_ = JSON().with_variant(postgresql.JSONB(), "postgresql")
+
+    class Parent(Base):
+        __tablename__ = "x_json_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        last = latest_of("children", "data", order_by="id", type_=type_)
+
+    class Child(Base):
+        __tablename__ = "x_json_child"
+        id = mapped_column(Integer, primary_key=True)
+        data = mapped_column(type_)
+        parent_id = mapped_column(ForeignKey("x_json_parent.id"))
+        __table_args__ = (Index("x_json_by_id", "parent_id", "id"),)
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add(Parent(id=1))
+    s.flush()
+    s.add_all([Child(id=1, parent_id=1, data={"a": [1]}), Child(id=2, parent_id=1, data=[2])])
+    s.commit()
+    right(s, m)
+    s.delete(s.get_one(Child, 2))
+    s.commit()
+    assert s.get_one(Parent, 1).last == {"a": [1]}
     right(s, m)
