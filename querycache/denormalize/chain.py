@@ -486,7 +486,7 @@ class Aggregate:
         # SQLite computes in floats, whose last digits are noise.
         number = Decimal(repr(value) if isinstance(value, float) else value)
         held: Decimal = rounded(number, type_)
-        if self.kind.additive and held != number and not isinstance(value, float):
+        if self.kind.additive and held != number and number.is_finite() and not isinstance(value, float):
             raise DenormalizeError(
                 f"{self.name}: {value!r} has more decimal places than its column of type {type_!r}, and a sum that is"
                 " rounded with each change drifts; round the measure"

@@ -193,6 +193,8 @@ def _recount(
 
 def same(aggregate: Aggregate, stored: Any, counted: Any) -> bool:
     """Whether a stored value is the recounted one, as exactly as the column's type can tell."""
+    if stored != stored:  # NaN
+        return bool(counted != counted)
     if isinstance(counted, float) and isinstance(stored, (int, float)):
         # FLOAT columns of some databases hold 24 bits.
         return abs(stored - counted) <= 1e-6 * max(1.0, abs(counted))

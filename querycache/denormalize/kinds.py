@@ -37,6 +37,7 @@ __all__ = [
     "Kind",
     "Merge",
     "Parts",
+    "is_finite",
 ]
 
 Parts = tuple[Any, ...]
@@ -134,6 +135,15 @@ def _is_float(type_: types.TypeEngine[Any] | None) -> bool:
     return _is(type_, types.Float)
 
 
+def _is_nan(value: Any) -> bool:
+    return bool(value != value)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it can be added and taken away again; PostgreSQL has a NaN and an Infinity among its numbers."""
+    return not isinstance(value, decimal.Decimal) or value.is_finite()
+
+
 def _unknown(type_: types.TypeEngine[Any] | None) -> bool:
     return type_ is None or _is(type_, types.NullType)
 
@@ -196,6 +206,8 @@ class Sum(Kind):
         return parts[0] or 0
 
     def change(self, before: Parts, after: Parts) -> Change | None:
+        if not (is_finite(before[0]) and is_finite(after[0])):
+            return RECOUNT  # No difference leads away from NaN.
         difference = (after[0] or 0) - (before[0] or 0)
         return Increment(difference) if difference else None
 
@@ -268,9 +280,9 @@ class Extreme(Kind):
 
     @staticmethod
     def _comparable(one: Any, other: Any) -> bool:
-        """Whether every database compares the two as Python does; text has collations."""
+        """Whether every database compares the two as Python does; text has collations, and NaN no order in Python."""
         if isinstance(one, _NUMBERS) and isinstance(other, _NUMBERS):
-            return True
+            return not (_is_nan(one) or _is_nan(other))
         return type(one) is type(other) and isinstance(one, datetime.date)
 
     def misfit(self, column: types.TypeEngine[Any], measure: types.TypeEngine[Any] | None) -> str | None:

@@ -26,6 +26,8 @@ def rounded(value: Any, type_: types.TypeEngine[Any]) -> Any:
     """A Decimal as a column of a type holds it; databases round halves away from zero when they store a Numeric."""
     if not isinstance(type_, types.Numeric) or isinstance(type_, types.Float) or type_.scale is None:
         return value
+    if not value.is_finite():  # PostgreSQL has NaN and Infinity
+        return value
     return value.quantize(Decimal(1).scaleb(-type_.scale), ROUND_HALF_UP)
 
 

@@ -14,6 +14,7 @@ from sqlalchemy import ClauseElement, Table, and_, select
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import has_parent
+from sqlalchemy.orm.collections import collection_adapter
 
 from querycache.denormalize.chain import Key, changed_by_update, in_order, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
@@ -284,11 +285,16 @@ def _parents(instance: Any, place: Place, touched: Touched) -> None:
             touched.parents.setdefault(upper, set()).add(key)
     for reverse in place.chain.reverses[place.level - 1]:
         held = values.get(reverse)
-        for parent in held if isinstance(held, (list, set, tuple)) else (held,):
+        several = not attributes and held is not None and _is_collection(instance, reverse)
+        for parent in collection_adapter(held) if several else (held,):
             if parent is not None:
                 identity = sqlalchemy_inspect(parent).identity
                 if identity is not None:
                     touched.parents.setdefault(upper, set()).add(identity)
+
+
+def _is_collection(instance: Any, name: str) -> bool:
+    return bool(sqlalchemy_inspect(instance).mapper.relationships[name].uselist)
 
 
 def inserted(fresh: Fresh, sorter: Sorter) -> dict[Plan, dict[Place, dict[Key, Any]]]:

@@ -216,13 +216,17 @@ def test_rows_are_replaced(opened: Open, strategy: str, how: str) -> None:
 
 def _refused(make: Any, match: str) -> None:
     """Declarations that are refused when the mappers configure, as any of their kind."""
-    registry: list[Any] = []
+    alive: list[Any] = []  # else a class may be collected before
+
+    class Kept:
+        def __init_subclass__(cls) -> None:
+            alive.append(cls)
+
+    Base: Any = declarative_base(cls=Kept)
     with pytest.raises(ConfigurationError, match=match):
-        Base: Any = declarative_base()
-        registry.append(Base.registry)
         make(Base)
         configure_mappers()
-    registry[0].dispose()
+    Base.registry.dispose()
 
 
 @pytest.mark.parametrize("where", ["constraint", "key", "column"])

@@ -32,6 +32,7 @@ from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
     Taken,
+    folded,
     is_root,
     load_parents,
     marked,
@@ -236,12 +237,7 @@ class _Family:
         # What a type of the application's own makes of moments, it makes of all of them.
         if self.locks.dialect != "postgresql" and isinstance(aggregate.compared, (DateTime, Time)):
             values = [_without_zone(value) for value in values]
-        try:
-            return aggregate.kind.fold(values)
-        except TypeError as error:
-            raise UncoveredChange(
-                f"{aggregate.name}: strategy 'flush' cannot compare its values in Python ({error}); take strategy 'sql'"
-            ) from error
+        return folded(aggregate, values)
 
     def _row(self, values: Iterable[Any]) -> ChildRow:
         return ChildRow(self.chain.leaf.class_.__name__, self.chain.leaf_columns, values)

@@ -28,6 +28,7 @@ from querycache.denormalize.chain import (
 )
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.images import ChildRow
+from querycache.denormalize.kinds import Parts, is_finite
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.places import rounded
 from querycache.denormalize.touched import Touched
@@ -38,6 +39,7 @@ __all__ = [
     "Placed",
     "Taken",
     "find_parent",
+    "folded",
     "going",
     "is_root",
     "known_parent",
@@ -394,6 +396,28 @@ def _leads_to(session: Session, link: Key, parent: Any) -> bool:
     if None in link:
         return parent in session.deleted
     return link in (state.identity, tuple(state.mapper.primary_key_from_instance(parent)))
+
+
+def folded(aggregate: Aggregate, values: Iterable[Any]) -> Parts:
+    """The parts of values that objects hold, who may hold what the column would convert, or the database refuse.
+
+    Raises:
+        UncoveredChange: if they cannot be added up, or compared.
+    """
+    try:
+        parts = aggregate.kind.fold(values)
+    except TypeError as error:
+        raise UncoveredChange(
+            f"{aggregate.name}: strategy {aggregate.strategy!r} cannot add up or compare its values in Python ({error});"
+            " give the attributes values of their columns' types, or take strategy 'sql'"
+        ) from error
+    for value in parts if aggregate.kind.additive else ():
+        if not is_finite(value):
+            raise UncoveredChange(
+                f"{aggregate.name}: strategy {aggregate.strategy!r} cannot take {value} away again; keep it out of what is"
+                " added up, or take strategy 'sql'"
+            )
+    return parts
 
 
 def find_parent(session: Session | None, chain: Chain, key: Key) -> Any:

@@ -37,6 +37,7 @@ from querycache.denormalize.strategies.live import (
     NotYet,
     Taken,
     find_parent,
+    folded,
     is_root,
     known_parent,
     link_of,
@@ -316,7 +317,7 @@ class _Ledger:
         try:
             if not aggregate.counts(row):
                 return 0
-            return aggregate.kind.finish(aggregate.kind.fold([aggregate.value_of(row)]))
+            return aggregate.kind.finish(folded(aggregate, [aggregate.value_of(row)]))
         except NotYet:
             return 0
 

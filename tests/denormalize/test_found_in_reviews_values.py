@@ -1,0 +1,143 @@
+"""What reviewers have found of values that databases and Python see with different eyes, and of objects that hold them."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Column, ForeignKey, Index, Integer, Numeric, String, Table
+from sqlalchemy.orm import attribute_keyed_dict, declarative_base, mapped_column, relationship
+
+from querycache.denormalize import UncoveredChange, avg_of, count_of, max_of, min_of, repair, sum_of
+from tests.denormalize.family import Open, family, kept, right, two
+
+SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+POSTGRESQL = pytest.mark.parametrize(
+    "engine", [pytest.param("postgresql", marks=pytest.mark.server("postgresql"))], indirect=True
+)
+
+
+def _numbers(strategy: str, scale: int | None) -> SimpleNamespace:
+    Base: Any = declarative_base()
+    p, type_ = f"v_nan_{strategy}_{scale or 0}", Numeric(10, scale) if scale else Numeric()
+
+    class Parent(Base):
+        __tablename__ = f"{p}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        total = sum_of("children", "size", strategy=strategy, type_=type_)
+        if strategy != "memory":
+            least = min_of("children", "size", strategy=strategy, type_=type_)
+            most = max_of("children", "size", strategy=strategy, type_=type_)
+            mean = avg_of("children", "size", strategy=strategy, type_=type_)
+
+    class Child(Base):
+        __tablename__ = f"{p}_child"
+        id = mapped_column(Integer, primary_key=True)
+        size = mapped_column(type_)
+        parent_id = mapped_column(ForeignKey(f"{p}_parent.id"))
+        __table_args__ = (Index(f"{p}_by_size", "parent_id", "size"),)
+
+    return SimpleNamespace(Base=Base, Parent=Parent, Child=Child)
+
+
+@POSTGRESQL
+@pytest.mark.parametrize("scale", [None, 2])
+@pytest.mark.parametrize("strategy", ["sql", "recount"])
+def test_a_number_that_is_none(opened: Open, strategy: str, scale: int | None) -> None:
+    m = _numbers(strategy, scale)
+    s = opened(m)
+    s.add_all([m.Parent(id=1), m.Parent(id=2)])
+    s.flush()
+    s.add(m.Child(id=1, parent_id=1, size=Decimal("NaN")))
+    s.commit()
+    right(s, m)
+    assert s.get_one(m.Parent, 1).total.is_nan()
+    s.add_all([m.Child(id=2, parent_id=1, size=Decimal(5)), m.Child(id=3, parent_id=1, size=Decimal(7))])
+    s.commit()
+    right(s, m)
+    s.get_one(m.Child, 1).parent_id = 2
+    s.commit()
+    right(s, m)
+    assert (s.get_one(m.Parent, 1).total, s.get_one(m.Parent, 1).most) == (12, 7)
+    s.get_one(m.Child, 3).size = Decimal("NaN")
+    s.get_one(m.Child, 1).size = Decimal(1)
+    s.commit()
+    right(s, m)
+    s.execute(sa.delete(m.Child).where(m.Child.id == 3))
+    s.commit()
+    right(s, m)
+    assert [p.total for p in (s.get_one(m.Parent, 1), s.get_one(m.Parent, 2))] == [5, 1]
+    s.commit()
+    s.connection().execute(
+        sa.update(m.Parent.__table__).values(total=9), execution_options={"denormalize": "unchecked"}
+    )
+    s.commit()
+    assert repair(s.get_bind(), m.Base).repaired == 2
+
+
+@SQLITE
+@pytest.mark.parametrize("strategy", ["flush", "memory"])
+def test_what_cannot_be_added_up_in_python(opened: Open, strategy: str) -> None:
+    m = family(f"v_add_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    parent = s.get_one(m.Parent, 1)
+    for size, match in (("7", "cannot add up or compare"), (Decimal("NaN"), "cannot take NaN away")):
+        with pytest.raises(UncoveredChange, match=rf"Parent\.total: strategy '{strategy}' {match}.*'sql'"):
+            s.add(m.Child(id=3, parent=parent, size=size))
+            s.commit()
+        s.rollback()
+    right(s, m)
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_many_to_many_that_is_a_dict_on_the_other_side(opened: Open, strategy: str) -> None:
+    Base: Any = declarative_base()
+    p = f"v_dict_{strategy}"
+    pairs = Table(
+        f"{p}_pair",
+        Base.metadata,
+        Column("parent_id", ForeignKey(f"{p}_parent.id"), primary_key=True),
+        Column("child_id", ForeignKey(f"{p}_child.id"), primary_key=True),
+    )
+
+    class Parent(Base):
+        __tablename__ = f"{p}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        name = mapped_column(String(9))
+        children = relationship("Child", secondary=pairs, back_populates="parents")
+        n = count_of("children", strategy=strategy, type_=Integer)
+        total = sum_of("children", "size", strategy=strategy, type_=Integer)
+
+    class Child(Base):
+        __tablename__ = f"{p}_child"
+        id = mapped_column(Integer, primary_key=True)
+        size = mapped_column(Integer)
+        parents = relationship(
+            Parent, secondary=pairs, back_populates="children", collection_class=attribute_keyed_dict("name")
+        )
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    a, b = Parent(id=1, name="a"), Parent(id=2, name="b")
+    s.add_all([a, b])
+    s.flush()
+    child = Child(id=1, size=1)
+    child.parents["a"] = a
+    s.add(child)
+    s.commit()
+    right(s, m)
+    child.parents["b"] = b
+    s.commit()
+    child.size = 5
+    assert len(child.parents) == 2
+    s.commit()
+    right(s, m)
+    del child.parents["a"]
+    s.commit()
+    right(s, m)
+    assert [(a.n, a.total), (b.n, b.total)] == [(0, 0), (1, 5)]
