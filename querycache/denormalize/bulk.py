@@ -81,6 +81,7 @@ def _execute(
     target.refuse_unseen()
     guard.check_elsewhere(statement, target.tables)
     if target.concerns():
+        keeper_of(state.session).check(plan)
         target.refuse_within_flush()
         if _flushes_before(state):
             state.session.flush()

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Table, select, update
 from sqlalchemy import inspect as sqlalchemy_inspect
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -266,6 +267,13 @@ class Keeper:
         self._triggered: set[Aggregate] = set()
         """Those of whose parents only the database knows which it has written."""
 
+    def check(self, plan: Plan) -> None:
+        """Check that this Session can keep the aggregates of a plan, before it changes rows that they count.
+
+        Raises:
+            UncoveredChange: naming them.
+        """
+
     def forget_classes(self) -> None:
         """Look classes up anew, since plans have changed."""
         self._sorter = Sorter()
@@ -411,6 +419,29 @@ class Keeper:
         self._triggered.clear()
 
 
+class _OfShards(Keeper):
+    """Refuses to keep aggregates: a Session of shards chooses an engine by each object, and not by its class."""
+
+    def check(self, plan: Plan) -> None:
+        names = ", ".join(sorted(held.name for held in plan.aggregates))
+        raise UncoveredChange(
+            f"a ShardedSession has rows of one class on several engines, of which {names} would be kept on one; write rows"
+            " that they count through a Session for each shard, with bind= its engine"
+        )
+
+    def before_flush(self, session: Session, *, partly: bool) -> None:
+        found, fresh = self._sorter.collect(session, _nowhere)
+        for plan, touched in found.items():
+            if touched.rows or touched.deleted:
+                self.check(plan)
+        for cls in fresh:
+            known = self._sorter.watch(cls)
+            if known is not None and known[1].places:
+                self.check(known[0])
+            if known is not None:
+                _begin_empty(fresh[cls], known[1].roots)
+
+
 def _begin_empty(instances: Iterable[Any], roots: Sequence[Aggregate]) -> None:
     """A copy of another parent (`make_transient`) has the value of that one; what is new has no children yet."""
     for instance in instances:
@@ -544,7 +575,7 @@ def keeper_of(session: Session) -> Keeper:
     """The keeper of `session`."""
     found: Keeper | None = getattr(session, _KEEPER, None)
     if found is None:
-        found = Keeper()
+        found = _OfShards() if isinstance(session, ShardedSession) else Keeper()
         setattr(session, _KEEPER, found)
         _keepers.add(found)
     return found

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy import Column, ForeignKey, Index, Integer, Numeric, String, Table
-from sqlalchemy.orm import attribute_keyed_dict, declarative_base, mapped_column, relationship
+from sqlalchemy.ext.horizontal_shard import ShardedSession
+from sqlalchemy.orm import Session, attribute_keyed_dict, declarative_base, mapped_column, relationship
 
-from querycache.denormalize import UncoveredChange, avg_of, count_of, max_of, min_of, repair, sum_of
+from querycache.denormalize import UncoveredChange, avg_of, count_of, max_of, min_of, repair, sum_of, verify
 from tests.denormalize.family import Open, family, kept, right, two
 
 SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -141,3 +143,45 @@ def test_many_to_many_that_is_a_dict_on_the_other_side(opened: Open, strategy: s
     s.commit()
     right(s, m)
     assert [(a.n, a.total), (b.n, b.total)] == [(0, 0), (1, 5)]
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "flush", "memory", "trigger"])
+def test_a_session_of_shards(tmp_path: Path, strategy: str) -> None:
+    m = family(f"v_shard_{strategy}", kept(strategy))
+    engines = {name: sa.create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("one", "two")}
+    for engine in engines.values():
+        m.Base.metadata.create_all(engine)
+
+    def choose(mapper: Any, instance: Any, clause: Any = None) -> str:
+        return "two" if instance is not None and instance.id > 10 else "one"
+
+    with ShardedSession(
+        shards=engines,
+        shard_chooser=choose,
+        identity_chooser=lambda *_, **__: ["one", "two"],
+        execute_chooser=lambda context: ["one", "two"],
+    ) as s:
+        s.add_all([m.Parent(id=1), m.Parent(id=11)])
+        s.commit()
+        for parent in (1, 11):
+            s.add(m.Child(id=parent, parent_id=parent, size=1))
+            with pytest.raises(
+                UncoveredChange, match=r"a ShardedSession .*Parent\.n, Parent\.total .*for each shard"
+            ):
+                s.commit()
+            s.rollback()
+        with Session(engines["two"]) as of_shard:
+            of_shard.add(m.Child(id=11, parent_id=11, size=1))
+            of_shard.commit()
+        s.get_one(m.Parent, 11).title = "new"
+        s.commit()
+        with pytest.raises(UncoveredChange, match="a ShardedSession"):
+            s.delete(s.get_one(m.Child, 11))
+            s.commit()
+        s.rollback()
+        if strategy != "trigger":
+            with pytest.raises(UncoveredChange, match="a ShardedSession"):
+                s.execute(sa.update(m.Child).values(size=2))
+    for engine in engines.values():
+        assert verify(engine, m.Base).right
+        engine.dispose()
