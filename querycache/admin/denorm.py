@@ -58,7 +58,10 @@ def add(commands: Any) -> None:
 
 
 def _after(text: str) -> dict[str, list[Any]]:
-    given = json.loads(text)
+    try:
+        given = json.loads(text)
+    except ValueError:
+        given = None
     if not isinstance(given, dict) or not all(isinstance(key, list) for key in given.values()):
         raise argparse.ArgumentTypeError(f'must be like {{"Thread": [17]}}, got {text}')
     return given

@@ -86,8 +86,14 @@ def trigger_statements(
     statements: list[str] = []
     for aggregate in filter(wanted, _held(plan)):
         _check(aggregate, ddl)
-        for name, table, event, body, guard in _Writer(aggregate, ddl).triggers():
-            statements.extend(_render(ddl, name, table, event, body, guard))
+        try:
+            for name, table, event, body, guard in _Writer(aggregate, ddl).triggers():
+                statements.extend(_render(ddl, name, table, event, body, guard))
+        except CompileError as error:
+            raise ConfigurationError(
+                f"{aggregate.name}: its measure, or where=, cannot be written into a trigger of {ddl.dialect.name}: {error};"
+                " give its constants as SQL, by func.… or text(), or take strategy 'sql'"
+            ) from error
     return statements
 
 

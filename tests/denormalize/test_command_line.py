@@ -143,6 +143,10 @@ WRONG = {
         ["--app", "an_app:Base", "denorm", "repair", "--url", "sqlite://", "--after", "7"],
         'must be like {"Thread": [17]}, got 7',
     ),
+    "after a key alone": (
+        ["--app", "an_app:Base", "denorm", "repair", "--url", "sqlite://", "--after", "2,x"],
+        'must be like {"Thread": [17]}, got 2,x',
+    ),
     "after whom": (
         ["--app", "an_app:Base", "denorm", "repair", "--url", "sqlite://", "--after", '{"User": [1]}'],
         "User: [1] is no key of Forum, Thread",
