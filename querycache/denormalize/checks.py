@@ -302,6 +302,19 @@ def _check_python(aggregate: Aggregate) -> None:
             f" generated column, the version), too late for strategy {strategy!r}; take strategy 'sql', 'recount' or"
             " 'trigger'"
         )
+    for name in sorted(_named(aggregate)[-1]):
+        type_ = chain.leaf.column_attrs[name].columns[0].type
+        if (
+            isinstance(type_, types.TypeDecorator)
+            and type(type_).process_bind_param is not types.TypeDecorator.process_bind_param
+        ):
+            warnings.warn(
+                f"{aggregate.name}: strategy {strategy!r} counts {chain.leaf.class_.__name__}.{name} as it is assigned, and"
+                f" {type_!r} may make something else of it when it is written; assign what will be read again, or take"
+                " strategy 'sql'",
+                DenormalizeWarning,
+                stacklevel=2,
+            )
     if chain.depth != 1 or chain.links[0].secondary is not None:
         raise ConfigurationError(
             f"{aggregate.name}: strategy {strategy!r} follows one one-to-many relationship; take strategy 'sql' for"

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Enum,
     String,
     TypeDecorator,
+    bindparam,
     cast,
     event,
     func,
@@ -33,10 +34,10 @@ from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.errors import AggregateMismatch, DenormalizeError
 from querycache.denormalize.images import recount, same
 from querycache.denormalize.keeping import connection_written
-from querycache.denormalize.kinds import Merge
+from querycache.denormalize.kinds import MAX, MIN, Merge
 from querycache.denormalize.locks import Locks, keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
-from querycache.denormalize.writing import Changes, write
+from querycache.denormalize.writing import Changes, is_parent, key_parameter, write
 from querycache.errors import ConfigurationError
 
 __all__ = ["Difference", "Report", "repair", "verify", "verify_at_commit"]
@@ -216,8 +217,23 @@ def _differences(locks: Locks, chains: Chains, keys: Sequence[Key]) -> Iterator[
     for key in keys:
         for chain in chains:
             for aggregate, (stored, counted) in found[chain].get(key, {}).items():
-                if not same(aggregate, stored, counted):
+                if not same(aggregate, stored, counted) and not _equal(
+                    locks, aggregate, key, stored, counted
+                ):
                     yield Difference(aggregate.name, key, stored, counted), aggregate
+
+
+def _equal(locks: Locks, aggregate: Aggregate, key: Key, stored: Any, counted: Any) -> bool:
+    """Whether two texts are equal by the collation of the column: which of these is the extreme is then for no one to say."""
+    if aggregate.kind not in (MIN, MAX) or not (isinstance(stored, str) and isinstance(counted, str)):
+        return False
+    given = bindparam("denormalize_counted", type_=aggregate.column.type)
+    statement = locks.plan.memo(
+        ("equal", aggregate),
+        lambda: select(func.count()).where(is_parent(aggregate), aggregate.column == given),
+    )
+    values = {key_parameter(number): part for number, part in enumerate(key)}
+    return bool(locks.connection.scalar(locks.read(statement), {**values, "denormalize_counted": counted}))
 
 
 def verify_at_commit(session_factory: Any, target: Any) -> Callable[[], None]:

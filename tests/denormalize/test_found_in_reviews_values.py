@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,42 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy import Column, ForeignKey, Index, Integer, Numeric, String, Table
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    Interval,
+    Numeric,
+    String,
+    Table,
+    TypeDecorator,
+)
 from sqlalchemy.ext.horizontal_shard import ShardedSession
-from sqlalchemy.orm import Session, attribute_keyed_dict, declarative_base, mapped_column, relationship
+from sqlalchemy.orm import (
+    Session,
+    attribute_keyed_dict,
+    configure_mappers,
+    declarative_base,
+    mapped_column,
+    relationship,
+)
 
-from querycache.denormalize import UncoveredChange, avg_of, count_of, max_of, min_of, repair, sum_of, verify
+from querycache.denormalize import (
+    DenormalizeWarning,
+    UncoveredChange,
+    avg_of,
+    count_of,
+    max_of,
+    min_of,
+    python,
+    repair,
+    sum_of,
+    trigger_sql,
+    verify,
+)
+from querycache.errors import ConfigurationError
 from tests.denormalize.family import Open, family, kept, right, two
 
 SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -185,3 +217,98 @@ def test_a_session_of_shards(tmp_path: Path, strategy: str) -> None:
     for engine in engines.values():
         assert verify(engine, m.Base).right
         engine.dispose()
+
+
+@pytest.mark.parametrize("strategy", ["sql", "recount", "trigger"])
+def test_extremes_that_a_collation_calls_equal(opened: Open, engine: Engine, strategy: str) -> None:
+    Base: Any = declarative_base()
+    texts = "utf8mb4_general_ci"
+    collation = {"sqlite": "NOCASE", "mysql": texts, "mariadb": texts}.get(engine.dialect.name)
+    p, type_ = f"v_ci_{strategy}_{engine.dialect.name}", String(20, collation=collation)
+
+    class Parent(Base):
+        __tablename__ = f"{p}_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        least = min_of("children", "name", strategy=strategy, type_=type_)
+        most = max_of("children", "name", strategy=strategy, type_=type_)
+
+    class Child(Base):
+        __tablename__ = f"{p}_child"
+        id = mapped_column(Integer, primary_key=True)
+        name = mapped_column(type_)
+        parent_id = mapped_column(ForeignKey(f"{p}_parent.id"))
+        __table_args__ = (Index(f"{p}_by_name", "parent_id", "name"),)
+
+    m = SimpleNamespace(Base=Base)
+    s = opened(m)
+    s.add_all([Parent(id=1), Parent(id=2)])
+    s.commit()
+    for number, name in enumerate(["b", "B", "B", "c", "C", "b"]):
+        s.add(Child(id=9 - number, parent_id=1, name=name))
+        s.commit()
+        right(s, m)
+    s.delete(s.get_one(Child, 9))
+    s.commit()
+    right(s, m)
+    for wrong in ("a", None):
+        with engine.begin() as connection:
+            connection.execute(
+                sa.update(Parent.__table__).values(least=wrong),
+                execution_options={"denormalize": "unchecked"},
+            )
+        assert [each.key for each in verify(engine, Base).differences] == ([(1,), (2,)] if wrong else [(1,)])
+        assert repair(engine, Base).repaired == (2 if wrong else 1)
+
+
+def test_a_constant_that_no_trigger_can_hold() -> None:
+    Base: Any = declarative_base()
+
+    class Parent(Base):
+        __tablename__ = "v_constant_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        n = count_of(
+            "children", where=lambda c: c.took > timedelta(hours=1), strategy="trigger", type_=Integer
+        )
+
+    class Child(Base):
+        __tablename__ = "v_constant_child"
+        id = mapped_column(Integer, primary_key=True)
+        took = mapped_column(Interval)
+        parent_id = mapped_column(ForeignKey("v_constant_parent.id"))
+
+    with pytest.raises(
+        ConfigurationError, match=r"Parent\.n: .*cannot be written into a trigger of m.*take strategy 'sql'"
+    ):
+        trigger_sql(Base, "mariadb")
+
+
+@pytest.mark.parametrize("strategy", ["flush", "memory"])
+def test_a_type_that_makes_something_else_of_values(strategy: str) -> None:
+    Base: Any = declarative_base()
+
+    class Stripped(TypeDecorator[str]):
+        impl = String(20)
+        cache_ok = True
+
+        def process_bind_param(self, value: Any, dialect: Any) -> Any:
+            return None if value is None else value.strip()
+
+    class Parent(Base):
+        __tablename__ = "v_stripped_parent"
+        id = mapped_column(Integer, primary_key=True)
+        children = relationship("Child")
+        letters = sum_of(
+            "children", python(lambda c: len(c.name), columns=("name",)), strategy=strategy, type_=Integer
+        )
+
+    class Child(Base):
+        __tablename__ = "v_stripped_child"
+        id = mapped_column(Integer, primary_key=True)
+        name = mapped_column(Stripped())
+        parent_id = mapped_column(ForeignKey("v_stripped_parent.id"))
+
+    with pytest.warns(DenormalizeWarning, match=r"Parent\.letters: .* counts Child\.name as it is assigned"):
+        configure_mappers()
+    Base.registry.dispose()
