@@ -265,6 +265,11 @@ def _insert(target: _Target, statement: Insert) -> Result[Any]:
             f"an upsert on {target.name} may change rows whose old contribution to"
             f" {_dependents(target)} is unknown; insert and update in two statements"
         )
+    if target.columns is None:
+        raise UncoveredChange(
+            f"a statement of your own in place of INSERT on {target.name} may do more than insert rows, and"
+            f" {_dependents(target)} would be wrong; insert, update and delete in statements of SQLAlchemy"
+        )
     touched = Touched()
     work = target.work(touched)
     for place in target.pairs:

@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import JSON, Engine, ForeignKey, Index, Integer, String, UniqueConstraint
 from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, aliased, configure_mappers, declarative_base, mapped_column, relationship
 
 from querycache.denormalize import (
@@ -210,6 +211,28 @@ def test_rows_are_replaced(opened: Open, strategy: str, how: str) -> None:
             UncoveredChange, match=r"OR REPLACE on \w+ deletes .*Parent\.n.* in two statements"
         ):
             _execute(s, statement.prefix_with("OR REPLACE"), how)
+        s.rollback()
+    right(s, m)
+
+
+class _Replace(sa.Insert):
+    inherit_cache = True
+
+
+@compiles(_Replace)
+def _replace(element: Any, compiler: Any, **options: Any) -> str:
+    return str(compiler.visit_insert(element, **options)).replace("INSERT", "REPLACE", 1)
+
+
+@SQLITE
+@pytest.mark.parametrize("how", ["session", "connection"])
+def test_rows_are_replaced_by_a_statement_of_its_own(opened: Open, how: str) -> None:
+    m = family("x_own", kept("sql"))
+    s = opened(m)
+    two(s, m)
+    for table, values in ((m.Parent.__table__, {"id": 1}), (m.Child.__table__, {"id": 1, "parent_id": 2})):
+        with pytest.raises(UncoveredChange):
+            _execute(s, _Replace(table).values(**values), how)
         s.rollback()
     right(s, m)
 
