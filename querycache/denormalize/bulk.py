@@ -196,7 +196,7 @@ class _Target:
     def refuse_within_flush(self) -> None:
         connection = self.work(Touched()).connection
         what = f"{self.kind} on {self.name}"
-        guard.refuse_within_flush(connection, what, _dependents(self), of=self.session)
+        guard.refuse_within_flush(self.session, connection, what, _dependents(self))
 
     def refuse_unseen(self) -> None:
         """Refuse what a class writes that has but the table in common with the one by which aggregates are kept."""

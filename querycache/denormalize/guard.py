@@ -174,7 +174,8 @@ def refuse_aggregates(
         UncoveredChange: where it cannot be told whether it sets one.
     """
     plan = plan_of(table)
-    assert plan is not None
+    if plan is None:
+        return
     kind = statement.__visit_name__.upper()
     held = plan.columns.get(table, {})
     if written is None:
@@ -225,14 +226,16 @@ def is_any_at_work() -> bool:
     return bool(_flushes.get())
 
 
-def refuse_within_flush(connection: Connection, what: str, names: str, *, of: Session | None = None) -> None:
+def refuse_within_flush(
+    session: Session, connection: Connection, what: str, names: str, *, flushes: bool = False
+) -> None:
     """Refuse a write of rows while a flush is at work on the same connection, which has looked at what it changes before,
     and will take what it then finds for its own doing.
 
     Args:
         what: is to be written.
         names: of the aggregates concerned.
-        of: a Session whose own flush counts as well.
+        flushes: whether it is the flush of the Session itself, for which only those of others are in the way.
 
     Raises:
         UncoveredChange: naming these.
@@ -241,7 +244,8 @@ def refuse_within_flush(connection: Connection, what: str, names: str, *, of: Se
         flush = each()
         if flush is None or not is_flushing(flush.session):
             continue
-        if flush.session is of or connection in connections(flush.session):
+        own = flush.session is session
+        if (own and not flushes) or (not own and connection in connections(flush.session)):
             raise UncoveredChange(
                 f"{what} while a flush is at work, as mapper events, and before_flush and after_flush listeners, execute"
                 f" it, would be counted twice, or not at all, for {names}; set the attributes of the objects in a"

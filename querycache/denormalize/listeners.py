@@ -121,9 +121,11 @@ def _refuse_within_another(session: Session, keeper: Keeper) -> None:
     for work in keeper.works.values():
         for place in work.touched.rows:
             guard.refuse_within_flush(
+                session,
                 work.locks_of(place.chain).connection,
                 f"the flush of another Session that changes {place.chain.mappers[place.level].class_.__name__},",
                 ", ".join(held.name for held in work.plan.by_chain[place.chain]),
+                flushes=True,
             )
 
 

@@ -130,6 +130,26 @@ def test_another_session_on_the_connection_of_a_flush(opened: Open, strategy: st
 
 
 @SQLITE
+@pytest.mark.parametrize("strategy", KEPT)
+def test_a_flush_after_one_that_a_listener_has_ended(opened: Open, strategy: str) -> None:
+    m = family(f"y_ended_{strategy}", kept(strategy))
+    s = opened(m)
+    two(s, m)
+    s.get_one(m.Child, 1).size = 6
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("not now")
+
+    with _listening(s, "before_flush", refuse), pytest.raises(ValueError, match="not now") as kept_alive:
+        s.flush()
+    s.execute(sa.update(m.Child).where(m.Child.id == 2).values(size=1))
+    s.commit()
+    assert kept_alive.tb is not None
+    right(s, m)
+    assert s.get_one(m.Parent, 1).total == 7
+
+
+@SQLITE
 def test_a_bulk_statement_flushes_as_sqlalchemy_does(opened: Open) -> None:
     m = family("y_auto", kept("sql"))
     s = opened(m)
