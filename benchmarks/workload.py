@@ -2,9 +2,9 @@
 
     python -m tests.servers -- python -m benchmarks.workload
 
-Every page is read once before a measurement. Then eight processes read pages of a forum, whose threads, members and
-boards are popular after Zipf, and now and then write: reply, edit, change a profile, open a thread. The same work is
-done in five ways, in turn, several times over:
+Eight processes read pages of a forum, whose threads, members and boards are popular after Zipf, and now and then write:
+reply, edit, change a profile, open a thread; they have read every page once before. The same work is done in five ways,
+by eight processes each, which work in turns of a second or two while the others pause:
 
 - **row slots**: the library as it is;
 - **table tags**: the same with every answer depending on whole tables, as query caches in this field do;
@@ -282,50 +282,58 @@ def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
     return _TAGS(dataclasses.replace(self, pins=()), *arguments)
 
 
+# What the parent and a process tell each other, in shared memory: what it is to do; 1 while it works and 2 while it pauses;
+# and what it has counted so far: operations, hits, cached statements, microseconds of processors.
+PAUSE, WARM_UP, COUNT, STOP = range(4)
+
+
 def work(
     mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any
 ) -> None:
-    """One process: works from when `board[0]` is 1 until it is 3, and counts while it is 2."""
+    """One process: works and counts as the board says."""
     engine = create_engine(urls[0], pool_size=1)
     sessions = sessionmaker(engine)
     cache = prepare(mode, urls[1], sessions, namespace)
     visitor = Visitor(engine, sessions, cache is not None, f"{namespace}{number}")
     visitor.warm_up(number, processes)
-    board[1] = 1
-    read = written = 0
-    spent = 0.0
-    before = None
-    while board[0] != 3:
-        if board[0] == 2 and before is None:
-            before = cache.stats() if cache else ()
-            spent = processor_seconds(engine)
-            read = written = 0
-        if visitor.random.random() * 100 < reads:
-            visitor.read()
-            read += 1
-        else:
-            visitor.write()
-            written += 1
-    board[2], board[3] = read, written
-    board[6] = round((processor_seconds(engine) - spent) * 1e6)
-    if cache is not None:
-        after = cache.stats()
-        board[4] = after.hits - before.hits  # type: ignore[union-attr]
-        board[5] = (
-            sum(
-                getattr(after, name) - getattr(before, name)
-                for name in ("hits", "misses", "stale", "bypasses")
-            )
-            - _bypassed_fills(after)
-            + _bypassed_fills(before)
-        )
+    with engine.connect() as connection:
+        backend = connection.scalar(text("SELECT pg_backend_pid()"))
+    board[1] = 2
+    while board[0] != STOP:
+        if board[0] == PAUSE:
+            board[1] = 2
+            time.sleep(0.002)
+            continue
+        board[1] = 1
+        what, operations = board[0], 0
+        before, spent = _statements(cache), processor_seconds(backend)
+        while board[0] == what:
+            if visitor.random.random() * 100 < reads:
+                visitor.read()
+            else:
+                visitor.write()
+            operations += 1
+        if what == COUNT:
+            after = _statements(cache)
+            board[2] += operations
+            board[3] += after[0] - before[0]
+            board[4] += after[1] - before[1]
+            board[5] += round((processor_seconds(backend) - spent) * 1e6)
     engine.dispose()
 
 
-def processor_seconds(engine: Engine) -> float:
+def _statements(cache: QueryCache | None) -> tuple[int, int]:
+    """Hits, and cached statements, so far."""
+    if cache is None:
+        return 0, 0
+    stats = cache.stats()
+    # A miss that may not be stored is followed by a bypass with this reason: one read, two events.
+    twice = sum(stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "after write"))
+    return stats.hits, stats.hits + stats.misses + stats.stale + stats.bypasses - twice
+
+
+def processor_seconds(backend: Any) -> float:
     """What this process and its connection's process in PostgreSQL have used so far; the latter where it is here."""
-    with engine.connect() as connection:
-        backend = connection.scalar(text("SELECT pg_backend_pid()"))
     stat = Path(f"/proc/{backend}/stat")
     ticks = stat.read_text().rpartition(")")[2].split()[11:13] if stat.exists() else ()
     return time.process_time() + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
@@ -338,46 +346,84 @@ def redis_seconds(url: str) -> float:
     return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
 
 
-def _bypassed_fills(stats: Any) -> int:
-    # A miss that may not be stored is followed by a bypass with this reason: one read, two events.
-    return sum(stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "after write"))
-
-
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
-def measure(mode: str, reads: int, urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
-    """Operations a second, processor microseconds of an operation (of the processes, PostgreSQL and Redis), and hits
-    by cached statement, of all processes together."""
-    namespace = f"forum-{uuid4().hex[:8]}"
-    boards = [RawArray("q", 7) for _ in range(options.processes)]
-    processes = [
-        _CONTEXT.Process(
-            target=work, args=(mode, reads, urls, namespace, number, options.processes, board), daemon=True
-        )
-        for number, board in enumerate(boards)
-    ]
-    for process in processes:
-        process.start()
-    while not all(board[1] for board in boards):
-        if any(process.exitcode for process in processes):
-            raise SystemExit(f"a process of {mode!r} failed")
-        time.sleep(0.02)
-    redis_at = {}
-    for phase, seconds in ((1, options.warm_up), (2, options.seconds), (3, 0.0)):
-        for board in boards:
-            board[0] = phase
-        redis_at[phase] = redis_seconds(urls[1])
+class Crowd:
+    """The processes of one mode, which work when they are told."""
+
+    def __init__(self, mode: str, reads: int, urls: tuple[str, str], processes: int) -> None:
+        self.mode = mode
+        self._urls = urls
+        namespace = f"forum-{uuid4().hex[:8]}"
+        self._boards = [RawArray("q", 6) for _ in range(processes)]
+        self._processes = [
+            _CONTEXT.Process(
+                target=work,
+                args=(mode, reads, urls, namespace, number, processes, board),
+                daemon=True,
+            )
+            for number, board in enumerate(self._boards)
+        ]
+        for process in self._processes:
+            process.start()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Until all pause."""
+        while not all(board[1] == 2 for board in self._boards):
+            if any(process.exitcode for process in self._processes):
+                raise SystemExit(f"a process of {self.mode!r} failed")
+            time.sleep(0.002)
+
+    def _tell(self, what: int) -> None:
+        for board in self._boards:
+            board[0] = what
+
+    def work(self, seconds: float, what: int = COUNT) -> dict[str, float]:
+        """Work for a while: operations a second, processor microseconds of an operation (of the processes, PostgreSQL
+        and Redis), and hits by cached statement, of all processes together."""
+        before, redis_before = self._sum(), redis_seconds(self._urls[1])
+        begin = time.perf_counter()
+        self._tell(what)
         time.sleep(seconds)
-    for process in processes:
-        process.join()
-    done = sum(board[2] + board[3] for board in boards)
-    statements = sum(board[5] for board in boards)
-    return {
-        "operations": done / options.seconds,
-        "processor": ((redis_at[3] - redis_at[2]) * 1e6 + sum(board[6] for board in boards)) / done,
-        "hits": sum(board[4] for board in boards) / statements if statements else 0.0,
-    }
+        self._tell(PAUSE)
+        taken = time.perf_counter() - begin
+        self._wait()
+        spent = (redis_seconds(self._urls[1]) - redis_before) * 1e6
+        done, hits, statements, processor = (a - b for a, b in zip(self._sum(), before, strict=True))
+        return {
+            "operations": done / taken,
+            "processor": (spent + processor) / max(1, done),
+            "hits": hits / statements if statements else 0.0,
+        }
+
+    def _sum(self) -> list[int]:
+        return [sum(each) for each in zip(*(board[2:] for board in self._boards), strict=True)]
+
+    def stop(self) -> None:
+        self._tell(STOP)
+        for process in self._processes:
+            process.join()
+
+
+def measure(
+    reads: int, urls: tuple[str, str], options: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """For each mode what was measured in each round: in turns of a second or two, since a machine does not stay as fast
+    as it is for longer."""
+    crowds = [Crowd(mode, reads, urls, options.processes) for mode in MODES]
+    found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    for crowd in crowds:
+        crowd.work(options.warm_up, WARM_UP)
+    for turn in range(options.rounds):
+        for crowd in crowds[turn % len(crowds) :] + crowds[: turn % len(crowds)]:
+            found[crowd.mode].append(crowd.work(options.seconds))
+        line = ", ".join(f"{mode} {found[mode][-1]['operations']:.0f}" for mode in MODES)
+        _say(f"{reads}/{100 - reads} round {turn + 1} of {options.rounds}, operations/s: {line}")
+    for crowd in crowds:
+        crowd.stop()
+    return found
 
 
 def measure_commits(urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
@@ -413,9 +459,11 @@ def measure_commits(urls: tuple[str, str], options: argparse.Namespace) -> dict[
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workload", description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (default 6)")
-    parser.add_argument("--warm-up", type=float, default=3.0, help="seconds of work before each (default 3)")
-    parser.add_argument("--repeats", type=int, default=3, help="medians are of so many (default 3)")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each mode in a round (default 1.5)")
+    parser.add_argument(
+        "--warm-up", type=float, default=5.0, help="seconds of work of each before (default 5)"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="medians are of so many (default 15)")
     parser.add_argument("--commits", type=int, default=400, help="to measure what one costs (default 400)")
     parser.add_argument("--reads", type=int, choices=READS, action="append", help="percent; may be repeated")
     parser.add_argument("--json", action="store_true")
@@ -430,11 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fill(engine)
     runs: dict[int, dict[str, list[dict[str, float]]]] = {}
     for reads in options.reads or READS:
-        runs[reads] = {mode: [] for mode in MODES}
-        for turn in range(options.repeats):
-            for mode in MODES[turn % 5 :] + MODES[: turn % 5]:
-                runs[reads][mode].append(measure(mode, reads, urls, options))
-                _say(f"{reads}/{100 - reads} {mode}: {runs[reads][mode][-1]}")
+        runs[reads] = measure(reads, urls, options)
     commits = measure_commits(urls, options)
     Base.metadata.drop_all(engine)
     result = _result(runs, commits)
