@@ -17,6 +17,7 @@ first asked for.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,6 +76,15 @@ def _server_url(name: str, *, shared: bool = True) -> Iterator[str]:
         return
     with _obtain(name) as server:
         yield server.url
+
+
+@pytest.fixture(scope="module")
+def small_heap() -> Iterator[None]:
+    """For tests that collect garbage again and again: what others have left in the process is not looked through."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

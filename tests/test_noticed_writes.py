@@ -18,6 +18,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_colu
 from querycache import QueryCache
 from querycache.denormalize import count_of
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 
 class Base(DeclarativeBase):
     pass

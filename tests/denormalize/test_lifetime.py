@@ -33,6 +33,8 @@ def listeners():
 
 nothing = listeners()
 from tests.denormalize.test_lifetime import family
+
+pytestmark = pytest.mark.usefixtures("small_heap")
 configure_mappers()
 assert listeners() == nothing, "an import alone listens to no Session"
 one, other = family("sql"), family("memory")

@@ -55,6 +55,8 @@ from querycache import QueryCache
 from querycache.sa_internals import Plan
 from tests.read_path.models import Post, User
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 CACHED = {"cache_key": True}
 
 OF_SESSION = ["session"] if "execution_options" in signature(Session.__init__).parameters else []

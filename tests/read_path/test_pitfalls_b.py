@@ -40,6 +40,8 @@ from tests.read_path.models import Base, Post, Tag, Team, User
 from tests.read_path.observe import Observer, outcome_of
 from tests.read_path.test_keys import SAME_TEXT
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 Sessions = Callable[[Engine], sessionmaker[Session]]
 CACHED = {"cache_key": "the same for all"}
 

@@ -15,6 +15,11 @@ from querycache.session_index import SessionIndex
 from tests.session_index.models import Base
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap(small_heap: None) -> None:
+    """Nearly all of these collect garbage."""
+
+
 def make_engine() -> Engine:
     """An SQLite database in memory whose savepoints work (the driver must not begin transactions itself)."""
     engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
