@@ -262,8 +262,13 @@ class Analysis:
         if values is None:
             return None
         label = label_of(*translated(pin.table, plan.schema_translate_map))
-        slots = {value: slot_of(value, declared.slots) for value in values}
-        return {value: slot_tag(label, pin.column, slot) for value, slot in slots.items() if slot is not None}
+        own: dict[object, str] = {}
+        for value in values:
+            slot = slot_of(value, declared.slots)
+            if slot is None:
+                return None
+            own[value] = slot_tag(label, pin.column, slot)
+        return own or None
 
     @staticmethod
     def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:

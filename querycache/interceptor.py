@@ -69,6 +69,7 @@ class _Load:
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once there is a further statement that the entry does not have.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
+        borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
     """
 
@@ -81,6 +82,7 @@ class _Load:
     spoiled: str = ""
     grown: bool = False
     later: bool = False
+    borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
     _token: Token[object] | None = None
 
@@ -381,7 +383,7 @@ class Interceptor:
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
         stored = load.find(asked)
-        if stored is not None:
+        if stored is not None and not self._has_own_view(load, asked):
             return merge_frozen_result(asked.prepared, stored)
         _check_allowed(load.request.region, load.request.options, "incomplete")
         load.observe(asked.tags())
@@ -390,10 +392,11 @@ class Interceptor:
         frozen = None if by_key is None else self._known_rows(load, asked, by_key)
         if frozen is not None:
             load.loads[asked.mark] = frozen
+            load.borrowed = True
             return merge_frozen_result(asked.prepared, frozen)
         load.later = True
         frozen, result = load.run(asked.prepared)
-        if load.entry is not None and self._is_torn(load):
+        if (load.entry is not None or load.borrowed) and self._is_torn(load):
             raise _Torn
         if frozen is not None:
             load.loads[asked.mark] = frozen
@@ -405,13 +408,13 @@ class Interceptor:
         """The rows that a further statement asks for, from this and other answers, where all of them still stand."""
         request, reading = load.request, load.reading
         known = request.region.shared_rows
-        if request.options.mode == "refresh":
+        if request.options.mode == "refresh" or self._has_own_view(load, asked):
             return None
-        for transaction in self._writes.transactions(request.session, request.bind):
+        for transaction in self._writes.transactions(request.session, request.bind, before_lookup=True):
             if transaction.wrote or transaction.snapshot is not None:
                 return None
         if load.entry is None or load.later:
-            if not known.has(by_key.family):
+            if not self._writes.marks(request.region.ledger) or not known.has(by_key.family, by_key.own):
                 return None
             # The database was asked after the versions were read, and what completes its answer is to be no older.
             reading = request.region.observe((*by_key.common, *by_key.own.values()))
@@ -422,11 +425,24 @@ class Interceptor:
                 known.learn(by_key.family, by_key.own, standing, stored, by_key.place)
         return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
+    def _has_own_view(self, load: _Load, asked: Completion) -> bool:
+        """True if a further statement has a connection of its own, given to the Session for it, that may show something else
+        than the cache."""
+        request, bind = load.request, asked.prepared.invocation.bind
+        if bind is request.bind:
+            return False
+        for transaction in self._writes.transactions(request.session, bind):
+            if not any(transaction is each for each in request.transactions) and (
+                transaction.snapshot is not None or transaction.hides(asked.tags())
+            ):
+                return True
+        return False
+
     def _is_torn(self, load: _Load) -> bool:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
         request, reading = load.request, load.reading
         before = request.transactions
-        request.transactions = self._writes.transactions(request.session, request.bind)
+        request.transactions = self._writes.transactions(request.session, request.bind, before_lookup=True)
         for transaction in request.transactions:
             if transaction.snapshot is not None and not any(transaction is each for each in before):
                 witness = request.region.ledger.quiet()

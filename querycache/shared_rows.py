@@ -9,7 +9,7 @@ read before, and they complete other answers to the same statement for as long a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -59,9 +59,10 @@ class SharedRows:
         self._count = 0
         self._lock = threading.Lock()
 
-    def has(self, family: bytes) -> bool:
-        """True if any rows are known of these statements."""
-        return family in self._known
+    def has(self, family: bytes, keys: Collection[object]) -> bool:
+        """True if the rows of these keys are known, under whatever versions."""
+        known = self._known.get(family)
+        return known is not None and known.rows.keys() >= set(keys)
 
     def find(self, family: bytes, vectors: Vectors) -> FrozenStatement | None:
         """The rows of these keys, as one statement that was asked for them; None where not all are known.
@@ -93,7 +94,7 @@ class SharedRows:
             vectors: the versions from before it was asked, of the keys that are to be remembered.
             place: of the key in each row.
         """
-        if not _is_small(frozen.rows):
+        if not vectors.own or not _is_small(frozen.rows):
             return
         rows: dict[object, Row | None] = dict.fromkeys(keys)
         for row in frozen.unpack():

@@ -241,6 +241,10 @@ class Writes:
             if begun:
                 self._expect_old_views(connection.dialect)
 
+    def marks(self, ledger: Ledger) -> bool:
+        """True if no commit becomes visible before its tags were marked in a ledger, so that what is clean is current."""
+        return self._consistency == "strict" and ledger.store.atomic
+
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
         if not self._owed:

@@ -14,7 +14,9 @@ from sqlalchemy import (
     JSON,
     Engine,
     ForeignKey,
+    Integer,
     String,
+    TypeDecorator,
     create_engine,
     event,
     func,
@@ -41,6 +43,8 @@ from sqlalchemy.pool import StaticPool
 
 from querycache import QueryCache, dependencies, shared_rows
 from querycache.frozen import freeze
+from querycache.interceptor import Interceptor
+from querycache.shared_rows import SharedRows
 
 
 class Base(DeclarativeBase):
@@ -53,6 +57,7 @@ class Writer(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(2000), default="")
     notes: Mapped[list[Note]] = relationship(back_populates="writer")
+    marks: Mapped[list[Mark]] = relationship()
 
 
 class Note(Base):
@@ -634,7 +639,7 @@ def test_whatever_completes_them_answers_are_the_databases(
                 for note in session.scalars(statement.execution_options(cache_key=True)).unique()
             ]
 
-    for step in range(300):
+    for step in range(200):
         factory = chance.choice(processes)
         what = chance.random()
         with factory.begin() as session:
@@ -720,3 +725,177 @@ def test_a_snapshot_is_shown_as_it_is(postgresql_engine: Engine, redis_store_url
         # asked of the database, and so is what completes it
         statement = page(1).where(Note.id > 0)
         assert session.scalars(statement).all()[2].writer.name == "Amy"
+
+
+@pytest.mark.parametrize("loader", [selectinload, immediateload])
+def test_keys_that_are_followed_by_no_row(store: CacheRegion, loader: Any) -> None:
+    """A key that is none of its column's type, as where the foreign key is a NUMERIC of the database."""
+
+    class Numbered(DeclarativeBase):
+        pass
+
+    class Inexact(TypeDecorator[float]):
+        impl = Integer
+        cache_ok = True
+
+        def process_result_value(self, value: Any, dialect: Any) -> Any:
+            return None if value is None else float(value)
+
+    class Person(Numbered):
+        __tablename__ = "shared_people"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Letter(Numbered):
+        __tablename__ = "shared_letters"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        person_id: Mapped[float] = mapped_column(Inexact, ForeignKey(Person.id))
+        person: Mapped[Person | None] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Numbered.metadata.create_all(engine)
+    processes = [attached(engine, store) for _ in range(2)]
+    with processes[0].begin() as session:
+        session.add_all([Person(id=1), Person(id=2), *(Letter(id=n, person_id=n) for n in (1, 2, 77))])
+    for number in (77, 1, 2, 77):
+        for sessions in processes:
+            statement = select(Letter).where(Letter.id == number).options(loader(Letter.person))
+            with sessions() as session:
+                letter = session.scalars(statement.execution_options(cache_key=True)).one()
+                assert (letter.person and letter.person.id) == (number if number < 3 else None)
+    engine.dispose()
+
+
+def begins_by_hand(path: Path) -> Engine:
+    """SQLite whose transactions have snapshots: the recipe of SQLAlchemy's documentation, in WAL mode."""
+    engine = create_engine(f"sqlite:///{path / 'wal.db'}")
+
+    def connect(connection: Any, record: object) -> None:
+        connection.isolation_level = None
+        connection.execute("PRAGMA journal_mode=WAL")
+
+    event.listen(engine, "connect", connect)
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    return engine
+
+
+def test_writers_are_of_the_snapshot_of_their_notes_in_sqlite(tmp_path: Path, store: CacheRegion) -> None:
+    engine = begins_by_hand(tmp_path)
+    fill(engine)
+    sessions = attached(engine, store)
+    warm_up(sessions)
+    with sessions.begin() as session:
+        session.add(Note(page=0, writer_id=2))
+
+    def meanwhile() -> None:
+        rename(sessions, "Zoe")
+        names(sessions, 1)
+
+    when_asked_for_notes(engine, "after_cursor_execute", meanwhile)
+    with sessions() as session:
+        found = session.scalars(page(0)).all()[2].writer
+        assert found.name == session.scalar(text("SELECT name FROM shared_writers WHERE id = 3"))
+    engine.dispose()
+
+
+def test_what_was_kept_is_of_the_snapshot_of_the_rest_in_sqlite(
+    tmp_path: Path, store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = begins_by_hand(tmp_path)
+    fill(engine)
+    sessions = attached(engine, store)
+    warm_up(sessions)
+    rename(sessions, "Zoe")
+    known_rows, done = Interceptor._known_rows, []
+
+    def meanwhile(*given: Any) -> Any:
+        if not done:
+            done.append(1)
+            with sessions.begin() as session:
+                session.get_one(Writer, 3).name = "Amy"
+                session.get_one(Note, 3).page = 30
+        return known_rows(*given)
+
+    monkeypatch.setattr(Interceptor, "_known_rows", meanwhile)
+    with sessions() as session:
+        kept = [note.id for note in session.scalars(page(0))]
+        assert kept == session.scalars(text("SELECT id FROM shared_notes WHERE page = 0 ORDER BY id")).all()
+    engine.dispose()
+
+
+@pytest.mark.server("postgresql")
+def test_what_completes_known_writers_is_of_their_time(
+    engine: Engine, postgresql_engine: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notes are elsewhere, so the snapshot of writers begins with what completes them."""
+    Base.metadata.create_all(postgresql_engine)
+    snapshots = postgresql_engine.execution_options(isolation_level="REPEATABLE READ")
+    sessions = sessionmaker(binds={Note: engine, Writer: snapshots, Mark: snapshots})
+    plain = sessionmaker(binds={Note: engine, Writer: postgresql_engine, Mark: postgresql_engine})
+    QueryCache(store, lease=0.1).attach(sessions).attach(plain)
+    with postgresql_engine.begin() as connection:
+        connection.execute(text("ALTER TABLE shared_marks DROP CONSTRAINT shared_marks_note_id_fkey"))
+        connection.execute(text("INSERT INTO shared_writers SELECT n, '' FROM generate_series(1, 5) n"))
+    statement = page(0).options(selectinload(Note.writer).selectinload(Writer.marks))
+    with sessions() as session:
+        session.scalars(statement).all()
+    with sessions() as session:
+        session.scalars(statement.where(Note.id > 0)).all()
+    find, done = SharedRows.find, []
+
+    def meanwhile(self: SharedRows, *given: Any) -> Any:
+        found = find(self, *given)
+        if found is not None and not done:
+            done.append(1)
+            with plain.begin() as session:
+                session.get_one(Writer, 3).name = "Zoe"
+                session.add(Mark(note_id=1, writer_id=3))
+        return found
+
+    monkeypatch.setattr(SharedRows, "find", meanwhile)
+    with sessions() as session:
+        writer = (
+            session.scalars(page(1).options(selectinload(Note.writer).selectinload(Writer.marks)))
+            .all()[2]
+            .writer
+        )
+        assert writer is not None and (writer.name == "Zoe") == bool(writer.marks)
+
+
+def test_writers_on_a_connection_that_was_given_for_them(tmp_path: Path, store: CacheRegion) -> None:
+    engines = [create_engine(f"sqlite:///{tmp_path / name}.db") for name in ("notes", "writers")]
+    for each in engines:
+        fill(each)
+    given: list[Any] = []
+
+    class Bound(Session):
+        def get_bind(self, mapper: Any = None, **arguments: Any) -> Any:
+            if mapper is not None and mapper.class_ is Writer:
+                return given[0] if given else engines[1]
+            return engines[0]
+
+    sessions = sessionmaker(class_=Bound)
+    QueryCache(store).attach(sessions)
+    for number in (0, 1):
+        assert names(sessions, number)[2] == ""
+    with engines[1].connect() as connection:
+        given.append(connection)
+        connection.execute(update(Writer).values(name="mine"))
+        assert [names(sessions, number)[2] for number in (2, 0)] == ["mine", "mine"]
+        connection.rollback()
+        given.clear()
+    assert names(sessions, 0)[2] == ""
+    for each in engines:
+        each.dispose()
+
+
+def test_where_commits_are_not_marked_the_database_is_asked(
+    engine: Engine, store: CacheRegion, asked: list[str]
+) -> None:
+    """A commit may be seen in the notes then before anybody is told of the writers."""
+    sessions = attached(engine, store, consistency="commit")
+    warm_up(sessions)
+    with sessions.begin() as session:
+        session.add(Note(page=0, writer_id=2))
+    asked.clear()
+    names(sessions, 0)
+    assert asked == ["notes", "writers"]
