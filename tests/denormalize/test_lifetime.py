@@ -18,6 +18,8 @@ from querycache.denormalize import aggregates_of, count_of
 from querycache.errors import ConfigurationError
 from tests.denormalize.models import STRATEGIES
 
+pytestmark = pytest.mark.usefixtures("small_heap")
+
 LISTENERS = """
 from sqlalchemy import create_engine
 from sqlalchemy.event import registry
@@ -33,8 +35,6 @@ def listeners():
 
 nothing = listeners()
 from tests.denormalize.test_lifetime import family
-
-pytestmark = pytest.mark.usefixtures("small_heap")
 configure_mappers()
 assert listeners() == nothing, "an import alone listens to no Session"
 one, other = family("sql"), family("memory")
