@@ -410,16 +410,19 @@ class Interceptor:
         known = request.region.shared_rows
         if request.options.mode == "refresh" or self._has_own_view(load, asked):
             return None
+        entry = None if load.later else load.entry
+        if entry is None and not (
+            known.has(by_key.family, by_key.own) and self._writes.marks(request.region.ledger)
+        ):
+            return None
         for transaction in self._writes.transactions(request.session, request.bind, before_lookup=True):
             if transaction.wrote or transaction.snapshot is not None:
                 return None
-        if load.entry is None or load.later:
-            if not self._writes.marks(request.region.ledger) or not known.has(by_key.family, by_key.own):
-                return None
+        if entry is None:
             # The database was asked after the versions were read, and what completes its answer is to be no older.
             reading = request.region.observe((*by_key.common, *by_key.own.values()))
         elif reading is not None:
-            stored = load.entry.loads.get(asked.mark)
+            stored = entry.loads.get(asked.mark)
             if stored is not None and reading.fallen.isdisjoint(by_key.common):
                 standing = _vectors(by_key, reading, reading.fallen)
                 known.learn(by_key.family, by_key.own, standing, stored, by_key.place)
