@@ -35,7 +35,7 @@ from sqlalchemy.sql.visitors import iterate
 
 from querycache.functions import is_stable, is_system_table
 from querycache.keys import canonical, digest, structure_digest
-from querycache.sa_internals import Plan, asks_by_key, custom_constructs
+from querycache.sa_internals import Plan, custom_constructs, key_place
 from querycache.tables import (
     TableName,
     declared_tags,
@@ -169,8 +169,7 @@ class Analysis:
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes.
-        by_key: the parameter that holds the keys of rows, and the place of the key among the columns, where each row is
-            there for its key alone.
+        key_place: the place of the key among the columns, where each row is there for its key alone.
     """
 
     structure: bytes
@@ -183,7 +182,7 @@ class Analysis:
     opaque: bool = False
     locks: bool = False
     writes: bool = False
-    by_key: tuple[str, int] | None = None
+    key_place: int | None = None
 
     def unstable(self, plan: Plan, declared: Declarations) -> str:
         """Name of a function whose answer may change without a write; empty where there is none."""
@@ -255,7 +254,7 @@ class Analysis:
 
         None where a row may depend on more than its key.
         """
-        if self.by_key is None or len(self.pins) != 1:
+        if self.key_place is None or len(self.pins) != 1:
             return None
         [pin] = self.pins
         values = self._pinned_values(pin, plan)
@@ -308,7 +307,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):
-            memo.by_key = asks_by_key(compiled)
+            memo.key_place = key_place(compiled)
         compiled.__dict__[_MEMO] = memo
     return memo
 

@@ -110,7 +110,7 @@ def canonical(value: object, dumps: Callable[[Any], object] | None = None) -> st
         make = value.dumps or dumps or json.dumps  # type: ignore[attr-defined]
         try:
             return f"{kind.__name__}({make(value.obj)!r})"  # type: ignore[attr-defined]
-        except Exception as error:
+        except Exception as error:  # whatever the application's code raises, it will when the driver runs it
             raise UnkeyableValue(value) from error
     if module == "psycopg.dbapi20":  # Binary
         return f"{kind.__name__}({canonical(value.obj)})"  # type: ignore[attr-defined]

@@ -223,8 +223,8 @@ class Requests:
         if options.ttl is not None or region.ttl is not None:
             return None  # who has asked for a short time must not be given what another has asked long ago
         analysis = analyse(plan.compiled)
-        own = analysis.tags_by_key(plan, self._declared)
-        if own is None or analysis.by_key is None:
+        place, own = analysis.key_place, analysis.tags_by_key(plan, self._declared)
+        if place is None or own is None:
             return None
         main = analyse(request.prepared.plan.compiled)
         family = self._begin_key(region, options, request.prepared.plan, main, request.scope).copy()
@@ -233,7 +233,7 @@ class Requests:
         tags = {*self._tags_of_answer(region, options, main), *analysis.tags(plan, self._declared)}
         common = region.tag_keys(sorted(tags.difference(own.values())))
         keys = dict(zip(own, region.tag_keys(own.values()), strict=True))
-        return ByKey(family.digest(), analysis.by_key[1], common, keys)
+        return ByKey(family.digest(), place, common, keys)
 
     def _request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
         if options.mode == "bypass":

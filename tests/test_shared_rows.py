@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import UUID
 
@@ -41,9 +42,10 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import StaticPool
 
-from querycache import QueryCache, dependencies, shared_rows
-from querycache.frozen import freeze
-from querycache.interceptor import Interceptor
+from querycache import QueryCache, dependencies, shared_rows, versions
+from querycache.frozen import Entry, freeze
+from querycache.interceptor import Interceptor, _Load
+from querycache.ledger import Reading
 from querycache.shared_rows import SharedRows
 
 
@@ -556,20 +558,21 @@ def test_columns_of_another_kind_replace_what_was_known() -> None:
     assert found.columns == [("id", 23), ("value", 23)]
 
 
-def by_key(statement: Any, **given: Any) -> tuple[str, int] | None:
+def key_place(statement: Any, **given: Any) -> int | None:
     """What is seen in a statement that a Session executes."""
     found: list[Any] = []
     engine = create_engine("sqlite://", poolclass=StaticPool)
     Base.metadata.create_all(engine)
 
     def look(connection: object, cursor: object, sql: str, given: object, context: Any, many: object) -> None:
-        found.append(dependencies.analyse(context.compiled).by_key)
+        found.append(dependencies.analyse(context.compiled).key_place)
 
     event.listen(engine, "before_cursor_execute", look)
     with Session(engine) as session:
         session.execute(statement, given)
     engine.dispose()
     [only] = found
+    assert only is None or isinstance(only, int)
     return only
 
 
@@ -607,8 +610,7 @@ W = aliased(Writer)
     ids=lambda each: "" if each is None or isinstance(each, int) else str(each).replace("\n", " ")[-60:],
 )
 def test_what_asks_by_key(statement: Any, place: int | None) -> None:
-    found = by_key(statement)
-    assert (None if found is None else found[1]) == place
+    assert key_place(statement) == place
 
 
 LOADERS = {
@@ -899,3 +901,20 @@ def test_where_commits_are_not_marked_the_database_is_asked(
     asked.clear()
     names(sessions, 0)
     assert asked == ["notes", "writers"]
+
+
+def test_once_versions_were_read_again_nothing_of_the_entry_is_used() -> None:
+    """It is of the time of the first reading, and what SQLAlchemy asks later is to be no older than what it asked before."""
+
+    def read(*tags: str) -> Reading:
+        return Reading(tags, (versions.fresh(),) * len(tags), None, False)
+
+    frozen = freeze([("id", None)], [(1,)], -1)
+    region = SimpleNamespace(tag_keys=tuple, observe=lambda keys: read(*keys))
+    request: Any = SimpleNamespace(region=region)
+    asked: Any = SimpleNamespace(mark=b"mark")
+    load = _Load(request, read("known"), set(), Entry(0.0, frozen, {b"mark": frozen}))
+    load.observe(["known"])
+    assert load.find(asked) is frozen
+    load.observe(["another"])
+    assert load.find(asked) is None

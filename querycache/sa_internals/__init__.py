@@ -49,7 +49,7 @@ from querycache.sa_internals.mapping import (
     remembered,
     tables_of,
 )
-from querycache.sa_internals.planning import Plan, Unpreparable, asks_by_key
+from querycache.sa_internals.planning import Plan, Unpreparable, key_place
 from querycache.sa_internals.transactions import (
     autobegin,
     begins_transaction,
@@ -103,7 +103,6 @@ __all__ = [
     "Unpreparable",
     "Written",
     "ask_for",
-    "asks_by_key",
     "autobegin",
     "begins_transaction",
     "cache_key_of",
@@ -138,6 +137,7 @@ __all__ = [
     "isolation_level",
     "json_serializer",
     "just_flushed",
+    "key_place",
     "known_metadata",
     "known_tables",
     "later_handlers",

@@ -25,7 +25,7 @@ from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnClaus
 
 from querycache.sa_internals.replay import ReplayConnection, copied
 
-__all__ = ["ROWS_FIRST", "Compilation", "Plan", "Unpreparable", "asks_by_key"]
+__all__ = ["ROWS_FIRST", "Compilation", "Plan", "Unpreparable", "key_place"]
 
 Options = Mapping[str, Any]
 """Execution options."""
@@ -372,9 +372,9 @@ def _remember(plan: Plan, identity: tuple[Any, ...]) -> None:
                 _plans_of(compiled).pop(oldest, None)
 
 
-def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
-    """Of a select that asks rows of a table for their primary key and for nothing else: the name of the parameter with
-    the keys, the only one, and the place of the key among the columns.
+def key_place(compiled: SQLCompiler) -> int | None:
+    """Of a select that asks rows of a table for their primary key, its only parameter, and for nothing else: the place of
+    the key among the columns.
 
     None for others; also where the key has several columns, or is none of those that are selected. The caller sees to it
     that the table is all that is read, no function called and no textual SQL in it.
@@ -392,9 +392,8 @@ def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
     where: Any = statement._where_criteria[0]
     if not isinstance(where, BinaryExpression) or where.operator not in (operators.eq, operators.in_op):
         return None
-    names: Mapping[Any, str] = compiled.bind_names
-    name, table = names.get(where.right), getattr(where.left, "table", None)
-    if name is None or not isinstance(table, Table):
+    table = getattr(where.left, "table", None)
+    if where.right not in compiled.bind_names or not isinstance(table, Table):
         return None
     key = list(table.primary_key)
     if len(key) != 1 or key[0].name != where.left.name:
@@ -405,7 +404,7 @@ def asks_by_key(compiled: SQLCompiler) -> tuple[str, int] | None:
             isinstance(each, ColumnClause) and each.name == key[0].name and isinstance(each.table, Table)
             for each in column[2]
         ):
-            return name, place
+            return place
     return None
 
 
