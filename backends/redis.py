@@ -190,7 +190,7 @@ class RedisBackend(StoreBackend):
             return None, []
         [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))], meanwhile=meanwhile)
         payload = values.pop(0) if entry else None
-        return payload, list(_versions(tuple(values)))
+        return payload, [None if text is None else versions.parse(text) for text in values]
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
         expiry: Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
@@ -210,13 +210,23 @@ class RedisBackend(StoreBackend):
 
     # -- counters -------------------------------------------------------------------------------------------
 
-    def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
+    def begin(self, counters: Sequence[str]) -> Mapping[str, Mark]:
+        return self.send_begin(counters)()
+
+    def send_begin(self, counters: Sequence[str]) -> Callable[[], Mapping[str, Mark]]:
+        if not counters:
+            return dict
+
         new = versions.fresh()
         created, recreated = new + versions.QUARANTINE + 1, new + versions.GIVEN_UP + 1
-        reply = self._run(
-            "begin", counters, created, recreated, versions.MAX_PENDING, _COUNTER_TTL, essential=True
-        )
-        return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
+        arguments = created, recreated, versions.MAX_PENDING, _COUNTER_TTL
+
+        def send(wire: Wire) -> _Begun:
+            call = _call(_script("begin"), counters, wire.run, arguments)
+            wire.send(call)
+            return _Begun(self, wire, call, counters)
+
+        return self._speak(send, essential=True, keep=True)
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
@@ -284,8 +294,12 @@ class RedisBackend(StoreBackend):
 
         [reply] = self._exchange(call, essential, refusable=True)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential)
-        elif isinstance(reply, redis.ResponseError):
+            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential, refusable=True)
+        return self._accepted(name, reply)
+
+    def _accepted(self, name: str, reply: Any) -> list[Any]:
+        """What a script has given, if the server has run it."""
+        if isinstance(reply, redis.ResponseError):
             raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
         return reply  # type: ignore[no-any-return]
 
@@ -320,19 +334,62 @@ class RedisBackend(StoreBackend):
                     raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
         return replies
 
-    def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:
-        """Have an open wire for a moment: the one place that touches the network."""
+    def _speak(self, say: Callable[[Wire], T], essential: bool, keep: bool = False) -> T:
+        """Have an open wire for a moment: the one place that touches the network, but for :class:`_Begun`.
+
+        :param keep: unless it fails, ``say`` is to see to it that the wire is given back.
+        """
         self._breaker.admit(essential=essential)
         try:
             wire = self._pool.take()
+            kept = False
             try:
                 wire.open()
-                return say(wire)
+                said = say(wire)
+                kept = keep
+                return said
             finally:
-                self._pool.give_back(wire)
+                if not kept:
+                    self._pool.give_back(wire)
         except (redis.RedisError, OSError) as error:
-            self._breaker.failed(error)
-            raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> CacheUnavailable:
+        self._breaker.failed(error)
+        return CacheUnavailable(f"{self._name} does not answer: {error}")
+
+
+class _Begun:
+    """Counters that the server was told to mark, with the wire by which it will tell that it has; to be called once."""
+
+    def __init__(self, backend: RedisBackend, wire: Wire, call: Command, counters: Sequence[str]) -> None:
+        self._backend = backend
+        self._wire: Wire | None = wire
+        self._call = call
+        self._counters = counters
+
+    def __call__(self) -> Mapping[str, Mark]:
+        wire, backend = self._wire, self._backend
+        assert wire is not None
+        self._wire = None
+        try:
+            try:
+                reply = wire.receive()
+                if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
+                    [reply] = wire.converse([_in_full(self._call, "begin")])
+            finally:
+                backend._pool.give_back(wire)
+        except (redis.RedisError, OSError) as error:
+            raise backend._failed(error) from error
+        backend._breaker.succeeded()
+        incarnations = backend._accepted("begin", reply)
+        return {counter: Mark(int(text)) for counter, text in zip(self._counters, incarnations, strict=True)}
+
+    def __del__(self) -> None:
+        # Nobody has waited for it: its transaction was lost together with its connection.
+        if self._wire is not None:
+            self._wire.close()
+            self._backend._pool.give_back(self._wire)
 
 
 def _introduce(wire: Wire) -> None:
@@ -362,18 +419,30 @@ def _encode(key: str) -> bytes:
     return key.encode("utf-8", "surrogatepass")
 
 
-def _names(counters: Sequence[str], run: str) -> tuple[bytes, ...]:
-    return _encoded(tuple(counters), run)
+class _Names(dict[str, bytes]):
+    """What counters are called in one run of the server; it remembers those of late."""
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+
+    def __missing__(self, counter: str) -> bytes:
+        if len(self) >= _MOST_NAMES:
+            self.clear()
+        name = self[counter] = _encode(f"{counter}@{self._run}")
+        return name
 
 
-@lru_cache(maxsize=1024)
-def _encoded(counters: tuple[str, ...], run: str) -> tuple[bytes, ...]:
-    return tuple(_encode(f"{counter}@{run}") for counter in counters)
+_MOST_NAMES = 10_000
 
 
-@lru_cache(maxsize=1024)
-def _versions(texts: tuple[bytes | None, ...]) -> tuple[int | None, ...]:
-    return tuple(None if text is None else versions.parse(text) for text in texts)
+@lru_cache(maxsize=8)
+def _names_in(run: str) -> _Names:
+    return _Names(run)
+
+
+def _names(counters: Sequence[str], run: str) -> list[bytes]:
+    names = _names_in(run)
+    return [names[counter] for counter in counters]
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

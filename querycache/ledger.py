@@ -197,7 +197,7 @@ class Ledger:
         stale = blob is not None and payload is None
         if (payload is None or fallen) and not all(map(versions.is_clean, found)):
             found, witness = self._tend(asked, found, witness)
-        elif self._unclean:
+        elif self._unclean and not self._unclean.keys().isdisjoint(asked):
             self._forget(asked)
         return Reading(asked, tuple(found), payload, stale, fallen, witness)
 
@@ -295,8 +295,15 @@ class Ledger:
 
         If it raises, marks may or may not have been made; those that were heal by lease.
         """
+        return self.send_begin(tags)()
+
+    def send_begin(self, tags: Iterable[str]) -> Callable[[], Marks]:
+        """The same a little earlier, so that there is less to wait for.
+
+        Returns what waits until the tags are marked, to be called once; either may raise. The lease counts from now.
+        """
         counters = list(dict.fromkeys(tags))
-        return self.store.begin([self._witness, *counters]) if counters else {}
+        return self.store.send_begin([self._witness, *counters]) if counters else dict
 
     def end(self, marks: Marks) -> None:
         """Phase two, after COMMIT or its failure: a new generation for every tag, and the marks taken off.
@@ -328,17 +335,21 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
     return _header(reading.tags, reading.versions) + payload
 
 
-@lru_cache(maxsize=1024)
-def _header(tags: tuple[str, ...], found: tuple[int | None, ...]) -> bytes:
-    names = "\0".join(tags).encode("utf-8", "surrogatepass")
+def _header(tags: tuple[str, ...], found: Sequence[int | None]) -> bytes:
+    names = _joined(tags)
     return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+
+
+@lru_cache(maxsize=1024)
+def _joined(tags: tuple[str, ...]) -> bytes:
+    return "\0".join(tags).encode("utf-8", "surrogatepass")
 
 
 def _open(blob: bytes, tags: tuple[str, ...], found: Sequence[int | None]) -> bytes | None:
     """The payload of an entry that was stored under just these versions: the usual case, and the quickest."""
     if None in found:
         return None
-    header = _header(tags, tuple(found))
+    header = _header(tags, found)
     return blob[len(header) :] if blob.startswith(header) else None
 
 

@@ -178,6 +178,7 @@ def first_word(sql: str) -> str:
     return _words(_COMMENTS.sub(" ", sql))[0]
 
 
+@lru_cache(maxsize=128)
 def commits(sql: str, dialect: str) -> bool:
     """True if a statement commits what was written before it; MySQL does so at most that are not DML."""
     word = first_word(sql)

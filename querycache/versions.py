@@ -33,6 +33,7 @@ carry it out under a lock, in a script on the server, or by compare-and-swap.
 from __future__ import annotations
 
 import secrets
+from functools import lru_cache
 
 __all__ = [
     "GENERATION",
@@ -80,6 +81,7 @@ def fresh() -> int:
     return (_FIRST_INCARNATION + incarnation) * INCARNATION + generation * GENERATION
 
 
+@lru_cache(maxsize=4096)  # each lookup reads a dozen, nearly all of them as they were the last time
 def parse(text: bytes) -> int | None:
     """The version that a server gave as decimal text, or None for anything that is not one.
 

@@ -11,7 +11,8 @@ which are noted with the *database connection* (not with a Session, which Core n
 
 It is the dialect, too, that sends COMMIT, whoever asked for it, and there are the two phases of
 :mod:`querycache.ledger`. **Phase one**, just before: every tag of the transaction is marked pending, so that no lookup
-hits or fills under it while the commit becomes visible. **Phase two**, just after: each tag gets a new version;
+hits or fills under it while the commit becomes visible; the commit of a Session says so while it still flushes, and so
+hardly waits for it. **Phase two**, just after: each tag gets a new version;
 always, also where COMMIT failed or its outcome is unknown. A statement that commits (in autocommit mode, a textual
 COMMIT, DDL on MySQL) has both phases around itself.
 
@@ -24,8 +25,9 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 from __future__ import annotations
 
 import threading
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -93,9 +95,11 @@ class Transaction:
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         flushes: those flushes, by the ``hash_key`` of their Session.
+        announced: those that the ledgers were told to mark, and since when.
         marked: those that phase one has marked; None before it.
+        marking: what waits for their marks.
         marks: the marks of phase one.
-        unmarked: ledgers that could not be reached in phase one.
+        unmarked: ledgers that could not be reached in phase one, and why.
         snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
             began; None where each statement sees what is committed.
     """
@@ -103,9 +107,12 @@ class Transaction:
     tags: set[str] = field(default_factory=set)
     unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
     flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
+    announced: set[str] = field(default_factory=set)
+    announced_at: float = 0.0
     marked: set[str] | None = None
+    marking: list[tuple[Ledger, Callable[[], Marks]]] = field(default_factory=list)
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
-    unmarked: list[Ledger] = field(default_factory=list)
+    unmarked: dict[Ledger, CacheUnavailable | None] = field(default_factory=dict)
     snapshot: dict[Ledger, int | None] | None = None
 
     @property
@@ -142,6 +149,7 @@ class Writes:
         self._telemetry = telemetry
         self._consistency = consistency
         self._on_outage = on_outage
+        self._patience = min(ledger.lease for ledger in regions.ledgers) / 4
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
@@ -198,6 +206,7 @@ class Writes:
         return {
             "after_begin": self._after_begin,
             "after_flush": self._after_flush,
+            "before_commit": self._before_commit,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -492,6 +501,7 @@ class Writes:
                 if table in rows:
                     rows[table].look_at(connection, table, expected.schemas, expected.returned)
             self._resolve(transaction, session.hash_key, connection.dialect, rows)
+        self._announce(session)
 
     def _resolve(
         self, transaction: Transaction, session: int, dialect: Dialect, rows: Mapping[Table, FlushedRows]
@@ -568,6 +578,37 @@ class Writes:
         info.pop(self._begun_key, None)
         self._phase_two(info)
 
+    def _before_commit(self, session: Session) -> None:
+        """Where nothing is left to flush, no flush will tell of what was flushed before."""
+        if not sa_internals.is_flushed(session):
+            return  # what it flushes now will be told with the rest
+        self._announce(session)
+
+    def _announce(self, session: Session) -> None:
+        """Have marked what is known to be committed in a moment, so that :meth:`_phase_one` need not wait for it."""
+        for connection in sa_internals.connections_to_commit(session):
+            transaction = self._of(connection.info)
+            if transaction is not None:
+                self._send_marks(transaction)
+
+    def _send_marks(self, transaction: Transaction) -> None:
+        """Tell the ledgers to mark every tag of a transaction that they were not told of yet."""
+        tags = transaction.tags - transaction.announced
+        if not tags:
+            return
+        if not transaction.announced:
+            transaction.announced_at = time.monotonic()
+        transaction.announced |= tags
+        if self._consistency == "commit":
+            transaction.unmarked = dict.fromkeys(self._regions.ledgers)
+        for ledger, keys in self._regions.tag_keys(tags):
+            if ledger in transaction.unmarked:
+                continue
+            try:
+                transaction.marking.append((ledger, ledger.send_begin(keys)))
+            except CacheUnavailable as fault:
+                transaction.unmarked[ledger] = fault
+
     def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
         """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed.
 
@@ -578,20 +619,22 @@ class Writes:
         if transaction is None or not transaction.wrote:
             return
         self._resolve_all(transaction, dialect)
-        marked = transaction.marked or set()
-        tags = transaction.tags - marked
-        transaction.marked = marked | tags
-        if self._consistency == "commit":
-            transaction.unmarked = list(self._regions.ledgers)
-        for ledger, keys in self._regions.tag_keys(tags):
-            if not keys or ledger in transaction.unmarked:
-                continue
+        if transaction.announced and time.monotonic() - transaction.announced_at > self._patience:
+            transaction.announced = set()  # somebody took their time: those marks could be given up while COMMIT runs
+        self._send_marks(transaction)
+        self._wait_for_marks(transaction)
+        fault = next(iter(transaction.unmarked.values()), None)
+        if fault is not None and self._on_outage == "refuse":
+            raise fault
+        transaction.marked = transaction.announced
+
+    def _wait_for_marks(self, transaction: Transaction) -> None:
+        marking, transaction.marking = transaction.marking, []
+        for ledger, marks in marking:
             try:
-                transaction.marks.append((ledger, ledger.begin(keys)))
-            except CacheUnavailable:
-                if self._on_outage == "refuse":
-                    raise
-                transaction.unmarked.append(ledger)
+                transaction.marks.append((ledger, marks()))
+            except CacheUnavailable as fault:
+                transaction.unmarked[ledger] = fault
 
     def _phase_two(self, info: dict[Any, Any]) -> None:
         """End a transaction: where it was marked, its tags get new versions; otherwise it was rolled back."""
@@ -600,19 +643,21 @@ class Writes:
             self._end(transaction)
 
     def _end(self, transaction: Transaction) -> None:
-        """Give what phase one has marked new versions, and take the marks off."""
-        if transaction.marked is None:
+        """Give what was marked new versions, and take the marks off."""
+        if not transaction.announced:
             return
-        marks, unmarked, tags = transaction.marks, transaction.unmarked, transaction.marked
-        transaction.marks, transaction.unmarked, transaction.marked = [], [], None
+        self._wait_for_marks(transaction)  # where there was no COMMIT after all
+        marks, owed = transaction.marks, transaction.unmarked if transaction.marked is not None else ()
+        tags = transaction.announced
+        transaction.announced, transaction.marked, transaction.marks, transaction.unmarked = set(), None, [], {}
         for ledger, marks_there in marks:
             try:
                 ledger.end(marks_there)
             except CacheUnavailable:
                 # the marks stay: nothing that depends on them is served until they have healed
                 self._telemetry.emit("error", "", "", "unavailable after commit")
-        for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
-            if ledger in unmarked:
+        for ledger, keys in self._regions.tag_keys(tags) if owed else ():
+            if ledger in owed:
                 with self._lock:
                     self._owed.setdefault(ledger, set()).update(keys)
                 if self.owes(ledger):

@@ -162,7 +162,7 @@ def test_what_an_answer_costs(clock: Clock) -> None:
     ledger.lookup("entry", ["a", "b"])
     ledger.lookup("entry", ["a", "b"])
     ledger.end(marks)
-    assert spy.names() == ["begin", "fetch", "fetch", "end"]  # a writer, and lookups meanwhile
+    assert spy.names() == ["send_begin", "fetch", "fetch", "end"]  # a writer, and lookups meanwhile
     ledger.bump(["a", "b"])
     assert spy.names() == ["bump"]
     assert ledger.begin([]) == {}

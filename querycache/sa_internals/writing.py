@@ -177,6 +177,16 @@ class Written(NamedTuple):
 
 def written(compiled: Any) -> list[Written]:
     """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
+    found: list[Written] | None = compiled.__dict__.get(_WRITTEN)
+    if found is None:
+        found = compiled.__dict__[_WRITTEN] = _all_written(compiled)
+    return found
+
+
+_WRITTEN = "_querycache_written"
+
+
+def _all_written(compiled: Any) -> list[Written]:
     found = []
     statement = _dml(compiled)
     if statement.is_dml:
@@ -220,8 +230,14 @@ def holds_text(compiled: Any) -> bool:
 
     It looks like a SELECT, but may be a DELETE with RETURNING.
     """
-    statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
-    return any(isinstance(each, TextualSelect) for each in statements)
+    known: bool | None = compiled.__dict__.get(_TEXT)
+    if known is None:
+        statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
+        known = compiled.__dict__[_TEXT] = any(isinstance(each, TextualSelect) for each in statements)
+    return known
+
+
+_TEXT = "_querycache_text"
 
 
 def unflushed(session: Session) -> tuple[list[Any], list[Any], list[Any]]:

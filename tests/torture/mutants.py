@@ -7,7 +7,6 @@ things to meet, it also pauses between them, as a busy machine would.
 from __future__ import annotations
 
 import random
-import struct
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,15 +69,10 @@ def _missing_is_valid() -> None:
     original = ledger._open
 
     def open_anyway(blob: bytes, tags: Sequence[str], found: Sequence[int | None]) -> bytes | None:
-        stored = ledger._tags_of(blob)
-        if stored:
-            count, _ = ledger._HEADER.unpack_from(blob)
-            was = struct.unpack_from(f">{count}Q", blob, ledger._HEADER.size)
-            vector = dict(zip(stored, was, strict=True))
-            found = [
-                vector.get(tag) if version is None else version
-                for tag, version in zip(tags, found, strict=True)
-            ]
+        stored = ledger._vector(blob)
+        found = [
+            stored.get(tag) if version is None else version for tag, version in zip(tags, found, strict=True)
+        ]
         return original(blob, tags, found)
 
     ledger._open = open_anyway
@@ -117,6 +111,7 @@ def _plain_bump() -> None:
                 each.bump(keys)
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
+    writes.Writes._send_marks = lambda self, transaction: None  # type: ignore[method-assign]
 
 
 def _old_slots_forgotten() -> None:
