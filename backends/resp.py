@@ -50,7 +50,9 @@ def _let_the_kernel_wait(connection: Any) -> None:
     plain, seconds = connection.socket, connection.socket_timeout
     if type(plain) is not socket.socket or seconds is None or sys.platform == "win32":
         return
-    timeout = _TIMEVAL.pack(int(seconds), round(seconds % 1 * 1e6))
+    timeout = _TIMEVAL.pack(
+        *divmod(max(1, round(seconds * 1e6)), 1_000_000)
+    )  # nothing at all would be for ever
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
     plain.settimeout(None)

@@ -16,7 +16,8 @@ Then one process commits replies, with the library, with ``consistency="commit"`
 and without the library, in turn: what a writing commit costs.
 
 The processor time of an operation is that of everybody who works on it: the processes, PostgreSQL and Redis. It says
-how many operations a machine can do, also where a busy one shares its processors with other work meanwhile.
+how many operations a machine can do, also where a busy one shares its processors with other work meanwhile; and, since
+the three are told apart, how many a database could serve that is on a machine of its own.
 
 PostgreSQL must commit to disk as in production, Redis is the store; both come from the environment
 (``QUERYCACHE_TEST_POSTGRESQL``, ``QUERYCACHE_TEST_REDIS``). Tables ``forum_…`` are replaced.
@@ -283,14 +284,22 @@ def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
 
 
 # What the parent and a process tell each other, in shared memory: what it is to do; 1 while it works and 2 while it pauses;
-# and what it has counted so far: operations, hits, cached statements, microseconds of processors.
+# and what it has counted so far: operations, hits, cached statements, microseconds of its processor time and of that of
+# PostgreSQL for it.
 PAUSE, WARM_UP, COUNT, STOP = range(4)
 
 
 def work(
-    mode: str, reads: int, urls: tuple[str, str], namespace: str, number: int, processes: int, board: Any
+    mode: str,
+    reads: int,
+    urls: tuple[str, str],
+    namespace: str,
+    number: int,
+    processes: int,
+    board: Any,
+    go: Any,
 ) -> None:
-    """One process: works and counts as the board says."""
+    """One process: works and counts as the board says, and sleeps while it pauses."""
     engine = create_engine(urls[0], pool_size=1)
     sessions = sessionmaker(engine)
     cache = prepare(mode, urls[1], sessions, namespace)
@@ -302,11 +311,11 @@ def work(
     while board[0] != STOP:
         if board[0] == PAUSE:
             board[1] = 2
-            time.sleep(0.002)
+            go.wait()
             continue
         board[1] = 1
         what, operations = board[0], 0
-        before, spent = _statements(cache), processor_seconds(backend)
+        before, own, database = _statements(cache), time.process_time(), backend_seconds(backend)
         while board[0] == what:
             if visitor.random.random() * 100 < reads:
                 visitor.read()
@@ -318,7 +327,8 @@ def work(
             board[2] += operations
             board[3] += after[0] - before[0]
             board[4] += after[1] - before[1]
-            board[5] += round((processor_seconds(backend) - spent) * 1e6)
+            board[5] += round((time.process_time() - own) * 1e6)
+            board[6] += round((backend_seconds(backend) - database) * 1e6)
     engine.dispose()
 
 
@@ -332,11 +342,11 @@ def _statements(cache: QueryCache | None) -> tuple[int, int]:
     return stats.hits, stats.hits + stats.misses + stats.stale + stats.bypasses - twice
 
 
-def processor_seconds(backend: Any) -> float:
-    """What this process and its connection's process in PostgreSQL have used so far; the latter where it is here."""
+def backend_seconds(backend: Any) -> float:
+    """What a connection's process in PostgreSQL has used so far, where it is on this machine."""
     stat = Path(f"/proc/{backend}/stat")
     ticks = stat.read_text().rpartition(")")[2].split()[11:13] if stat.exists() else ()
-    return time.process_time() + sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def redis_seconds(url: str) -> float:
@@ -356,11 +366,12 @@ class Crowd:
         self.mode = mode
         self._urls = urls
         namespace = f"forum-{uuid4().hex[:8]}"
-        self._boards = [RawArray("q", 6) for _ in range(processes)]
+        self._boards = [RawArray("q", 7) for _ in range(processes)]
+        self._go = _CONTEXT.Event()
         self._processes = [
             _CONTEXT.Process(
                 target=work,
-                args=(mode, reads, urls, namespace, number, processes, board),
+                args=(mode, reads, urls, namespace, number, processes, board, self._go),
                 daemon=True,
             )
             for number, board in enumerate(self._boards)
@@ -377,12 +388,16 @@ class Crowd:
             time.sleep(0.002)
 
     def _tell(self, what: int) -> None:
+        if what == PAUSE:
+            self._go.clear()
         for board in self._boards:
             board[0] = what
+        if what != PAUSE:
+            self._go.set()
 
     def work(self, seconds: float, what: int = COUNT) -> dict[str, float]:
-        """Work for a while: operations a second, processor microseconds of an operation (of the processes, PostgreSQL
-        and Redis), and hits by cached statement, of all processes together."""
+        """Work for a while: operations a second, processor microseconds of an operation (all, and those of the
+        processes, PostgreSQL and Redis), and hits by cached statement, of all processes together."""
         before, redis_before = self._sum(), redis_seconds(self._urls[1])
         begin = time.perf_counter()
         self._tell(what)
@@ -390,11 +405,14 @@ class Crowd:
         self._tell(PAUSE)
         taken = time.perf_counter() - begin
         self._wait()
-        spent = (redis_seconds(self._urls[1]) - redis_before) * 1e6
-        done, hits, statements, processor = (a - b for a, b in zip(self._sum(), before, strict=True))
+        cache = (redis_seconds(self._urls[1]) - redis_before) * 1e6
+        done, hits, statements, own, database = (a - b for a, b in zip(self._sum(), before, strict=True))
         return {
             "operations": done / taken,
-            "processor": (spent + processor) / max(1, done),
+            "processor": (own + database + cache) / max(1, done),
+            "application": own / max(1, done),
+            "database": database / max(1, done),
+            "cache": cache / max(1, done),
             "hits": hits / statements if statements else 0.0,
         }
 
@@ -504,7 +522,7 @@ def _result(
     required: dict[str, dict[str, float]] = {}
     for reads, modes in runs.items():
         rows = {
-            mode: {name: median(each[name] for each in found) for name in ("operations", "processor", "hits")}
+            mode: {name: median(each[name] for each in found) for name in found[0]}
             for mode, found in modes.items()
         }
         workloads.append({"reads": reads, "writes": 100 - reads, "modes": rows})
@@ -517,6 +535,7 @@ def _result(
                 "required": REQUIRED_THROUGHPUT,
                 "measured": _ratio(modes, "operations", "no cache"),
                 "by processor time": 1 / _ratio(modes, "processor", "no cache"),
+                "by that of the database": 1 / _ratio(modes, "database", "no cache"),
                 "of the limit": _ratio(modes, "operations", "limit"),
             }
     required["writing commit, with to without, at most"] = {
@@ -535,14 +554,18 @@ def _ratio(modes: Mapping[str, Sequence[Mapping[str, float]]], name: str, other:
 
 
 def _table(result: Any) -> str:
-    lines = ["reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"]
+    lines = [
+        "reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"
+        "  of these application  PostgreSQL  Redis"
+    ]
     for workload in result["workloads"]:
         base = workload["modes"]["no cache"]
         for mode, row in workload["modes"].items():
             lines.append(
                 f"{workload['reads']}/{workload['writes']:<9}  {mode:<11}  {row['hits']:9.3f}  "
                 f"{row['operations']:12.0f}  {row['operations'] / base['operations']:10.2f}x  "
-                f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x"
+                f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x  "
+                f"{row['application']:20.0f}  {row['database']:10.0f}  {row['cache']:5.0f}"
             )
     lines.append("")
     for part, words in _PARTS.items():

@@ -620,7 +620,9 @@ class Writes:
             return
         self._resolve_all(transaction, dialect)
         if transaction.announced and time.monotonic() - transaction.announced_at > self._patience:
-            transaction.announced = set()  # somebody took their time: those marks could be given up while COMMIT runs
+            transaction.announced = (
+                set()
+            )  # somebody took their time: those marks could be given up while COMMIT runs
         self._send_marks(transaction)
         self._wait_for_marks(transaction)
         fault = next(iter(transaction.unmarked.values()), None)
@@ -649,7 +651,12 @@ class Writes:
         self._wait_for_marks(transaction)  # where there was no COMMIT after all
         marks, owed = transaction.marks, transaction.unmarked if transaction.marked is not None else ()
         tags = transaction.announced
-        transaction.announced, transaction.marked, transaction.marks, transaction.unmarked = set(), None, [], {}
+        transaction.announced, transaction.marked, transaction.marks, transaction.unmarked = (
+            set(),
+            None,
+            [],
+            {},
+        )
         for ledger, marks_there in marks:
             try:
                 ledger.end(marks_there)

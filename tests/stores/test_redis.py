@@ -6,6 +6,7 @@ import importlib
 import os
 import select
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -192,6 +193,20 @@ class TestRedis(StoreContract, ServerContract):
         # The late answer to the first question must not be taken for the answer to the second.
         assert store.fetch("other")[0] is None
         assert store.fetch("entry")[0] == b"payload"
+        store.close()
+
+    @pytest.mark.parametrize("timeout", [1e-9, 0.05, 0.999_999_9, 3.0, 1e9])
+    def test_the_kernel_keeps_the_timeout(self, redis_url: str, timeout: float) -> None:
+        store = RedisBackend({"url": redis_url, "timeout": 5})
+        store.ping()
+        wire = store._pool.take()
+        wire._connection.socket_timeout = timeout
+        resp._let_the_kernel_wait(wire._connection)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            kept = struct.unpack("@ll", wire._socket.getsockopt(socket.SOL_SOCKET, option, 16))
+            assert kept[0] + kept[1] / 1e6 == pytest.approx(timeout, abs=0.02)  # in ticks of the kernel
+            assert any(kept), "for ever"
+        store._pool.give_back(wire)
         store.close()
 
     # --- The end of a writer is not waited for ----------------------------------------------------

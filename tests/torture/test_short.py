@@ -10,6 +10,7 @@ import pytest
 from querycache.writes import OnOutage
 from tests.servers import Server
 from tests.torture.__main__ import find
+from tests.torture.mutants import MUTANTS
 from tests.torture.round import Report, run_round
 from tests.torture.worker import SNAPSHOT_LEVEL
 
@@ -55,7 +56,7 @@ def test_every_read_is_explained_by_the_writes(
 
 
 @pytest.mark.server("postgresql")
-@pytest.mark.parametrize("mutant", ["own-write-hidden", "new-slots-only", "no-marks"])
+@pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_protection_that_is_switched_off_is_found(
     mutant: str, postgresql_url: str, private_server: Callable[[str], Server]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from dogpile.cache import register_backend
 from redis import Redis
 from sqlalchemy import Engine, event, update
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from querycache import versions
 from querycache.backends.memory import MemoryBackend
@@ -121,7 +121,10 @@ def test_E17_what_is_told_is_waited_for(slow: Library) -> None:
         assert seen == [True]
 
     check()
-    with mock.patch.object(Writes, "_wait_for_marks", lambda self, transaction: None), pytest.raises(AssertionError):
+    with (
+        mock.patch.object(Writes, "_wait_for_marks", lambda self, transaction: None),
+        pytest.raises(AssertionError),
+    ):
         check()
 
 
@@ -166,9 +169,7 @@ def test_a_commit_that_fails_after_it_was_told_leaves_no_mark(slow: Library, how
 
 
 @pytest.mark.parametrize("mode", ["rollback_only", "control_fully", "create_savepoint"])
-def test_a_session_that_does_not_commit_itself_tells_nobody(
-    postgresql_engine: Engine, mode: Any
-) -> None:
+def test_a_session_that_does_not_commit_itself_tells_nobody(postgresql_engine: Engine, mode: Any) -> None:
     library = made(postgresql_engine)
     with postgresql_engine.connect() as connection:
         outer = connection.begin()
