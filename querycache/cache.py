@@ -25,10 +25,11 @@ from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
 from querycache.options import Policy, check_ttl, names
+from querycache.phases import Consistency, OnOutage, Phases
 from querycache.regions import Regions
 from querycache.tables import set_write_tags
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
-from querycache.writes import Consistency, OnOutage, Writes
+from querycache.writes import Writes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -120,7 +121,8 @@ class QueryCache:
         self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
         for policy in (policies or {}).values():
             self._regions.get(policy.region)
-        self._writes = Writes(self._regions, self._declared, self._telemetry, consistency, on_outage)
+        phases = Phases(self._regions, self._telemetry, consistency, on_outage)
+        self._writes = Writes(self._regions, self._declared, phases)
         self._interceptor = Interceptor(
             self._regions.get, self._writes, self._declared, self._telemetry, scope, policies or {}
         )

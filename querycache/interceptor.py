@@ -412,7 +412,7 @@ class Interceptor:
             return None
         entry = None if load.later else load.entry
         if entry is None and not (
-            known.has(by_key.family, by_key.own) and self._writes.marks(request.region.ledger)
+            known.has(by_key.family, by_key.own) and self._writes.phases.marks(request.region.ledger)
         ):
             return None
         for transaction in self._writes.transactions(request.session, request.bind, before_lookup=True):

@@ -255,7 +255,7 @@ class Requests:
         self._refuse_temporary(plan)
         transactions = self._writes.transactions(session, bind, before_lookup=True)
         request = Request(region, options, prepared, *derived, scope, transactions)
-        if self._writes.owes(region.ledger):
+        if self._writes.phases.owes(region.ledger):
             raise Refused("unavailable")
         for transaction in transactions:
             if transaction.hides(request.tags):

@@ -1,4 +1,4 @@
-"""The write path, whole: what each transaction has written, and both phases of making it known.
+"""The write path: what each transaction has written, and when that is made known (:mod:`querycache.phases` tells how).
 
 Every statement that this process sends through SQLAlchemy is executed by its engine's dialect, whoever sent it: the
 unit of work, bulk statements, Core on any connection, textual SQL. There it is turned into the tags it changes,
@@ -9,12 +9,9 @@ which are noted with the *database connection* (not with a Session, which Core n
 - every other INSERT, UPDATE, DELETE or DDL: a set write of its table, and of those that foreign keys change with it;
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
-It is the dialect, too, that sends COMMIT, whoever asked for it, and there are the two phases of
-:mod:`querycache.ledger`. **Phase one**, just before: every tag of the transaction is marked pending, so that no lookup
-hits or fills under it while the commit becomes visible; the commit of a Session says so while it still flushes, and so
-hardly waits for it. **Phase two**, just after: each tag gets a new version;
-always, also where COMMIT failed or its outcome is unknown. A statement that commits (in autocommit mode, a textual
-COMMIT, DDL on MySQL) has both phases around itself.
+It is the dialect, too, that sends COMMIT, whoever asked for it, and there are both phases, around it. A statement that
+commits (in autocommit mode, a textual COMMIT, DDL on MySQL) has them around itself. The commit of a Session tells the
+ledgers when it has flushed, and so has less to wait for before COMMIT.
 
 The dialect's methods are wrapped, and the engine is not listened to: its events ``commit`` and the like have no
 counterpart after the COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
@@ -25,11 +22,10 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 from __future__ import annotations
 
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
@@ -38,20 +34,17 @@ from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
 from querycache.dependencies import Declarations
-from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.events import Telemetry
+from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
-from querycache.ledger import Ledger, Marks
+from querycache.ledger import Ledger
 from querycache.options import names
+from querycache.phases import Marking, Phases
 from querycache.regions import Regions
 from querycache.tables import TableName, cascades, follows_all, row_write_tags, set_write_tags
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 
-__all__ = ["Consistency", "OnOutage", "Transaction", "Writes"]
-
-Consistency = Literal["strict", "commit"]
-OnOutage = Literal["available", "refuse"]
+__all__ = ["Transaction", "Writes"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 
@@ -95,11 +88,7 @@ class Transaction:
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         flushes: those flushes, by the ``hash_key`` of their Session.
-        announced: those that the ledgers were told to mark, and since when.
-        marked: those that phase one has marked; None before it.
-        marking: what waits for their marks.
-        marks: the marks of phase one.
-        unmarked: ledgers that could not be reached in phase one, and why.
+        marking: what the ledgers were told of these.
         snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
             began; None where each statement sees what is committed.
     """
@@ -107,12 +96,7 @@ class Transaction:
     tags: set[str] = field(default_factory=set)
     unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
     flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
-    announced: set[str] = field(default_factory=set)
-    announced_at: float = 0.0
-    marked: set[str] | None = None
-    marking: list[tuple[Ledger, Callable[[], Marks]]] = field(default_factory=list)
-    marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
-    unmarked: dict[Ledger, CacheUnavailable | None] = field(default_factory=dict)
+    marking: Marking = field(default_factory=Marking)
     snapshot: dict[Ledger, int | None] | None = None
 
     @property
@@ -130,33 +114,19 @@ class Writes:
     Args:
         regions: whose answers are made invalid.
         declared: views, triggers, and the number of slots.
-        telemetry: is told of faults.
-        consistency: "strict" for both phases; "commit" for the second alone.
-        on_outage: whether a COMMIT goes through ("available") or is refused ("refuse") when a cache server cannot
-            be reached before it.
+        phases: tells the ledgers.
     """
 
-    def __init__(
-        self,
-        regions: Regions,
-        declared: Declarations,
-        telemetry: Telemetry,
-        consistency: Consistency,
-        on_outage: OnOutage,
-    ) -> None:
+    def __init__(self, regions: Regions, declared: Declarations, phases: Phases) -> None:
         self._regions = regions
         self._declared = declared
-        self._telemetry = telemetry
-        self._consistency = consistency
-        self._on_outage = on_outage
-        self._patience = min(ledger.lease for ledger in regions.ledgers) / 4
+        self.phases = phases
         self._info_key = f"querycache:{id(self)}"
         self._isolation_key = f"{self._info_key}:isolation"
         self._savepoint_key = f"{self._info_key}:savepoint"
         self._begun_key = f"{self._info_key}:begun"
         self._lock = threading.Lock()
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
-        self._owed: dict[Ledger, set[str]] = {}
 
     # --- where it listens ----------------------------------------------------------------------------
 
@@ -250,29 +220,6 @@ class Writes:
             if begun:
                 self._expect_old_views(connection.dialect)
 
-    def marks(self, ledger: Ledger) -> bool:
-        """True if no commit becomes visible before its tags were marked in a ledger, so that what is clean is current."""
-        return self._consistency == "strict" and ledger.store.atomic
-
-    def owes(self, ledger: Ledger) -> bool:
-        """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
-        if not self._owed:
-            return False
-        tags = self._owed.get(ledger)
-        if tags is None:
-            return False
-        try:
-            ledger.bump(sorted(tags))
-        except CacheUnavailable:
-            return True
-        with self._lock:
-            left = self._owed.get(ledger, set()) - tags
-            if left:
-                self._owed[ledger] = left
-            else:
-                self._owed.pop(ledger, None)
-        return bool(left)
-
     def note(self, session: Session, tags: Iterable[str]) -> None:
         """Make tags part of what a Session's transaction writes: they change when it commits.
 
@@ -352,7 +299,7 @@ class Writes:
             connection.info.pop(self._begun_key, None)
         transaction = self._of(connection.info)
         if transaction is not None:
-            self._end(transaction)
+            self.phases.two(transaction.marking)
             if sa_internals.is_autocommit(connection) and not sa_internals.in_transaction(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
@@ -365,7 +312,7 @@ class Writes:
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
-        return (transaction is not None and transaction.marked is not None) or isinstance(
+        return (transaction is not None and transaction.marking.complete) or isinstance(
             connection.get_transaction(), TwoPhaseTransaction
         )
 
@@ -585,90 +532,22 @@ class Writes:
         self._announce(session)
 
     def _announce(self, session: Session) -> None:
-        """Have marked what is known to be committed in a moment, so that :meth:`_phase_one` need not wait for it."""
+        """Tell the ledgers of what will be committed in a moment."""
         for connection in sa_internals.connections_to_commit(session):
             transaction = self._of(connection.info)
             if transaction is not None:
-                self._send_marks(transaction)
-
-    def _send_marks(self, transaction: Transaction) -> None:
-        """Tell the ledgers to mark every tag of a transaction that they were not told of yet."""
-        tags = transaction.tags - transaction.announced
-        if not tags:
-            return
-        if not transaction.announced:
-            transaction.announced_at = time.monotonic()
-        transaction.announced |= tags
-        if self._consistency == "commit":
-            transaction.unmarked = dict.fromkeys(self._regions.ledgers)
-        for ledger, keys in self._regions.tag_keys(tags):
-            if ledger in transaction.unmarked:
-                continue
-            try:
-                transaction.marking.append((ledger, ledger.send_begin(keys)))
-            except CacheUnavailable as fault:
-                transaction.unmarked[ledger] = fault
+                self.phases.tell(transaction.marking, transaction.tags)
 
     def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
-        """Mark every tag of the transaction, so that nobody is answered from the cache while it is committed.
-
-        Raises:
-            CacheUnavailable: a cache server does not answer, and commits are to be refused then.
-        """
         transaction = self._of(info)
-        if transaction is None or not transaction.wrote:
-            return
-        self._resolve_all(transaction, dialect)
-        if transaction.announced and time.monotonic() - transaction.announced_at > self._patience:
-            transaction.announced = (
-                set()
-            )  # somebody took their time: those marks could be given up while COMMIT runs
-        self._send_marks(transaction)
-        self._wait_for_marks(transaction)
-        fault = next(iter(transaction.unmarked.values()), None)
-        if fault is not None and self._on_outage == "refuse":
-            raise fault
-        transaction.marked = transaction.announced
-
-    def _wait_for_marks(self, transaction: Transaction) -> None:
-        marking, transaction.marking = transaction.marking, []
-        for ledger, marks in marking:
-            try:
-                transaction.marks.append((ledger, marks()))
-            except CacheUnavailable as fault:
-                transaction.unmarked[ledger] = fault
+        if transaction is not None and transaction.wrote:
+            self._resolve_all(transaction, dialect)
+            self.phases.one(transaction.marking, transaction.tags)
 
     def _phase_two(self, info: dict[Any, Any]) -> None:
-        """End a transaction: where it was marked, its tags get new versions; otherwise it was rolled back."""
         transaction: Transaction | None = info.pop(self._info_key, None)
         if transaction is not None:
-            self._end(transaction)
-
-    def _end(self, transaction: Transaction) -> None:
-        """Give what was marked new versions, and take the marks off."""
-        if not transaction.announced:
-            return
-        self._wait_for_marks(transaction)  # where there was no COMMIT after all
-        marks, owed = transaction.marks, transaction.unmarked if transaction.marked is not None else ()
-        tags = transaction.announced
-        transaction.announced, transaction.marked, transaction.marks, transaction.unmarked = (
-            set(),
-            None,
-            [],
-            {},
-        )
-        for ledger, marks_there in marks:
-            try:
-                ledger.end(marks_there)
-            except CacheUnavailable:
-                # the marks stay: nothing that depends on them is served until they have healed
-                self._telemetry.emit("error", "", "", "unavailable after commit")
-        for ledger, keys in self._regions.tag_keys(tags) if owed else ():
-            if ledger in owed:
-                with self._lock:
-                    self._owed.setdefault(ledger, set()).update(keys)
-                if self.owes(ledger):
-                    self._telemetry.emit("error", "", "", "unavailable at commit")
+            self.phases.two(transaction.marking)
 
 
 def _told(sql: str, context: Any) -> TextStatement | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from querycache import interceptor, ledger, sa_internals, versions, writes
+from querycache import interceptor, ledger, phases, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
@@ -95,9 +95,9 @@ def _early_bump() -> None:
         original(self, info, dialect)
         transaction = self._of(info)
         if transaction is not None:
-            for each, marks in transaction.marks:
+            for each, marks in transaction.marking.marks:
                 each.end(marks)
-            transaction.marks = []
+            transaction.marking.marks = []
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
 
@@ -111,7 +111,7 @@ def _plain_bump() -> None:
                 each.bump(keys)
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
-    writes.Writes._send_marks = lambda self, transaction: None  # type: ignore[method-assign]
+    phases.Phases.tell = lambda self, marking, tags: None  # type: ignore[method-assign]
 
 
 def _old_slots_forgotten() -> None:

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from sqlalchemy import Engine, select
 
-from querycache.writes import OnOutage
+from querycache.phases import OnOutage
 from tests.servers import Server
 from tests.torture import schema, worker
 from tests.torture.faults import Faults, kinds_for

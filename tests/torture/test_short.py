@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from querycache.writes import OnOutage
+from querycache.phases import OnOutage
 from tests.servers import Server
 from tests.torture.__main__ import find
 from tests.torture.mutants import MUTANTS

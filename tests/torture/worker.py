@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from querycache import QueryCache
 from querycache.errors import CacheUnavailable
-from querycache.writes import Consistency, OnOutage
+from querycache.phases import Consistency, OnOutage
 from tests.torture import mutants
 from tests.torture.history import Crash, History, Intent, Outcome, Read, Stats, now
 from tests.torture.schema import State, log

@@ -18,8 +18,8 @@ from querycache import versions
 from querycache.backends.memory import MemoryBackend
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable
+from querycache.phases import Phases
 from querycache.store import Mark
-from querycache.writes import Writes
 from tests.servers import Server
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, point
@@ -122,7 +122,7 @@ def test_E17_what_is_told_is_waited_for(slow: Library) -> None:
 
     check()
     with (
-        mock.patch.object(Writes, "_wait_for_marks", lambda self, transaction: None),
+        mock.patch.object(Phases, "_wait", staticmethod(lambda marking: None)),
         pytest.raises(AssertionError),
     ):
         check()
@@ -210,7 +210,7 @@ def test_a_savepoint_tells_nobody(postgresql_engine: Engine) -> None:
 def test_who_takes_their_time_is_marked_again(slow: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mark that is older than a lease may be given up, so COMMIT must begin soon after it was made."""
     clock = [1_000.0]
-    monkeypatch.setattr("querycache.writes.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("querycache.phases.time.monotonic", lambda: clock[0])
 
     @event.listens_for(slow.sessions, "after_flush_postexec")
     def wait(session: Session, context: object) -> None:
