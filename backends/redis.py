@@ -163,11 +163,13 @@ class RedisBackend(StoreBackend):
         most = options.pop("max_connections", 50)
         try:
             # redis-py's own pool is only asked what it makes of the address
+            # two slashes also where no host stands between them and the path
+            place_of = urlunsplit(address._replace(scheme="", netloc="")).removeprefix("//")
             told = redis.ConnectionPool.from_url(
-                urlunsplit(address._replace(scheme=scheme)),
+                f"{scheme}://{address.netloc}{place_of}",
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
-                socket_keepalive=True,
+                **({} if scheme == "unix" else {"socket_keepalive": True}),
                 retry=Retry(NoBackoff(), 0),
                 protocol=2,
                 **options,
@@ -188,45 +190,44 @@ class RedisBackend(StoreBackend):
         entry = [] if key is None else [_encode(key)]
         if not entry and not counters:
             return None, []
-        [values] = self._exchange(lambda run: [("MGET", *entry, *_names(counters, run))], meanwhile=meanwhile)
+        [values] = self._exchange(
+            lambda run: [("MGET", *entry, *_names(counters, run))],
+            meanwhile=meanwhile,
+            length=len(entry) + len(counters),
+        )
         payload = values.pop(0) if entry else None
-        return payload, [None if text is None else versions.parse(text) for text in values]
+        if payload is not None and type(payload) is not bytes:
+            raise self._unreadable()
+        return payload, self._parse(values)
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
-        expiry: Command = () if ttl is None else ("PX", max(1, round(ttl * 1000)))
+        expiry: Command = () if ttl is None else ("PX", str(max(1, round(ttl * 1000))))
         [reply] = self._exchange(lambda run: [("SET", _encode(key), payload, *expiry)], refusable=True)
         return not isinstance(reply, redis.ResponseError)
 
     def remove(self, keys: Iterable[str]) -> None:
         # Not DEL or UNLINK: where the server has seen none of those, it is known that no counter was removed.
-        commands: list[Command] = [("PEXPIRE", _encode(key), 0) for key in keys]
+        commands: list[Command] = [("PEXPIRE", _encode(key), "0") for key in keys]
         if commands:
             self._exchange(lambda run: commands)
 
     def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
         names = [_encode(key) for key in keys]
-        [values] = self._exchange(lambda run: [("MGET", *names)]) if names else [[]]
+        [values] = self._exchange(lambda run: [("MGET", *names)], length=len(names)) if names else [[]]
         return [NO_VALUE if value is None else value for value in values]
 
     # -- counters -------------------------------------------------------------------------------------------
 
-    def begin(self, counters: Sequence[str]) -> Mapping[str, Mark]:
-        return self.send_begin(counters)()
-
-    def send_begin(self, counters: Sequence[str]) -> Callable[[], Mapping[str, Mark]]:
-        if not counters:
-            return dict
-
+    def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
         new = versions.fresh()
         created, recreated = new + versions.QUARANTINE + 1, new + versions.GIVEN_UP + 1
-        arguments = created, recreated, versions.MAX_PENDING, _COUNTER_TTL
-
-        def send(wire: Wire) -> _Begun:
-            call = _call(_script("begin"), counters, wire.run, arguments)
-            wire.send(call)
-            return _Begun(self, wire, call, counters)
-
-        return self._speak(send, essential=True, keep=True)
+        reply = self._run(
+            "begin", counters, created, recreated, versions.MAX_PENDING, _COUNTER_TTL, essential=True
+        )
+        try:
+            return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
+        except (TypeError, ValueError) as error:
+            raise self._unreadable() from error
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
@@ -236,7 +237,7 @@ class RedisBackend(StoreBackend):
             self._post("end", list(marks), _COUNTER_TTL, *incarnations)
 
     def bump(self, counters: Sequence[str]) -> None:
-        self._run("bump", counters, _COUNTER_TTL, essential=True)
+        self._run("bump", counters, _COUNTER_TTL, essential=True, length=None)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         if not changes:
@@ -251,8 +252,10 @@ class RedisBackend(StoreBackend):
 
     def settle(self, counters: Sequence[str], witness: str) -> list[int | None]:
         new = versions.fresh()
-        reply = self._run("settle", [*counters, witness], new, versions.planted(new), _COUNTER_TTL)
-        return [versions.parse(text) for text in reply]
+        created = versions.planted(new)
+        keys = [*counters, witness]
+        reply = self._run("settle", keys, new, created, _COUNTER_TTL, length=len(counters))
+        return self._parse(reply)
 
     # -- the server -----------------------------------------------------------------------------------------
 
@@ -261,6 +264,8 @@ class RedisBackend(StoreBackend):
         replies = self._exchange(lambda run: [("INFO", section) for section in sections])
         info: dict[str, str] = {}
         for reply in replies:
+            if type(reply) is not bytes:
+                raise self._unreadable()
             info |= _parse_info(reply)
         commands = {name.removeprefix("cmdstat_") for name in info if name.startswith("cmdstat_")}
         return (
@@ -283,25 +288,40 @@ class RedisBackend(StoreBackend):
     # -- the wire ----------------------------------------------------------------------------------------
 
     def _run(
-        self, name: str, counters: Sequence[str], *arguments: object, essential: bool = False
+        self,
+        name: str,
+        counters: Sequence[str],
+        *arguments: object,
+        essential: bool = False,
+        length: int | None = -1,
     ) -> list[Any]:
-        """Run a script; its keys are the counters."""
+        """Run a script; its keys are the counters.
+
+        :param length: of the list that it gives: as many as there are counters unless told otherwise; None for no list.
+        """
         if not counters:
             return []
+        if length == -1:
+            length = len(counters)
 
         def call(run: str) -> list[Command]:
             return [_call(_script(name), counters, run, arguments)]
 
-        [reply] = self._exchange(call, essential, refusable=True)
+        [reply] = self._exchange(call, essential, refusable=True, length=length)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential, refusable=True)
-        return self._accepted(name, reply)
-
-    def _accepted(self, name: str, reply: Any) -> list[Any]:
-        """What a script has given, if the server has run it."""
-        if isinstance(reply, redis.ResponseError):
+            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential, length=length)
+        elif isinstance(reply, redis.ResponseError):
             raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
         return reply  # type: ignore[no-any-return]
+
+    def _parse(self, texts: Sequence[bytes | None]) -> list[int | None]:
+        try:
+            return [None if text is None else versions.parse(text) for text in texts]
+        except (AttributeError, TypeError) as error:
+            raise self._unreadable() from error
+
+    def _unreadable(self) -> CacheUnavailable:
+        return CacheUnavailable(f"{self._name} answers what nobody has asked for")
 
     def _post(self, name: str, counters: Sequence[str], *arguments: object) -> None:
         """Have a script run, and leave its reply to whoever uses the connection next."""
@@ -318,6 +338,7 @@ class RedisBackend(StoreBackend):
         essential: bool = False,
         refusable: bool = False,
         meanwhile: Meanwhile | None = None,
+        length: int | None = None,
     ) -> list[Any]:
         """Send commands and read one reply for each.
 
@@ -325,8 +346,20 @@ class RedisBackend(StoreBackend):
         :param essential: try it although the server failed a moment ago.
         :param refusable: give the server's refusals among the replies rather than raise.
         :param meanwhile: is called before the replies are read.
+        :param length: of the list that each reply is to be.
         """
-        replies = self._speak(lambda wire: wire.converse(build(wire.run), meanwhile), essential)
+
+        def say(wire: Wire) -> list[Any]:
+            replies = wire.converse(build(wire.run), meanwhile)
+            if length is not None:
+                for reply in replies:
+                    is_list = type(reply) is list and len(reply) == length
+                    if not is_list and not isinstance(reply, redis.ResponseError):
+                        wire.close()  # whose answer was that?
+                        raise redis.InvalidResponse("another reply than to what was asked")
+            return replies
+
+        replies = self._speak(say, essential)
         self._breaker.succeeded()
         if not refusable:
             for reply in replies:
@@ -334,62 +367,19 @@ class RedisBackend(StoreBackend):
                     raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
         return replies
 
-    def _speak(self, say: Callable[[Wire], T], essential: bool, keep: bool = False) -> T:
-        """Have an open wire for a moment: the one place that touches the network, but for :class:`_Begun`.
-
-        :param keep: unless it fails, ``say`` is to see to it that the wire is given back.
-        """
+    def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:
+        """Have an open wire for a moment: the one place that touches the network."""
         self._breaker.admit(essential=essential)
         try:
             wire = self._pool.take()
-            kept = False
             try:
                 wire.open()
-                said = say(wire)
-                kept = keep
-                return said
+                return say(wire)
             finally:
-                if not kept:
-                    self._pool.give_back(wire)
+                self._pool.give_back(wire)
         except (redis.RedisError, OSError) as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> CacheUnavailable:
-        self._breaker.failed(error)
-        return CacheUnavailable(f"{self._name} does not answer: {error}")
-
-
-class _Begun:
-    """Counters that the server was told to mark, with the wire by which it will tell that it has; to be called once."""
-
-    def __init__(self, backend: RedisBackend, wire: Wire, call: Command, counters: Sequence[str]) -> None:
-        self._backend = backend
-        self._wire: Wire | None = wire
-        self._call = call
-        self._counters = counters
-
-    def __call__(self) -> Mapping[str, Mark]:
-        wire, backend = self._wire, self._backend
-        assert wire is not None
-        self._wire = None
-        try:
-            try:
-                reply = wire.receive()
-                if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-                    [reply] = wire.converse([_in_full(self._call, "begin")])
-            finally:
-                backend._pool.give_back(wire)
-        except (redis.RedisError, OSError) as error:
-            raise backend._failed(error) from error
-        backend._breaker.succeeded()
-        incarnations = backend._accepted("begin", reply)
-        return {counter: Mark(int(text)) for counter, text in zip(self._counters, incarnations, strict=True)}
-
-    def __del__(self) -> None:
-        # Nobody has waited for it: its transaction was lost together with its connection.
-        if self._wire is not None:
-            self._wire.close()
-            self._backend._pool.give_back(self._wire)
+            self._breaker.failed(error)
+            raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
 
 
 def _introduce(wire: Wire) -> None:
@@ -398,7 +388,7 @@ def _introduce(wire: Wire) -> None:
     info, *_ = wire.converse(
         [("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names)]
     )
-    if isinstance(info, redis.ResponseError):
+    if not isinstance(info, bytes):
         raise redis.ConnectionError(f"it does not tell its run id, which this user needs to see: {info}")
     run = _parse_info(info).get("run_id", "")
     if not run:
@@ -407,7 +397,8 @@ def _introduce(wire: Wire) -> None:
 
 
 def _call(script: _Script, counters: Sequence[str], run: str, arguments: Sequence[object]) -> Command:
-    return ("EVALSHA", script.sha, len(counters), *_names(counters, run), *arguments)
+    # No numbers: the client's packer of those does not bear a signal (hiredis 3.5.0).
+    return ("EVALSHA", script.sha, str(len(counters)), *_names(counters, run), *map(str, arguments))
 
 
 def _in_full(call: Command, name: str) -> Command:

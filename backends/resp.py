@@ -8,9 +8,6 @@ costs beside the round trip itself.
 from __future__ import annotations
 
 import select
-import socket
-import struct
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +18,7 @@ import redis
 __all__ = ["CONNECTIONS", "Command", "Wire"]
 
 Command = tuple[Any, ...]
-"""The words of a command: texts, bytes and numbers."""
+"""The words of a command: texts and bytes."""
 
 _CHUNK = 2**16
 _INCOMPLETE = object()
@@ -33,32 +30,13 @@ def _refusal(message: str) -> redis.ResponseError:
     return kind(message)
 
 
-def _watch(one: Any) -> Callable[[], object]:
+def _watch(socket: Any) -> Callable[[], object]:
     """What tells, without waiting, whether anything can be read from a socket."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        poll.register(one, select.POLLIN)
+        poll.register(socket, select.POLLIN)
         return partial(poll.poll, 0)
-    return lambda: select.select([one], [], [], 0)[0]  # on Windows
-
-
-def _let_the_kernel_wait(connection: Any) -> None:
-    """Have the kernel itself give up after the timeout: Python asks it twice for each wait, first whether there is data.
-
-    Not with TLS, whose record may come in pieces, and not on Windows.
-    """
-    plain, seconds = connection.socket, connection.socket_timeout
-    if type(plain) is not socket.socket or seconds is None or sys.platform == "win32":
-        return
-    timeout = _TIMEVAL.pack(
-        *divmod(max(1, round(seconds * 1e6)), 1_000_000)
-    )  # nothing at all would be for ever
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
-    plain.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
-    plain.settimeout(None)
-
-
-_TIMEVAL = struct.Struct("@ll")
+    return lambda: select.select([socket], [], [], 0)[0]  # on Windows
 
 
 class _WithSocket:
@@ -120,7 +98,6 @@ class Wire:
             self.close()
         try:
             self._connection.connect()
-            _let_the_kernel_wait(self._connection)
             self._socket = self._connection.socket
             self._reader = hiredis.Reader(
                 protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
@@ -147,28 +124,16 @@ class Wire:
             self.close()
             raise
 
-    def send(self, command: Command) -> None:
-        """Send a command; :meth:`receive` its reply before anything else is said."""
-        try:
-            self._socket.sendall(hiredis.pack_command(command))
-        except BaseException:
-            self.close()
-            raise
-
-    def receive(self) -> Any:
-        """The reply to what was sent; a refusal as the exception that it is."""
-        try:
-            return self._read()
-        except BaseException:
-            self.close()
-            raise
-
     def post(self, command: Command, again: Command) -> None:
         """Send a command, and leave its reply to be read when the wire is used next.
 
         :param again: what to send then, where the server did not have the script.
         """
-        self.send(command)
+        try:
+            self._socket.sendall(hiredis.pack_command(command))
+        except BaseException:
+            self.close()
+            raise
         self._again = again
 
     def close(self) -> None:
@@ -180,7 +145,11 @@ class Wire:
     def _finish(self) -> None:
         """Read the reply to what was posted."""
         again, self._again = self._again, None
-        reply = self.receive()
+        try:
+            reply = self._read()
+        except BaseException:  # a signal, for example: the reply is still to come
+            self.close()
+            raise
         # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
         if again is not None and isinstance(reply, redis.exceptions.NoScriptError):
             self.converse([again])
@@ -189,10 +158,7 @@ class Wire:
         reader = self._reader
         reply = reader.gets()
         while reply is _INCOMPLETE:
-            try:
-                data = self._socket.recv(_CHUNK)
-            except BlockingIOError:
-                raise redis.TimeoutError("Timeout reading from socket") from None
+            data = self._socket.recv(_CHUNK)
             if not data:
                 raise redis.ConnectionError("the server closed the connection")
             reader.feed(data)

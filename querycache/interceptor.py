@@ -421,6 +421,8 @@ class Interceptor:
         if entry is None:
             # The database was asked after the versions were read, and what completes its answer is to be no older.
             reading = request.region.observe((*by_key.common, *by_key.own.values()))
+            if load.entry is not None and _wrote_between(load.reading, reading):
+                return None  # the database tells whether a snapshot of it must not show that
         elif reading is not None:
             stored = entry.loads.get(asked.mark)
             if stored is not None and reading.fallen.isdisjoint(by_key.common):
@@ -488,6 +490,12 @@ def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozense
         tuple((tag, found.get(tag)) for tag in by_key.common),
         {key: found.get(tag) for key, tag in by_key.own.items() if tag not in without},
     )
+
+
+def _wrote_between(earlier: Reading | None, later: Reading | None) -> bool:
+    """True unless nobody has written between two readings."""
+    witness = None if earlier is None else earlier.witness
+    return witness is None or later is None or later.witness != witness
 
 
 def _check_allowed(region: Region, options: CacheOptions, reason: str) -> None:

@@ -196,7 +196,11 @@ class Ledger:
                     fallen = _NONE
         stale = blob is not None and payload is None
         if (payload is None or fallen) and not all(map(versions.is_clean, found)):
+            before = found
             found, witness = self._tend(asked, found, witness)
+            if fallen and found != before:
+                # versions from after the entry was read: what is found under them may be later than what it still tells
+                payload, fallen, stale = None, _NONE, True
         elif self._unclean and not self._unclean.keys().isdisjoint(asked):
             self._forget(asked)
         return Reading(asked, tuple(found), payload, stale, fallen, witness)
@@ -295,15 +299,8 @@ class Ledger:
 
         If it raises, marks may or may not have been made; those that were heal by lease.
         """
-        return self.send_begin(tags)()
-
-    def send_begin(self, tags: Iterable[str]) -> Callable[[], Marks]:
-        """The same a little earlier, so that there is less to wait for.
-
-        Returns what waits until the tags are marked, to be called once; either may raise. The lease counts from now.
-        """
         counters = list(dict.fromkeys(tags))
-        return self.store.send_begin([self._witness, *counters]) if counters else dict
+        return self.store.begin([self._witness, *counters]) if counters else {}
 
     def end(self, marks: Marks) -> None:
         """Phase two, after COMMIT or its failure: a new generation for every tag, and the marks taken off.

@@ -1,9 +1,8 @@
 """Both phases of the ledger's protocol, for the transactions of a database.
 
 **Phase one**, just before COMMIT: every tag that a transaction has changed is marked in every ledger, so that no lookup
-hits or fills under it while the commit becomes visible. The ledgers may be told a little earlier, so that there is less to
-wait for. **Phase two**, just after: each tag gets a new version; always, also where COMMIT failed or its outcome is
-unknown.
+hits or fills under it while the commit becomes visible. **Phase two**, just after: each tag gets a new version; always,
+also where COMMIT failed or its outcome is unknown.
 
 A ledger that cannot be reached in phase one is owed the new versions where the transaction commits all the same. As long as
 they are owed, this process takes no answer from it.
@@ -12,8 +11,6 @@ they are owed, this process takes no answer from it.
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,23 +27,17 @@ OnOutage = Literal["available", "refuse"]
 
 @dataclass(slots=True)
 class Marking:
-    """What the ledgers were told of one transaction.
+    """What phase one has done for a transaction.
 
     Attributes:
-        told: the tags that they are to mark.
-        since: when they were told first, in monotonic seconds.
-        awaited: what waits for the marks.
-        marks: those that were made.
-        unmarked: ledgers that make none, and why; None where none is asked for.
-        complete: True from the end of phase one until phase two.
+        tags: those that it was to mark; None before it.
+        marks: those that it has made.
+        unmarked: ledgers that it could not reach, or was not to.
     """
 
-    told: set[str] = field(default_factory=set)
-    since: float = 0.0
-    awaited: list[tuple[Ledger, Callable[[], Marks]]] = field(default_factory=list)
+    tags: set[str] | None = None
     marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
-    unmarked: dict[Ledger, CacheUnavailable | None] = field(default_factory=dict)
-    complete: bool = False
+    unmarked: list[Ledger] = field(default_factory=list)
 
 
 class Phases:
@@ -67,70 +58,50 @@ class Phases:
         self._telemetry = telemetry
         self._consistency = consistency
         self._on_outage = on_outage
-        self._patience = min(ledger.lease for ledger in regions.ledgers) / 4
         self._lock = threading.Lock()
         self._owed: dict[Ledger, set[str]] = {}
 
-    def tell(self, marking: Marking, tags: Collection[str]) -> None:
-        """Have tags marked that will be committed in a moment; :meth:`one` waits for it."""
-        new = {tag for tag in tags if tag not in marking.told}
-        if not new:
-            return
-        if not marking.told:
-            marking.since = time.monotonic()
-        marking.told |= new
-        if self._consistency == "commit":
-            marking.unmarked = dict.fromkeys(self._regions.ledgers)
-        for ledger, keys in self._regions.tag_keys(new):
-            if ledger in marking.unmarked:
-                continue
-            try:
-                marking.awaited.append((ledger, ledger.send_begin(keys)))
-            except CacheUnavailable as fault:
-                marking.unmarked[ledger] = fault
-
-    def one(self, marking: Marking, tags: Collection[str]) -> None:
-        """Phase one, before COMMIT: until these tags are marked.
+    def one(self, marking: Marking, tags: set[str]) -> None:
+        """Phase one, before COMMIT: mark those tags that are not marked yet.
 
         Raises:
             CacheUnavailable: a cache server does not answer, and commits are to be refused then.
         """
-        if marking.told and time.monotonic() - marking.since > self._patience:
-            marking.told = set()  # somebody took their time: those marks could be given up while COMMIT runs
-        self.tell(marking, tags)
-        self._wait(marking)
-        fault = next(iter(marking.unmarked.values()), None)
-        if fault is not None and self._on_outage == "refuse":
-            raise fault
-        marking.complete = True
+        marked = marking.tags or set()
+        new = tags - marked
+        marking.tags = marked | new
+        if self._consistency == "commit":
+            marking.unmarked = list(self._regions.ledgers)
+        try:
+            for ledger, keys in self._regions.tag_keys(new):
+                if keys and ledger not in marking.unmarked:
+                    self._mark(marking, ledger, keys)
+        except BaseException:
+            self.two(marking)  # it is not committed now; where it is tried again, all is marked again
+            raise
 
-    @staticmethod
-    def _wait(marking: Marking) -> None:
-        awaited, marking.awaited = marking.awaited, []
-        for ledger, marks in awaited:
-            try:
-                marking.marks.append((ledger, marks()))
-            except CacheUnavailable as fault:
-                marking.unmarked[ledger] = fault
+    def _mark(self, marking: Marking, ledger: Ledger, keys: list[str]) -> None:
+        try:
+            marking.marks.append((ledger, ledger.begin(keys)))
+        except CacheUnavailable:
+            if self._on_outage == "refuse":
+                raise
+            marking.unmarked.append(ledger)
 
     def two(self, marking: Marking) -> None:
-        """Phase two, after COMMIT: new versions for what was marked, and the marks taken off.
-
-        Also where there was no COMMIT after all; then nothing is owed to a ledger that could not be reached.
-        """
-        if not marking.told:
+        """Phase two, after COMMIT: new versions for what phase one was to mark, and the marks taken off."""
+        if marking.tags is None:
             return
-        self._wait(marking)
-        told, marks, owed = marking.told, marking.marks, marking.unmarked if marking.complete else ()
-        marking.told, marking.marks, marking.unmarked, marking.complete = set(), [], {}, False
+        marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
+        marking.marks, marking.unmarked, marking.tags = [], [], None
         for ledger, marks_there in marks:
             try:
                 ledger.end(marks_there)
             except CacheUnavailable:
                 # the marks stay: nothing that depends on them is served until they have healed
                 self._telemetry.emit("error", "", "", "unavailable after commit")
-        for ledger, keys in self._regions.tag_keys(told) if owed else ():
-            if ledger in owed:
+        for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
+            if ledger in unmarked:
                 with self._lock:
                     self._owed.setdefault(ledger, set()).update(keys)
                 if self.owes(ledger):

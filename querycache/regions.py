@@ -183,12 +183,16 @@ class Region:
         return entry
 
     def _keep_decoded(self, key: str, payload: bytes, entry: Entry) -> None:
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is at it; or was, where this process was forked
+        try:
             self._drop_decoded(key)
             self._recent[key] = payload, entry
             self._recent_bytes += len(payload) + _BESIDE
             while self._recent_bytes > _RECENT:
                 self._drop_decoded(next(iter(self._recent)))
+        finally:
+            self._lock.release()
 
     def _drop_decoded(self, key: str) -> None:
         recent = self._recent.pop(key, None)

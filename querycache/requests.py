@@ -228,7 +228,10 @@ class Requests:
             return None
         main = analyse(request.prepared.plan.compiled)
         family = self._begin_key(region, options, request.prepared.plan, main, request.scope).copy()
-        schemas = canonical(dict(plan.schema_translate_map))
+        try:
+            schemas = canonical(dict(plan.schema_translate_map))
+        except UnkeyableValue:
+            return None
         hashed((plan.compiled.string, bind_identity(plan.engine), schemas), family)
         tags = {*self._tags_of_answer(region, options, main), *analysis.tags(plan, self._declared)}
         common = region.tag_keys(sorted(tags.difference(own.values())))

@@ -12,9 +12,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import msgspec
-
-from querycache.codec import RowSet, pack_rows
+from querycache.codec import pack_rows
 from querycache.frozen import FrozenStatement
 
 __all__ = ["SharedRows", "Vectors"]
@@ -49,7 +47,7 @@ class _Known:
 
 
 class SharedRows:
-    """The rows that one process remembers of a region: 4,000 at most, of about 1 KB each at most; then it starts anew.
+    """The rows that one process remembers of a region: 4,000, with texts of 1 KB each at most; then it starts anew.
 
     Safe for use by several threads.
     """
@@ -94,16 +92,20 @@ class SharedRows:
             vectors: the versions from before it was asked, of the keys that are to be remembered.
             place: of the key in each row.
         """
-        if not vectors.own or not _is_small(frozen.rows):
+        if not vectors.own or not frozen.rows.immutable:
             return
         rows: dict[object, Row | None] = dict.fromkeys(keys)
         for row in frozen.unpack():
             key = row[place]
+            if sum(len(value) for value in row if isinstance(value, (str, bytes))) > _LARGEST:
+                return
             # where the database takes other values for equal than Python does, nobody knows which row is whose
             if key not in rows or rows[key] is not None:
                 return
             rows[key] = row
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # another thread is at it; or was, where this process was forked
+        try:
             if self._count > _MOST_ROWS:
                 self._known, self._count = {}, 0
             known = self._known.get(family)
@@ -114,8 +116,5 @@ class SharedRows:
                 {key: (vectors.common, version, rows[key]) for key, version in vectors.own.items()}
             )
             self._count += len(known.rows) - before
-
-
-def _is_small(rows: RowSet) -> bool:
-    """True if the rows take about 1 KB each at most, and nobody can change a value in place."""
-    return rows.immutable and len(msgspec.msgpack.encode(rows.columns)) <= _LARGEST * max(1, len(rows))
+        finally:
+            self._lock.release()

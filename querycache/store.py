@@ -103,16 +103,8 @@ class StoreBackend(BytesBackend, abc.ABC):
     # -- counters -------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def begin(self, counters: Sequence[str]) -> Mapping[str, Mark]:
+    def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
         """Take the step :func:`~querycache.versions.begun` on each counter, in this order."""
-
-    def send_begin(self, counters: Sequence[str]) -> Callable[[], Mapping[str, Mark]]:
-        """The same where there is something else to do while the server is at work.
-
-        :returns: what waits for the server and gives the marks; to be called once.
-        """
-        marks = self.begin(counters)
-        return lambda: marks
 
     @abc.abstractmethod
     def end(self, marks: Mapping[str, Mark]) -> None:

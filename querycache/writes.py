@@ -10,8 +10,7 @@ which are noted with the *database connection* (not with a Session, which Core n
 - textual SQL: what its parser finds; everything where it cannot be understood.
 
 It is the dialect, too, that sends COMMIT, whoever asked for it, and there are both phases, around it. A statement that
-commits (in autocommit mode, a textual COMMIT, DDL on MySQL) has them around itself. The commit of a Session tells the
-ledgers when it has flushed, and so has less to wait for before COMMIT.
+commits (in autocommit mode, a textual COMMIT, DDL on MySQL) has them around itself.
 
 The dialect's methods are wrapped, and the engine is not listened to: its events ``commit`` and the like have no
 counterpart after the COMMIT, and an engine that has any listener at all takes a tenth longer for a small query.
@@ -88,7 +87,7 @@ class Transaction:
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         flushes: those flushes, by the ``hash_key`` of their Session.
-        marking: what the ledgers were told of these.
+        marking: what phase one has done.
         snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
             began; None where each statement sees what is committed.
     """
@@ -176,7 +175,6 @@ class Writes:
         return {
             "after_begin": self._after_begin,
             "after_flush": self._after_flush,
-            "before_commit": self._before_commit,
         }
 
     # --- what readers ask ----------------------------------------------------------------------------
@@ -312,7 +310,7 @@ class Writes:
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
-        return (transaction is not None and transaction.marking.complete) or isinstance(
+        return (transaction is not None and transaction.marking.tags is not None) or isinstance(
             connection.get_transaction(), TwoPhaseTransaction
         )
 
@@ -448,7 +446,6 @@ class Writes:
                 if table in rows:
                     rows[table].look_at(connection, table, expected.schemas, expected.returned)
             self._resolve(transaction, session.hash_key, connection.dialect, rows)
-        self._announce(session)
 
     def _resolve(
         self, transaction: Transaction, session: int, dialect: Dialect, rows: Mapping[Table, FlushedRows]
@@ -524,19 +521,6 @@ class Writes:
         info.pop(self._savepoint_key, None)
         info.pop(self._begun_key, None)
         self._phase_two(info)
-
-    def _before_commit(self, session: Session) -> None:
-        """Where nothing is left to flush, no flush will tell of what was flushed before."""
-        if not sa_internals.is_flushed(session):
-            return  # what it flushes now will be told with the rest
-        self._announce(session)
-
-    def _announce(self, session: Session) -> None:
-        """Tell the ledgers of what will be committed in a moment."""
-        for connection in sa_internals.connections_to_commit(session):
-            transaction = self._of(connection.info)
-            if transaction is not None:
-                self.phases.tell(transaction.marking, transaction.tags)
 
     def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
         transaction = self._of(info)

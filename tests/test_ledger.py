@@ -162,7 +162,7 @@ def test_what_an_answer_costs(clock: Clock) -> None:
     ledger.lookup("entry", ["a", "b"])
     ledger.lookup("entry", ["a", "b"])
     ledger.end(marks)
-    assert spy.names() == ["send_begin", "fetch", "fetch", "end"]  # a writer, and lookups meanwhile
+    assert spy.names() == ["begin", "fetch", "fetch", "end"]  # a writer, and lookups meanwhile
     ledger.bump(["a", "b"])
     assert spy.names() == ["bump"]
     assert ledger.begin([]) == {}
@@ -476,6 +476,20 @@ def test_an_entry_cut_short_is_never_taken_for_another() -> None:
 
 def test_names_of_tags_may_be_any_text(ledger: Ledger) -> None:
     filled(ledger, tags=["é", "", "\udc80", "a b", "x" * 300])
+
+
+def test_what_was_found_is_not_kept_in_part_beside_versions_that_were_made_later() -> None:
+    """Somebody may have written between the two."""
+    store = MemoryBackend({})
+    ledger = Ledger(store, WITNESS)
+    ledger.fill("entry", ledger.lookup("entry", ["main", "completion"]), b"payload")
+    assert ledger.lookup("entry", ["main"], ["completion"]).payload == b"payload"
+    ledger.bump(["completion"])
+    in_part = ledger.lookup("entry", ["main"], ["completion"])
+    assert in_part.payload == b"payload" and in_part.fallen == {"completion"}
+    del store._counters["completion"]
+    lost = ledger.lookup("entry", ["main"], ["completion"])
+    assert lost.payload is None and lost.stale and not lost.fallen and lost.fillable
 
 
 # --- Refusals and outages -----------------------------------------------------------------------------

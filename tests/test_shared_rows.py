@@ -41,12 +41,13 @@ from sqlalchemy.orm import (
     with_loader_criteria,
 )
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.sql import quoted_name
 
 from querycache import QueryCache, dependencies, shared_rows, versions
 from querycache.frozen import Entry, freeze
 from querycache.interceptor import Interceptor, _Load
 from querycache.ledger import Reading
-from querycache.shared_rows import SharedRows
+from querycache.shared_rows import SharedRows, Vectors
 
 
 class Base(DeclarativeBase):
@@ -355,8 +356,9 @@ def test_what_could_be_changed_in_place_is_not_shared(
     def look(number: int) -> list[dict[str, Any]]:
         statement = page(number).options(selectinload(Note.topic))
         with sessions() as session:
-            found = [note.topic.words.copy() for note in session.scalars(statement)]
-            session.get_one(Topic, 1).words["b"] = 2
+            notes = session.scalars(statement).all()
+            found = [note.topic.words.copy() for note in notes]
+            notes[0].topic.words["b"] = 2
             return found
 
     for number in range(PAGES):
@@ -918,3 +920,202 @@ def test_once_versions_were_read_again_nothing_of_the_entry_is_used() -> None:
     assert load.find(asked) is frozen
     load.observe(["another"])
     assert load.find(asked) is None
+
+
+class _Swapped(TypeDecorator[int]):
+    """Ids that are stored so that nobody can guess the next."""
+
+    impl = Integer
+    cache_ok = True
+
+    def process_bind_param(self, value: int | None, dialect: object) -> int | None:
+        return None if value is None else value ^ 1
+
+    process_result_value = process_bind_param
+
+
+class _OwnInteger(Integer):
+    cache_ok = True
+
+    def bind_processor(self, dialect: object) -> Any:
+        return lambda value: None if value is None else value ^ 1
+
+    def result_processor(self, dialect: object, coltype: object) -> Any:
+        return self.bind_processor(dialect)
+
+
+@pytest.mark.parametrize("kind", [Integer().with_variant(_Swapped(), "sqlite"), _OwnInteger()], ids=repr)
+def test_keys_that_a_type_maps_to_others(store: CacheRegion, kind: Any) -> None:
+    """The rows have them as they are in the database, the parameters as the application knows them."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Author(Own):
+        __tablename__ = "mapped_authors"
+
+        id: Mapped[int] = mapped_column(kind, primary_key=True, autoincrement=False)
+        name: Mapped[str]
+
+    class Text(Own):
+        __tablename__ = "mapped_texts"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        page: Mapped[int]
+        author_id: Mapped[int] = mapped_column(kind, ForeignKey(Author.id))
+        author: Mapped[Author] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Own.metadata.create_all(engine)
+    sessions = attached(engine, store)
+    with sessions.begin() as session:
+        session.add_all([Author(id=2, name="two"), Author(id=3, name="three")])
+        session.flush()
+        session.add_all(
+            Text(page=page, author_id=author) for page, author in ((0, 2), (0, 3), (1, 2), (2, 3))
+        )
+    statement = select(Text).options(selectinload(Text.author)).execution_options(cache_key=True)
+    for _ in range(2):
+        for number, expected in ((0, ["two", "three"]), (1, ["two"]), (2, ["three"])):
+            with sessions() as session:
+                texts = session.scalars(statement.where(Text.page == number).order_by(Text.id))
+                assert [text.author and text.author.name for text in texts] == expected
+    engine.dispose()
+
+
+def test_schemas_of_quoted_names(store: CacheRegion) -> None:
+    class Own(DeclarativeBase):
+        pass
+
+    class Author(Own):
+        __tablename__ = "quoted_authors"
+        __table_args__ = {"schema": "theirs"}
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Text(Own):
+        __tablename__ = "quoted_texts"
+        __table_args__ = {"schema": "theirs"}
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        author_id: Mapped[int] = mapped_column(ForeignKey(Author.id))
+        author: Mapped[Author] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("ATTACH DATABASE ':memory:' AS own")
+    translated = engine.execution_options(schema_translate_map={"theirs": quoted_name("own", True)})
+    Own.metadata.create_all(translated)
+    sessions = attached(translated, store)
+    with sessions.begin() as session:
+        session.add(Author(id=1))
+        session.flush()
+        session.add(Text(id=1, author_id=1))
+    statement = select(Text).options(selectinload(Text.author)).execution_options(cache_key=True)
+    for _ in range(2):
+        with sessions() as session:
+            assert session.scalars(statement).one().author.id == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("postgresql", marks=pytest.mark.server("postgresql"))]
+)
+def test_a_snapshot_is_not_completed_with_what_was_written_since_it_was_answered(
+    request: pytest.FixtureRequest, store: CacheRegion, tmp_path: Path, database: str
+) -> None:
+    """The writer of a note has moved to another topic, of which the entry knows nothing; both change meanwhile."""
+
+    class Own(DeclarativeBase):
+        pass
+
+    class Company(Own):
+        __tablename__ = "moment_companies"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        name: Mapped[str]
+
+    class Author(Own):
+        __tablename__ = "moment_authors"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        company_id: Mapped[int] = mapped_column(ForeignKey(Company.id))
+        company: Mapped[Company] = relationship()
+
+    class Text(Own):
+        __tablename__ = "moment_texts"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        title: Mapped[str]
+        author_id: Mapped[int] = mapped_column(ForeignKey(Author.id))
+        author: Mapped[Author] = relationship()
+
+    if database == "sqlite":
+        engine = create_engine(f"sqlite:///{tmp_path}/moments.db")
+
+        @event.listens_for(engine, "connect")
+        def own_transactions(connection: Any, record: object) -> None:
+            connection.isolation_level = None
+            connection.execute("PRAGMA journal_mode=WAL")
+
+        event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+        readers = engine
+    else:
+        engine = request.getfixturevalue("postgresql_engine")
+        readers = engine.execution_options(isolation_level="REPEATABLE READ")
+    Own.metadata.create_all(engine)
+    writing, reading = sessionmaker(engine), sessionmaker(readers)
+    QueryCache(store, lease=0.1).attach(writing).attach(reading)
+    with writing.begin() as session:
+        session.add_all([Company(id=1, name="old"), Company(id=2, name="old")])
+        session.flush()
+        session.add_all([Author(id=1, company_id=1), Author(id=2, company_id=2)])
+        session.flush()
+        session.add_all(Text(id=n, title="old", author_id=max(1, n - 1)) for n in (1, 2, 3))
+
+    def look(sessions: Any, number: int) -> tuple[str, str]:
+        loads = selectinload(Text.author).selectinload(Author.company)
+        statement = select(Text).where(Text.id == number).options(loads).execution_options(cache_key=True)
+        with sessions() as session:
+            text = session.scalars(statement).one()
+            return text.title, text.author.company.name
+
+    for number in (1, 2, 3):
+        look(writing, number)
+    with writing.begin() as session:
+        session.get_one(Author, 1).company_id = 2
+    look(writing, 2)
+    loading = True
+
+    @event.listens_for(Author, "load")
+    def meanwhile(author: Author, context: object) -> None:
+        nonlocal loading
+        if loading and author.id == 1:
+            loading = False
+            with writing.begin() as session:
+                session.get_one(Text, 1).title = "new"
+                session.get_one(Company, 2).name = "new"
+            look(writing, 3)  # which others know now
+
+    title, name = look(reading, 1)
+    assert title == name
+    Own.metadata.drop_all(engine)
+
+
+def _learned(rows: list[tuple[object, ...]], keys: list[int]) -> SharedRows:
+    known = SharedRows()
+    vectors = Vectors((), dict.fromkeys(keys, 1))
+    known.learn(b"family", keys, vectors, freeze([("id", None), ("name", None)], rows, -1), 0)
+    return known
+
+
+def test_a_large_row_among_small_ones_is_not_remembered() -> None:
+    small = [(number, "x") for number in range(60)]
+    keys = list(range(60))
+    assert _learned(small, keys).has(b"family", keys)
+    assert not _learned([*small, (60, "x" * 20_000)], [*keys, 60]).has(b"family", [60])
+
+
+def test_a_key_that_was_told_twice_is_not_remembered() -> None:
+    assert _learned([(1, "one"), (2, "two")], [1, 2]).has(b"family", [1, 2])
+    assert not _learned([(1, "one"), (1, "another")], [1, 2]).has(b"family", [1])

@@ -300,12 +300,14 @@ def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Calla
         for each in taps.listeners:
             try:
                 each.commit(info, dialect)
-            except CacheUnavailable:
+            except BaseException:
                 # This stops the COMMIT, but the connection would go back to its pool with the transaction open, for
                 # the next user to commit.
-                _give_up(connection)
-                for every in taps.listeners:
-                    every.end(info)
+                try:
+                    _give_up(connection)
+                finally:
+                    for every in taps.listeners:
+                        every.end(info)
                 raise
         try:
             return run(connection, *args, **kwargs)

@@ -396,7 +396,8 @@ def key_place(compiled: SQLCompiler) -> int | None:
     if where.right not in compiled.bind_names or not isinstance(table, Table):
         return None
     key = list(table.primary_key)
-    if len(key) != 1 or key[0].name != where.left.name:
+    # where a type of the application maps values, those of the rows are not those of the parameters
+    if len(key) != 1 or key[0].name != where.left.name or not _is_plain(key[0].type, compiled.dialect):
         return None
     for place, column in enumerate(compiled._result_columns):
         # not `is`: each may be as it is declared, or as the ORM has annotated it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from sqlalchemy.engine import Connection, Dialect, Engine, RootTransaction
+from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.engine.util import TransactionalContext
 from sqlalchemy.orm import Session
@@ -17,14 +17,12 @@ __all__ = [
     "begins_transaction",
     "checked_out",
     "connections",
-    "connections_to_commit",
     "default_isolation_level",
     "driver_isolation_level",
     "has_open_statement",
     "in_transaction",
     "info_of",
     "is_autocommit",
-    "is_flushed",
     "is_initializing",
     "is_told",
     "isolation_level",
@@ -79,28 +77,6 @@ def connections(session: Session, bind: Engine | Connection | None = None) -> li
                 found[entry[0]] = None
         transaction = transaction._parent
     return list(found)
-
-
-def connections_to_commit(session: Session) -> list[Connection]:
-    """Those to which COMMIT is sent once a Session has flushed what it has; none unless it is just being committed."""
-    transaction = session._transaction
-    while transaction is not None and transaction._parent is not None:
-        transaction = transaction._parent
-    if transaction is None:
-        return []
-    running: Any = transaction._current_fn
-    if running is None or running.__name__ != "_prepare_impl":
-        return []
-    return [
-        connection
-        for connection, begun, commits, _ in set(transaction._connections.values())
-        if commits and isinstance(begun, RootTransaction)
-    ]
-
-
-def is_flushed(session: Session) -> bool:
-    """True if a Session has nothing to flush."""
-    return session._is_clean()
 
 
 def was_given(transaction: Any, connection: Connection) -> bool:

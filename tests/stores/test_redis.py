@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import select
 import socket
-import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis
@@ -52,6 +55,23 @@ def private_redis(private_server: Callable[[str], Server]) -> Server:
 def client(redis_store_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_store_url) as client:
         yield client
+
+
+def _forward(listener: socket.socket, host: str, port: int) -> None:
+    """Let a Unix socket lead to a server on TCP."""
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(2**16):
+                target.sendall(data)
+        target.close()
+
+    with contextlib.suppress(OSError):
+        while True:
+            client, _ = listener.accept()
+            server = socket.create_connection((host, port))
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=pump, args=pair, daemon=True).start()
 
 
 class TestRedis(StoreContract, ServerContract):
@@ -195,19 +215,29 @@ class TestRedis(StoreContract, ServerContract):
         assert store.fetch("entry")[0] == b"payload"
         store.close()
 
-    @pytest.mark.parametrize("timeout", [1e-9, 0.05, 0.999_999_9, 3.0, 1e9])
-    def test_the_kernel_keeps_the_timeout(self, redis_url: str, timeout: float) -> None:
-        store = RedisBackend({"url": redis_url, "timeout": 5})
+    # --- A server that answers something else ------------------------------------------------------
+
+    @pytest.mark.parametrize("garbage", [1, b"OK", None, [], [b"1"], [1, 1, 1], [b"x", [], {}]], ids=repr)
+    def test_what_nobody_has_asked_for_is_a_fault_of_the_server(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch, garbage: object
+    ) -> None:
         store.ping()
-        wire = store._pool.take()
-        wire._connection.socket_timeout = timeout
-        resp._let_the_kernel_wait(wire._connection)
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            kept = struct.unpack("@ll", wire._socket.getsockopt(socket.SOL_SOCKET, option, 16))
-            assert kept[0] + kept[1] / 1e6 == pytest.approx(timeout, abs=0.02)  # in ticks of the kernel
-            assert any(kept), "for ever"
-        store._pool.give_back(wire)
-        store.close()
+        steps: tuple[Callable[[], object], ...] = (
+            lambda: store.fetch("entry", ["a", "b"]),
+            lambda: store.fetch(None, ["a", "b", "c"]),
+            lambda: store.get_serialized_multi(["a", "b", "c", "d"]),
+            lambda: store.begin(["a", "b", "c"]),
+            lambda: store.settle(["a", "b", "c"], "witness"),
+            lambda: store.swap([("a", None, 1), ("b", None, 1)]),
+            lambda: store.lost_nothing_for(1),
+        )
+        for step in steps:
+            monkeypatch.setattr(breaker, "COOL_DOWN", 0.0)
+            monkeypatch.setattr(store._breaker, "_next_try", 0.0)
+            with monkeypatch.context() as patch:
+                patch.setattr(resp.Wire, "_read", lambda self: garbage)
+                with pytest.raises(CacheUnavailable):
+                    step()
 
     # --- The end of a writer is not waited for ----------------------------------------------------
 
@@ -423,6 +453,21 @@ class TestRedis(StoreContract, ServerContract):
         store = RedisBackend({"url": redis_store_url.replace("redis", scheme, 1)})
         store.ping()
         store.close()
+
+    def test_a_unix_socket(self, redis_url: str, tmp_path: Path) -> None:
+        parts = urlsplit(redis_url)
+        path = str(tmp_path / "socket")
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+            listener.bind(path)
+            listener.listen()
+            threading.Thread(
+                target=_forward, args=(listener, parts.hostname, parts.port), daemon=True
+            ).start()
+            for url in (f"unix://{path}", f"unix://{path}?db=0&timeout=2"):
+                store = RedisBackend({"url": url})
+                store.store("of a socket", b"payload")
+                assert store.fetch("of a socket")[0] == b"payload"
+                store.close()
 
     def test_tls_is_spoken_where_asked_for(self) -> None:
         store = RedisBackend({"url": "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no"})

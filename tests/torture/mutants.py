@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from querycache import interceptor, ledger, phases, sa_internals, versions, writes
+from querycache import interceptor, ledger, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
@@ -111,7 +111,6 @@ def _plain_bump() -> None:
                 each.bump(keys)
 
     writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
-    phases.Phases.tell = lambda self, marking, tags: None  # type: ignore[method-assign]
 
 
 def _old_slots_forgotten() -> None:

@@ -854,6 +854,41 @@ def test_E17_a_refused_commit_leaves_nothing_behind(
     assert library.database(select(Tag.id).where(Tag.id == 9)) == []
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, TypeError])
+def test_E17_a_commit_that_anything_else_stops_leaves_nothing_behind(
+    postgresql_engine: Engine, fault: type[BaseException]
+) -> None:
+    library = Library(postgresql_engine)
+    library.fill(PRICES)
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    with mock.patch.object(MemoryBackend, "begin", fail), pytest.raises(fault), library.sessions() as session:
+        session.execute(RAISE_PRICE)
+        session.commit()
+    library.write(update(Author).values(name="x"))  # on the same connection of the pool
+    assert library.database(select(Book.price).where(Book.id == 2)) == [(20,)]
+    assert library.is_right(PRICES)
+
+
+def test_E17_a_statement_that_was_refused_in_autocommit_mode_is_marked_when_it_is_tried_again(
+    library: Library,
+) -> None:
+    library = Library(library.engine, on_outage="refuse")
+    library.fill(PRICES)
+
+    def fail(*_: object) -> None:
+        raise CacheUnavailable("it does not answer")
+
+    with library.engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        with mock.patch.object(MemoryBackend, "begin", fail), pytest.raises(CacheUnavailable):
+            connection.execute(RAISE_PRICE)
+        assert library.outcome(PRICES) == "hit"
+        connection.execute(RAISE_PRICE)
+        assert library.is_right(PRICES)
+
+
 def test_E18_core_alone_and_autocommit(library: Library) -> None:
     library.fill(PRICES)
     library.write(RAISE_PRICE)
