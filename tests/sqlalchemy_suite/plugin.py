@@ -37,6 +37,7 @@ from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_resul
 from querycache.interceptor import Interceptor
 from querycache.ledger import DEFAULT_LEASE, Reading
 from querycache.options import CacheOptions
+from querycache.phases import Phases
 from querycache.regions import Region, Regions
 from querycache.requests import Refused, Request, Requests
 from querycache.sa_internals import Prepared
@@ -151,7 +152,7 @@ class _Replay(Interceptor):
 _declared = Declarations()
 _telemetry = Telemetry()
 _regions = Regions("memory://", namespace="suite", lease=DEFAULT_LEASE, ttl=None, signing_key=None)
-_writes = _Writes(_regions, _declared, _telemetry, "strict", "available")
+_writes = _Writes(_regions, _declared, Phases(_regions, _telemetry, "strict", "available"))
 _replay = _Replay(_regions.get, _writes, _declared, _telemetry, None, {})
 _listeners = {**_writes.session_listeners(), "do_orm_execute": _replay}
 
