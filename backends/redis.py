@@ -162,11 +162,11 @@ class RedisBackend(StoreBackend):
         self._breaker = CircuitBreaker(self._name)
         most = options.pop("max_connections", 50)
         try:
+            # urlunsplit() leaves the two slashes out where no host stands behind them
+            beyond_host = urlunsplit(address._replace(scheme="", netloc=""))
             # redis-py's own pool is only asked what it makes of the address
-            # two slashes also where no host stands between them and the path
-            place_of = urlunsplit(address._replace(scheme="", netloc="")).removeprefix("//")
             told = redis.ConnectionPool.from_url(
-                f"{scheme}://{address.netloc}{place_of}",
+                f"{scheme}://{address.netloc}{beyond_host}",
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
                 **({} if scheme == "unix" else {"socket_keepalive": True}),
@@ -221,9 +221,8 @@ class RedisBackend(StoreBackend):
     def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
         new = versions.fresh()
         created, recreated = new + versions.QUARANTINE + 1, new + versions.GIVEN_UP + 1
-        reply = self._run(
-            "begin", counters, created, recreated, versions.MAX_PENDING, _COUNTER_TTL, essential=True
-        )
+        arguments = created, recreated, versions.MAX_PENDING, _COUNTER_TTL
+        reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
             return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
         except (TypeError, ValueError) as error:
@@ -237,7 +236,7 @@ class RedisBackend(StoreBackend):
             self._post("end", list(marks), _COUNTER_TTL, *incarnations)
 
     def bump(self, counters: Sequence[str]) -> None:
-        self._run("bump", counters, _COUNTER_TTL, essential=True, length=None)
+        self._run("bump", counters, _COUNTER_TTL, essential=True)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         if not changes:
@@ -247,7 +246,8 @@ class RedisBackend(StoreBackend):
             for _, expected, version in changes
             for value in ("" if expected is None else expected, version)
         ]
-        reply = self._run("swap", [counter for counter, _, _ in changes], _COUNTER_TTL, *pairs)
+        counters = [counter for counter, _, _ in changes]
+        reply = self._run("swap", counters, _COUNTER_TTL, *pairs, length=len(counters))
         return [done == 1 for done in reply]
 
     def settle(self, counters: Sequence[str], witness: str) -> list[int | None]:
@@ -293,16 +293,14 @@ class RedisBackend(StoreBackend):
         counters: Sequence[str],
         *arguments: object,
         essential: bool = False,
-        length: int | None = -1,
+        length: int | None = None,
     ) -> list[Any]:
         """Run a script; its keys are the counters.
 
-        :param length: of the list that it gives: as many as there are counters unless told otherwise; None for no list.
+        :param length: of the list that it gives; None where it gives none.
         """
         if not counters:
             return []
-        if length == -1:
-            length = len(counters)
 
         def call(run: str) -> list[Command]:
             return [_call(_script(name), counters, run, arguments)]

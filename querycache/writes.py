@@ -263,7 +263,7 @@ class Writes:
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
             if self._ends_savepoint(connection, first_word(sql)):
-                self._phase_one(connection.info, dialect)
+                self.commit(connection.info, dialect)
                 return True
         elif context.isddl:
             wrote = True
@@ -274,7 +274,7 @@ class Writes:
             wrote = self._note_dml(connection, context)
         elif word := sa_internals.savepoint_word(compiled.statement):
             if self._ends_savepoint(connection, word):
-                self._phase_one(connection.info, dialect)
+                self.commit(connection.info, dialect)
                 return True
             if dialect.name != "sqlite":
                 sa_internals.note_reading(context)
@@ -286,7 +286,7 @@ class Writes:
             # the application's own kind of statement: what it renders is all that is known of it
             wrote = self._note_text(connection, read_text(sql, dialect.name))
         if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
-            self._phase_one(connection.info, dialect)
+            self.commit(connection.info, dialect)
             return True
         return False
 
@@ -514,21 +514,15 @@ class Writes:
         Raises:
             CacheUnavailable: a cache server cannot be told, and commits are refused then.
         """
-        self._phase_one(info, dialect)
-
-    def end(self, info: dict[Any, Any]) -> None:
-        """A transaction has ended: committed, or failed to, or rolled back."""
-        info.pop(self._savepoint_key, None)
-        info.pop(self._begun_key, None)
-        self._phase_two(info)
-
-    def _phase_one(self, info: dict[Any, Any], dialect: Dialect) -> None:
         transaction = self._of(info)
         if transaction is not None and transaction.wrote:
             self._resolve_all(transaction, dialect)
             self.phases.one(transaction.marking, transaction.tags)
 
-    def _phase_two(self, info: dict[Any, Any]) -> None:
+    def end(self, info: dict[Any, Any]) -> None:
+        """A transaction has ended: committed, or failed to, or rolled back."""
+        info.pop(self._savepoint_key, None)
+        info.pop(self._begun_key, None)
         transaction: Transaction | None = info.pop(self._info_key, None)
         if transaction is not None:
             self.phases.two(transaction.marking)

@@ -89,9 +89,9 @@ def _no_quarantine() -> None:
 
 
 def _early_bump() -> None:
-    original = writes.Writes._phase_one
+    original = writes.Writes.commit
 
-    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+    def commit(self: Any, info: Any, dialect: Any) -> None:
         original(self, info, dialect)
         transaction = self._of(info)
         if transaction is not None:
@@ -99,18 +99,18 @@ def _early_bump() -> None:
                 each.end(marks)
             transaction.marking.marks = []
 
-    writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
+    writes.Writes.commit = commit  # type: ignore[method-assign]
 
 
 def _plain_bump() -> None:
-    def phase_one(self: Any, info: Any, dialect: Any) -> None:
+    def commit(self: Any, info: Any, dialect: Any) -> None:
         transaction = self._of(info)
         if transaction is not None and transaction.wrote:
             self._resolve_all(transaction, dialect)
             for each, keys in self._regions.tag_keys(transaction.tags):
                 each.bump(keys)
 
-    writes.Writes._phase_one = phase_one  # type: ignore[method-assign]
+    writes.Writes.commit = commit  # type: ignore[method-assign]
 
 
 def _old_slots_forgotten() -> None:
