@@ -294,13 +294,12 @@ class QueryCache:
         named.extend(map(user_tag, names("tags", tags)))
         for given in names("tables", tables):
             schema, _, name = given.rpartition(".")
-            # a schema that is given may be the default one, which statements need not name
-            named.extend(set_write_tags((schema or None, name), schema or None, anywhere=not schema))
+            named.extend(set_write_tags((schema or None, name), None))
         if isinstance(entities, type) or not isinstance(entities, Iterable):
             raise ConfigurationError(f"entities={entities!r}: give a list of mapped classes")
         for entity in entities:
             for table in sa_internals.tables_of(entity):
-                named.extend(set_write_tags((table.schema, table.name), None, anywhere=not table.schema))
+                named.extend(set_write_tags((table.schema, table.name), None))
         if statement is not None:
             named.append(statement_tag(structure_digest(sa_internals.cache_key_of(statement))))
         if everything is not None:

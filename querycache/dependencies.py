@@ -41,6 +41,7 @@ from querycache.tables import (
     declared_tags,
     label_of,
     reader_labels,
+    row_labels,
     slot_of,
     tracked_columns,
     translated,
@@ -129,7 +130,7 @@ def written_by_triggers(table: Table, on: Iterable[Table]) -> None:
     Schemas make no difference: they are translated by connection, and a table that is taken to be written too often
     is answered by the database.
     """
-    labels = {label_of(schema, each.name) for each in on for schema in (None, "?")}
+    labels = {label for each in on for label in reader_labels(None, each.name)}
     name = table.name.lower()
     _by_triggers[name] = _by_triggers.get(name, frozenset()) | labels
 
@@ -231,16 +232,13 @@ class Analysis:
             pinned.add(pin.table)
             schema, name = translated(pin.table, translate)
             tags.extend(map(bulk_tag, reader_labels(schema, name)))
-            label = label_of(schema, name)
-            if not pin.key:
-                tags.append(change_tag(label))
-            tags.extend(slot_tag(label, pin.column, slot) for slot in sorted(slots))  # type: ignore[type-var, arg-type]
+            for label in row_labels(schema, name):
+                if not pin.key:
+                    tags.append(change_tag(label))
+                tags.extend(slot_tag(label, pin.column, slot) for slot in slots)  # type: ignore[arg-type]
         whole = {translated(table, translate) for table in self.tables if table not in pinned}
-        for schema, name in whole:
-            tags.extend(table_tag(label) for label in reader_labels(schema, name))
-        for schema, name in self.text_tables:
-            labels = reader_labels(schema, name) if schema else [label_of(None, name), label_of("?", name)]
-            tags.extend(map(table_tag, labels))
+        for schema, name in whole | self.text_tables:
+            tags.extend(map(table_tag, reader_labels(schema, name)))
         if declared.sources or _by_triggers:
             given = {label_of(*translated(table, translate)) for table in self.tables}
             named = [table[1] for table in (*self.tables, *self.text_tables)]
@@ -249,8 +247,8 @@ class Analysis:
             tags.extend(declared_tags(declared.made_from([*given, *named, *called])))
         return sorted(set(tags))
 
-    def tags_by_key(self, plan: Plan, declared: Declarations) -> dict[object, str] | None:
-        """For each key that is asked for, the tag on which its row depends besides those on which all rows do.
+    def tags_by_key(self, plan: Plan, declared: Declarations) -> dict[object, list[str]] | None:
+        """For each key that is asked for, the tags on which its row depends besides those on which all rows do.
 
         None where a row may depend on more than its key.
         """
@@ -260,13 +258,13 @@ class Analysis:
         values = self._pinned_values(pin, plan)
         if values is None:
             return None
-        label = label_of(*translated(pin.table, plan.schema_translate_map))
-        own: dict[object, str] = {}
+        labels = row_labels(*translated(pin.table, plan.schema_translate_map))
+        own: dict[object, list[str]] = {}
         for value in values:
             slot = slot_of(value, declared.slots)
             if slot is None:
                 return None
-            own[value] = slot_tag(label, pin.column, slot)
+            own[value] = [slot_tag(label, pin.column, slot) for label in labels]
         return own or None
 
     @staticmethod

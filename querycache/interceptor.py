@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, cast
 
 from sqlalchemy.engine import Result
@@ -420,7 +421,7 @@ class Interceptor:
                 return None
         if entry is None:
             # The database was asked after the versions were read, and what completes its answer is to be no older.
-            reading = request.region.observe((*by_key.common, *by_key.own.values()))
+            reading = request.region.observe((*by_key.common, *chain.from_iterable(by_key.own.values())))
             if load.entry is not None and _wrote_between(load.reading, reading):
                 return None  # the database tells whether a snapshot of it must not show that
         elif reading is not None:
@@ -488,7 +489,7 @@ def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozense
     found = dict(zip(reading.tags, reading.versions, strict=True))
     return Vectors(
         tuple((tag, found.get(tag)) for tag in by_key.common),
-        {key: found.get(tag) for key, tag in by_key.own.items() if tag not in without},
+        {key: tuple(map(found.get, tags)) for key, tags in by_key.own.items() if without.isdisjoint(tags)},
     )
 
 

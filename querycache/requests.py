@@ -97,13 +97,13 @@ class ByKey:
         family: the same for all that differ by their keys only, and complete the answers to one statement.
         place: of the key among the columns.
         common: keys in the store of the tags on which all rows depend, those of the answers that they complete included.
-        own: by key of a row, that of the tag on which it depends by itself.
+        own: by key of a row, those of the tags on which it depends by itself.
     """
 
     family: bytes
     place: int
     common: tuple[str, ...]
-    own: Mapping[object, str]
+    own: Mapping[object, tuple[str, ...]]
 
 
 class Requests:
@@ -234,8 +234,8 @@ class Requests:
             return None
         hashed((plan.compiled.string, bind_identity(plan.engine), schemas), family)
         tags = {*self._tags_of_answer(region, options, main), *analysis.tags(plan, self._declared)}
-        common = region.tag_keys(sorted(tags.difference(own.values())))
-        keys = dict(zip(own, region.tag_keys(own.values()), strict=True))
+        common = region.tag_keys(sorted(tags.difference(*own.values())))
+        keys = {key: region.tag_keys(each) for key, each in own.items()}
         return ByKey(family.digest(), place, common, keys)
 
     def _request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:

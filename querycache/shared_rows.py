@@ -30,18 +30,18 @@ class Vectors:
 
     Attributes:
         common: tags on which all of them depend, with their versions.
-        own: by key, the version of what each depends on by itself.
+        own: by key, the versions of what each depends on by itself.
     """
 
     common: tuple[tuple[str, Version], ...]
-    own: Mapping[object, Version]
+    own: Mapping[object, tuple[Version, ...]]
 
 
 @dataclass(slots=True)
 class _Known:
     columns: list[tuple[str, int | str | None]]
     counted: bool
-    rows: dict[object, tuple[tuple[tuple[str, Version], ...], Version, Row | None]] = field(
+    rows: dict[object, tuple[tuple[tuple[str, Version], ...], tuple[Version, ...], Row | None]] = field(
         default_factory=dict
     )
 

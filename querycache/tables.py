@@ -18,6 +18,20 @@ on their slots and on the bulk tag, instead of on the whole table (:mod:`queryca
 
 The last is there because the old values of a row come from an object, which may be older than the row: somebody may
 have moved it to another parent meanwhile. Only of its primary key is an UPDATE or DELETE sure, by its WHERE clause.
+
+**Schemas.** ``T`` is the table's label. One of a connection's default schema has two names, and what its default schema
+is, a connection may be told by itself (``SET search_path``), so who does not say a schema may mean any:
+
+    ================================  ===================  ====================================
+    table                             a writer's labels    a reader's labels
+    ================================  ===================  ====================================
+    ``t``                             t                    t, and ?.t but for rows
+    ``s.t``, s the default schema     t                    s.t, t
+    ``s.t``                           s.t; ?.t as a whole  s.t, t
+    ================================  ===================  ====================================
+
+``?.t`` is the table ``t`` in whatever schema was said. A reader does not ask for the default schema: it may never have
+been connected.
 """
 
 from __future__ import annotations
@@ -34,12 +48,14 @@ from querycache import sa_internals
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
+    "ANY_SCHEMA",
     "TableName",
     "cascades",
     "declared_tags",
     "follows_all",
     "label_of",
     "reader_labels",
+    "row_labels",
     "row_write_tags",
     "set_write_tags",
     "slot_of",
@@ -115,51 +131,55 @@ def translated(table: TableName, translate: Mapping[str | None, str | None]) -> 
     return translate.get(schema, schema), name
 
 
+ANY_SCHEMA = "?"
+
+
 def label_of(schema: str | None, name: str) -> str:
     return f"{schema}.{name}".lower() if schema else name.lower()
 
 
+def row_labels(schema: str | None, name: str) -> list[str]:
+    """The labels under which a reader finds rows of a table."""
+    return [label_of(schema, name), label_of(None, name)] if schema else [label_of(None, name)]
+
+
 def reader_labels(schema: str | None, name: str) -> list[str]:
-    """What a reader calls a table. With a schema, it also listens to writes that did not say which."""
-    return [label_of(schema, name), label_of("*", name)] if schema else [label_of(None, name)]
+    """The labels under which a reader finds a table as a whole."""
+    return row_labels(schema, name) if schema else [label_of(None, name), label_of(ANY_SCHEMA, name)]
 
 
-def _writer_labels(schema: str | None, name: str, default_schema: str | None) -> list[str]:
-    """All that readers may call a table, seen from a connection whose default schema is known."""
-    labels = [label_of(schema, name)]
-    if schema is None and default_schema:
-        labels.append(label_of(default_schema, name))
-    elif schema is not None:
-        # textual SQL elsewhere may reach it without naming the schema
-        labels.append(label_of(None if schema == default_schema else "?", name))
-    return labels
+def _writer_label(schema: str | None, name: str, default_schema: str | None) -> str:
+    return label_of(None if schema == default_schema else schema, name)
 
 
 def declared_tags(names: Iterable[str]) -> Iterator[str]:
     """The tags of tables that the application has named; without a schema, those of the name in any."""
     for each in names:
         schema, _, name = each.rpartition(".")
-        yield table_tag(each)
-        yield table_tag(label_of("*" if schema else "?", name))
+        yield from map(table_tag, reader_labels(schema if schema != ANY_SCHEMA else None, name))
 
 
 # --- writing -----------------------------------------------------------------------------------------
 
 
-def set_write_tags(table: TableName, default_schema: str | None, *, anywhere: bool = False) -> Iterator[str]:
+def set_write_tags(table: TableName, default_schema: str | None) -> Iterator[str]:
     """The tags that a write changes of which only the table is known.
 
     Args:
         table: schema and name, as they are in the database.
         default_schema: the connection's default schema.
-        anywhere: True where the schema was not said and a search path decides (textual SQL).
     """
-    labels = _writer_labels(*table, default_schema)
-    if anywhere:
-        labels.append(label_of("*", table[1]))
-    for label in labels:
-        yield table_tag(label)
-        yield bulk_tag(label)
+    label = _writer_label(*table, default_schema)
+    yield table_tag(label)
+    yield bulk_tag(label)
+    yield from _tags_in_any_schema(label, table[1])
+
+
+def _tags_in_any_schema(label: str, name: str) -> Iterator[str]:
+    """Those of the readers that did not say the schema, which was said by the writer."""
+    if label != label_of(None, name):
+        yield table_tag(label_of(ANY_SCHEMA, name))
+        yield bulk_tag(label_of(ANY_SCHEMA, name))
 
 
 def row_write_tags(
@@ -190,12 +210,13 @@ def row_write_tags(
             yield from set_write_tags((schema, table.name), default_schema)
             return
         known.append((column, slot))
-    for label in _writer_labels(schema, table.name, default_schema):
-        yield table_tag(label)
-        if moved:
-            yield change_tag(label)
-        for column, slot in known:
-            yield slot_tag(label, column, slot)
+    label = _writer_label(schema, table.name, default_schema)
+    yield table_tag(label)
+    if moved:
+        yield change_tag(label)
+    for column, slot in known:
+        yield slot_tag(label, column, slot)
+    yield from _tags_in_any_schema(label, table.name)
 
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:

@@ -397,7 +397,7 @@ class Writes:
             self._note(connection, [EVERYTHING])
         default = connection.dialect.default_schema_name
         for schema, name in text.writes:
-            self._note(connection, set_write_tags((schema, name), default, anywhere=schema is None))
+            self._note(connection, set_write_tags((schema, name), default))
             for table in sa_internals.known_tables(name):
                 self._note_sets(connection, cascades(table, delete=True) | cascades(table, delete=False), {})
         return bool(text.writes) or not text.understood
