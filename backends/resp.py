@@ -83,7 +83,7 @@ class Wire:
         self._socket: Any = None
         self._reader: Any = None
         self._has_data: Callable[[], object] = bool
-        self._again: Command | None = None
+        self._again: Callable[[], Command] | None = None
 
     def open(self) -> None:
         """Make sure that the server is there and nothing is left to read, as far as shows without asking it."""
@@ -124,10 +124,10 @@ class Wire:
             self.close()
             raise
 
-    def post(self, command: Command, again: Command) -> None:
+    def post(self, command: Command, again: Callable[[], Command]) -> None:
         """Send a command, and leave its reply to be read when the wire is used next.
 
-        :param again: what to send then, where the server did not have the script.
+        :param again: gives what to send then, where the server did not have the script.
         """
         try:
             self._socket.sendall(hiredis.pack_command(command))
@@ -152,7 +152,7 @@ class Wire:
             raise
         # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
         if again is not None and isinstance(reply, redis.exceptions.NoScriptError):
-            self.converse([again])
+            self.converse([again()])
 
     def _read(self) -> Any:
         reader = self._reader

@@ -36,6 +36,10 @@ _MOST_LOOKED_AT = 50
 
 def followed_columns(table: Table) -> list[Column[Any]]:
     """The tracked columns that a row can change without becoming another one."""
+    return sa_internals.remembered(table, _followed)
+
+
+def _followed(table: Table) -> list[Column[Any]]:
     return [column for column in tracked_columns(table) if not column.primary_key]
 
 
@@ -44,41 +48,51 @@ class FlushedRows:
     """Rows of a table that a flush has written.
 
     Attributes:
+        table: the table.
+        tracked: its tracked columns, those of its primary key first.
         values: old and new values of their tracked columns, as far as they are known.
         known: False if there are some that only the database knows.
         updated: primary keys of rows that were there before, and still are.
         moved: True if some are gone, or have other values in tracked columns than before.
     """
 
+    table: Table
+    tracked: tuple[Column[Any], ...]
     values: set[tuple[str, object]] = field(default_factory=set)
     known: bool = True
     updated: set[tuple[object, ...]] = field(default_factory=set)
     moved: bool = False
 
-    def add(self, state: Any, table: Table, deleted: bool) -> None:
+    @classmethod
+    def of(cls, table: Table) -> FlushedRows:
+        return cls(table, tracked_columns(table))
+
+    def add(self, state: Any, deleted: bool) -> None:
         """Take in what an object knows of its row."""
         inserted = state.key is None
-        for column in tracked_columns(table):
+        for column in self.tracked:
             old, new = sa_internals.old_and_new(state, column)
-            if sa_internals.made_by_flush(state, column):
+            if not inserted and sa_internals.made_by_flush(state, column):
                 self.moved = True
             if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
                 self.known = False
             else:
-                self.values.update(((column.name, old), (column.name, new)))
-                self.moved = self.moved or not (inserted or column.primary_key or old == new)
+                self.values.add((column.name, new))
+                if not inserted and old != new:
+                    self.values.add((column.name, old))
+                    self.moved = self.moved or not column.primary_key
         if not inserted:
-            key = tuple(sa_internals.old_and_new(state, column)[1] for column in table.primary_key)
+            key = tuple([sa_internals.old_and_new(state, column)[1] for column in self.table.primary_key])
             self.moved = self.moved or deleted or sa_internals.UNKNOWN in key
             self.updated.add(key)
 
-    def look_at(self, connection: Connection, table: Table, schemas: SchemaMap, returned: Returned) -> None:
+    def look_at(self, connection: Connection, schemas: SchemaMap, returned: Returned) -> None:
         """Take in what the database knows of the rows that were updated.
 
         Args:
             returned: what it has told already.
         """
-        columns = followed_columns(table)
+        columns = followed_columns(self.table)
         if not columns:
             self.moved = False
         elif self.updated and self.known and not self.moved:
@@ -89,7 +103,7 @@ class FlushedRows:
                 return
             found = [returned[key] for key in self.updated - unknown]
             if unknown:
-                keys = [and_(*map(operator.eq, table.primary_key, key)) for key in unknown]
+                keys = [and_(*map(operator.eq, self.table.primary_key, key)) for key in unknown]
                 statement = select(*columns).where(or_(*keys))
                 options = {"schema_translate_map": schemas}
                 found += map(tuple, connection.execute(statement, execution_options=options))

@@ -308,8 +308,8 @@ class Ledger:
         One round trip (memcached: more where other writers are at the same tags).
         """
         if marks:
-            in_order = {counter: mark for counter, mark in marks.items() if counter != self._witness}
-            in_order[self._witness] = marks[self._witness]
+            in_order = dict(marks)
+            in_order[self._witness] = in_order.pop(self._witness)  # last
             self.store.end(in_order)
 
     def bump(self, tags: Iterable[str]) -> None:

@@ -107,6 +107,11 @@ def pending_of(version: int) -> int:
     return version % QUARANTINE
 
 
+def is_marked(version: int) -> bool:
+    """Whether an incremented counter is a version that has a mark more now. Not so where it held none, or too many."""
+    return version >= _FIRST_INCARNATION * INCARNATION and 0 < pending_of(version) <= MAX_PENDING
+
+
 def is_provable(version: int) -> bool:
     """Whether the version is unclean only because an earlier one may have been lost.
 

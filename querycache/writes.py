@@ -436,15 +436,19 @@ class Writes:
         rows: dict[Table, FlushedRows] = {}
         for state, deleted in sa_internals.flushed(context):
             for table in state.mapper.tables:
-                if isinstance(table, Table):
-                    rows.setdefault(table, FlushedRows()).add(state, table, deleted)
+                known = rows.get(table)
+                if known is None:
+                    if not isinstance(table, Table):
+                        continue
+                    known = rows[table] = FlushedRows.of(table)
+                known.add(state, deleted)
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
             if transaction is None:
                 continue
             for (table, _), expected in transaction.unresolved.get(session.hash_key, {}).items():
                 if table in rows:
-                    rows[table].look_at(connection, table, expected.schemas, expected.returned)
+                    rows[table].look_at(connection, expected.schemas, expected.returned)
             self._resolve(transaction, session.hash_key, connection.dialect, rows)
 
     def _resolve(

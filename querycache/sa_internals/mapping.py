@@ -32,11 +32,16 @@ def tables_of(entity: Any) -> list[Table]:
 def remembered(table: Table, make: Callable[[Table], T]) -> T:
     """What a function makes of a table; kept with that, so that it goes with it, until the table is given more."""
     size = len(table.columns), len(table.constraints), len(table.indexes)
-    name = f"_querycache_{make.__name__}"
-    known: tuple[tuple[int, int, int], T] | None = table.__dict__.get(name)
+    known: tuple[tuple[int, int, int], dict[Any, Any]] | None = table.__dict__.get(_REMEMBERED)
     if known is None or known[0] != size:
-        known = table.__dict__[name] = size, make(table)
-    return known[1]
+        known = table.__dict__[_REMEMBERED] = size, {}
+    made: T | None = known[1].get(make)
+    if made is None:
+        made = known[1][make] = make(table)
+    return made
+
+
+_REMEMBERED = "_querycache_remembered"
 
 
 def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pytest
@@ -55,6 +55,10 @@ def private_redis(private_server: Callable[[str], Server]) -> Server:
 def client(redis_store_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_store_url) as client:
         yield client
+
+
+def _die(*arguments: object) -> None:
+    raise InterruptedError
 
 
 def _forward(listener: socket.socket, host: str, port: int) -> None:
@@ -146,8 +150,9 @@ class TestRedis(StoreContract, ServerContract):
 
             assert commands(lambda: store.fetch("entry", tags)) == ["MGET"]
             assert commands(lambda: store.store("entry", b"payload", 60)) == ["SET"]
-            assert commands(lambda: store.begin(tags)) == ["EVALSHA"]
-            assert commands(lambda: store.end(store.begin(tags))) == ["EVALSHA", "EVALSHA"]
+            # of counters that are new to this process it makes sure that they are there
+            assert commands(lambda: store.begin(tags)) == ["SET"] * 200 + ["INCR"] * 200
+            assert commands(lambda: store.end(store.begin(tags))) == ["INCR"] * 200 + ["EVALSHA"]
             assert commands(lambda: store.bump(tags)) == ["EVALSHA"]
             assert commands(lambda: store.settle(tags, "witness")) == ["EVALSHA"]
             assert commands(lambda: store.swap([(tag, None, 1) for tag in tags])) == ["EVALSHA"]
@@ -164,6 +169,45 @@ class TestRedis(StoreContract, ServerContract):
         ):
             client.script_flush()
             step(*fresh_names(1))
+
+    # --- Counters that were there a moment ago ----------------------------------------------------
+
+    def test_E6_a_counter_that_was_lost_since_it_was_marked_begins_anew(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        [name] = fresh_names(1)
+        before = store.begin([name])[name]
+        [key] = client.keys(f"{name}@*")
+        client.delete(key)
+        after = store.begin([name])[name]
+        [version] = read(store, [name])
+        assert version is not None
+        assert versions.incarnation_of(version) == after.incarnation != before.incarnation
+        assert version % versions.GENERATION == versions.GIVEN_UP + 1
+        assert client.ttl(key) > MONTH - 60
+
+    def test_E6_a_writer_that_dies_at_a_lost_counter_leaves_nothing_usable(
+        self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It has incremented what was not there, and did not come to make a version of it."""
+        names = fresh_names(2)
+        store.begin(names)
+        [key] = client.keys(f"{names[1]}@*")
+        client.delete(key)
+        with monkeypatch.context() as patched:
+            patched.setattr(RedisBackend, "_begin_anew", _die)
+            with pytest.raises(InterruptedError):
+                store.begin(names)
+        assert client.get(key) == b"1"
+        assert read(store, names)[1] is None
+        assert store.swap([(names[1], None, versions.fresh())]) == [False]
+        store.bump(names)
+        assert read(store, names)[1] is None
+        witness = names[0]  # marked
+        assert not versions.is_clean(store.settle([names[1]], witness)[0])
+        assert versions.pending_of(cast("int", read(store, names)[1])) == 0
+        store.begin(names)
+        assert versions.pending_of(cast("int", read(store, names)[1])) == 1
 
     # --- What a restart brings back ---------------------------------------------------------------
 
