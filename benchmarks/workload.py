@@ -13,7 +13,8 @@ by eight processes each, which work in turns of a second or two while the others
 - **no cache**: the library is not there.
 
 Then one process commits replies, with the library, with ``consistency="commit"`` (which tells Redis after COMMIT only),
-and without the library, in turn: what a writing commit costs.
+and without the library, in turn: what a writing commit costs, on this disk and on one that takes a millisecond longer to
+confirm, as those that clouds reach by their networks do.
 
 The processor time of an operation is that of everybody who works on it: the processes, PostgreSQL and Redis. It says
 how many operations a machine can do, also where a busy one shares its processors with other work meanwhile; and, since
@@ -70,7 +71,9 @@ from querycache import QueryCache
 from querycache.dependencies import Analysis
 from querycache.writes import Writes
 
-BOARDS, MEMBERS, THREADS, POSTS = 20, 500, 500, 50_000
+BOARDS = 20
+POSTS = 200_000
+POSTS_PER_THREAD = POSTS_PER_MEMBER = 100
 MODES = ("row slots", "table tags", "TTL only", "limit", "no cache")
 READS = (90, 95, 99)
 ZIPF = 1.1
@@ -135,27 +138,45 @@ class Popularity:
         return bisect.bisect_left(self._sums, self._random.random() * self._sums[-1]) + 1
 
 
-def fill(engine: Engine) -> None:
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a forum, by its posts."""
+
+    posts: int
+
+    @property
+    def threads(self) -> int:
+        return self.posts // POSTS_PER_THREAD
+
+    @property
+    def members(self) -> int:
+        return self.posts // POSTS_PER_MEMBER
+
+
+def fill(engine: Engine, size: Size) -> None:
     """A forum with some history."""
     random = Random(1)
     Base.metadata.drop_all(engine)
     Base.metadata.create_all(engine)
-    member, thread = Popularity(MEMBERS, random), Popularity(THREADS, random)
+    member, thread = Popularity(size.members, random), Popularity(size.threads, random)
     with engine.begin() as connection:
         connection.execute(insert(Board), [{"name": f"Board {n}"} for n in range(BOARDS)])
-        members = [{"name": f"Member {n}", "signature": "All the best"} for n in range(MEMBERS)]
+        members = [{"name": f"Member {n}", "signature": "All the best"} for n in range(size.members)]
         connection.execute(insert(Member), members)
         threads = [
             {"board_id": n % BOARDS + 1, "author_id": member(), "title": f"Thread {n}", "replies": 0}
-            for n in range(THREADS)
+            for n in range(size.threads)
         ]
         connection.execute(insert(Thread), threads)
-        posts = [
+        posts = (
             {"thread_id": thread(), "author_id": member(), "body": "What I think. " * 20}
-            for _ in range(POSTS)
-        ]
-        connection.execute(insert(Post), posts)
-        connection.execute(text("ANALYZE"))
+            for _ in itertools.count()
+        )
+        for _ in range(0, size.posts, 10_000):
+            connection.execute(insert(Post), list(itertools.islice(posts, 10_000)))
+    # what autovacuum does after a while, and would do in the middle of the first rounds otherwise
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text("VACUUM ANALYZE"))
 
 
 def statements() -> dict[str, Any]:
@@ -178,15 +199,16 @@ def statements() -> dict[str, Any]:
 class Visitor:
     """One process of the forum, doing one thing after the other."""
 
-    def __init__(self, engine: Engine, sessions: sessionmaker[Session], cached: bool, seed: str) -> None:
+    def __init__(self, sessions: sessionmaker[Session], size: Size, cached: bool, seed: str) -> None:
         self.random = Random(seed)
+        self.size = size
         self.sessions = sessions
         options: dict[str, Any] = {"cache_key": True} if cached else {}
         self.statements = {
             name: statement.execution_options(**options) for name, statement in statements().items()
         }
-        self.member = Popularity(MEMBERS, self.random)
-        self.thread = Popularity(THREADS, self.random)
+        self.member = Popularity(size.members, self.random)
+        self.thread = Popularity(size.threads, self.random)
         self.board = Popularity(BOARDS, self.random)
         self.reads: Sequence[Callable[[Session], object]] = (
             [self.show_thread] * 5
@@ -210,7 +232,7 @@ class Visitor:
     def warm_up(self, number: int, of: int) -> None:
         """Read the share of a process in everything, once."""
         popular = self.thread, self.member, self.board
-        for each in range(number + 1, max(THREADS, MEMBERS) + 1, of):
+        for each in range(number + 1, max(self.size.threads, self.size.members) + 1, of):
             self.thread = self.member = self.board = lambda each=each: each  # type: ignore[assignment]
             for read in dict.fromkeys(self.reads):
                 with self.sessions() as session:
@@ -250,7 +272,7 @@ class Visitor:
         session.get_one(Thread, number).replies += 1
 
     def edit(self, session: Session) -> None:
-        post = session.get_one(Post, self.random.randrange(POSTS) + 1)
+        post = session.get_one(Post, self.random.randrange(self.size.posts) + 1)
         post.body = f"{post.body[:1000]} (edited)"
 
     def change_profile(self, session: Session) -> None:
@@ -293,6 +315,7 @@ def work(
     mode: str,
     reads: int,
     urls: tuple[str, str],
+    size: Size,
     namespace: str,
     number: int,
     processes: int,
@@ -303,7 +326,7 @@ def work(
     engine = create_engine(urls[0], pool_size=1)
     sessions = sessionmaker(engine)
     cache = prepare(mode, urls[1], sessions, namespace)
-    visitor = Visitor(engine, sessions, cache is not None, f"{namespace}{number}")
+    visitor = Visitor(sessions, size, cache is not None, f"{namespace}{number}")
     visitor.warm_up(number, processes)
     with engine.connect() as connection:
         backend = connection.scalar(text("SELECT pg_backend_pid()"))
@@ -362,7 +385,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 class Crowd:
     """The processes of one mode, which work when they are told."""
 
-    def __init__(self, mode: str, reads: int, urls: tuple[str, str], processes: int) -> None:
+    def __init__(self, mode: str, reads: int, urls: tuple[str, str], size: Size, processes: int) -> None:
         self.mode = mode
         self._urls = urls
         namespace = f"forum-{uuid4().hex[:8]}"
@@ -371,7 +394,7 @@ class Crowd:
         self._processes = [
             _CONTEXT.Process(
                 target=work,
-                args=(mode, reads, urls, namespace, number, processes, board, self._go),
+                args=(mode, reads, urls, size, namespace, number, processes, board, self._go),
                 daemon=True,
             )
             for number, board in enumerate(self._boards)
@@ -426,11 +449,11 @@ class Crowd:
 
 
 def measure(
-    reads: int, urls: tuple[str, str], options: argparse.Namespace
+    reads: int, urls: tuple[str, str], size: Size, options: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
     """For each mode what was measured in each round: in turns of a second or two, since a machine does not stay as fast
     as it is for longer."""
-    crowds = [Crowd(mode, reads, urls, options.processes) for mode in MODES]
+    crowds = [Crowd(mode, reads, urls, size, options.processes) for mode in MODES]
     found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for crowd in crowds:
         crowd.work(options.warm_up, WARM_UP)
@@ -444,39 +467,49 @@ def measure(
     return found
 
 
-def measure_commits(urls: tuple[str, str], options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of a transaction that writes a reply, of its ``commit()``, and of COMMIT alone, by kind."""
+def measure_commits(
+    urls: tuple[str, str], size: Size, options: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """For each disk the microseconds of a transaction that writes a reply, of its ``commit()``, and of COMMIT alone, by
+    kind."""
     visitors = {}
-    for kind in _KINDS:
-        engine = create_engine(urls[0], pool_size=1)
-        sessions = sessionmaker(engine)
-        if kind != "without":
-            consistency = "strict" if kind == "with" else "commit"
-            prepare("row slots", urls[1], sessions, f"forum-{uuid4().hex[:8]}", consistency=consistency)
-        visitors[kind] = Visitor(engine, sessions, False, "commits")
-    times: dict[str, list[float]] = {f"{part} {kind}": [] for part in _PARTS for kind in _KINDS}
+    for disk, delay in _DISKS.items():
+        # PostgreSQL waits so long before it writes, whoever else commits
+        slower = {"options": f"-c commit_delay={delay} -c commit_siblings=0"}
+        for kind in _KINDS:
+            engine = create_engine(urls[0], pool_size=1, connect_args=slower)
+            sessions = sessionmaker(engine)
+            if kind != "without":
+                consistency = "strict" if kind == "with" else "commit"
+                prepare("row slots", urls[1], sessions, f"forum-{uuid4().hex[:8]}", consistency=consistency)
+            visitors[disk, kind] = Visitor(sessions, size, False, "commits")
+    times: dict[str, dict[str, list[float]]] = {
+        disk: {f"{part} {kind}": [] for part in _PARTS for kind in _KINDS} for disk in _DISKS
+    }
     for turn in range(options.commits + 20):
-        for kind in _KINDS[turn % 3 :] + _KINDS[: turn % 3]:
-            for flushed in (False, True):
-                visitor = visitors[kind]
-                with visitor.sessions() as session:
-                    begin = time.perf_counter()
-                    visitor.reply(session)
+        for disk in _DISKS:
+            for kind in _KINDS[turn % 3 :] + _KINDS[: turn % 3]:
+                for flushed in (False, True):
+                    visitor = visitors[disk, kind]
+                    with visitor.sessions() as session:
+                        begin = time.perf_counter()
+                        visitor.reply(session)
+                        if flushed:
+                            session.flush()
+                        before = time.perf_counter()
+                        session.commit()
+                        end = time.perf_counter()
+                    if turn < 20:
+                        continue
                     if flushed:
-                        session.flush()
-                    before = time.perf_counter()
-                    session.commit()
-                    end = time.perf_counter()
-                if turn < 20:
-                    continue
-                if flushed:
-                    times[f"COMMIT {kind}"].append((end - before) * 1e6)
-                else:
-                    times[f"commit() {kind}"].append((end - before) * 1e6)
-                    times[f"transaction {kind}"].append((end - begin) * 1e6)
-    return {name: median(each) for name, each in times.items()}
+                        times[disk][f"COMMIT {kind}"].append((end - before) * 1e6)
+                    else:
+                        times[disk][f"commit() {kind}"].append((end - before) * 1e6)
+                        times[disk][f"transaction {kind}"].append((end - begin) * 1e6)
+    return {disk: {name: median(each) for name, each in found.items()} for disk, found in times.items()}
 
 
+_DISKS = {"this disk": 0, "a disk that takes 1 ms longer": 1000}
 _KINDS = ("with", "one phase", "without")
 _PARTS = {
     "transaction": "a transaction that writes",
@@ -487,6 +520,7 @@ _PARTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workload", description=__doc__.split("\n")[0])
+    parser.add_argument("--posts", type=int, default=POSTS, help=f"of the forum (default {POSTS})")
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each mode in a round (default 1.5)")
     parser.add_argument(
@@ -503,12 +537,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"QUERYCACHE_TEST_{missing[0]} is not set: run python -m tests.servers -- python -m benchmarks.workload"
         )
     urls = os.environ["QUERYCACHE_TEST_POSTGRESQL"], os.environ["QUERYCACHE_TEST_REDIS"]
-    engine = create_engine(urls[0])
-    fill(engine)
+    engine, size = create_engine(urls[0]), Size(options.posts)
+    _say(f"filling a forum with {size.posts} posts")
+    fill(engine, size)
     runs: dict[int, dict[str, list[dict[str, float]]]] = {}
     for reads in options.reads or READS:
-        runs[reads] = measure(reads, urls, options)
-    commits = measure_commits(urls, options)
+        runs[reads] = measure(reads, urls, size, options)
+    commits = measure_commits(urls, size, options)
     Base.metadata.drop_all(engine)
     result = _result(runs, commits)
     print(json.dumps(result) if options.json else _table(result))
@@ -516,7 +551,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _result(
-    runs: Mapping[int, Mapping[str, Sequence[Mapping[str, float]]]], commits: Mapping[str, float]
+    runs: Mapping[int, Mapping[str, Sequence[Mapping[str, float]]]],
+    commits: Mapping[str, Mapping[str, float]],
 ) -> Any:
     workloads = []
     required: dict[str, dict[str, float]] = {}
@@ -538,13 +574,14 @@ def _result(
                 "by that of the database": 1 / _ratio(modes, "database", "no cache"),
                 "of the limit": _ratio(modes, "operations", "limit"),
             }
-    required["writing commit, with to without, at most"] = {
-        "required": REQUIRED_COMMIT,
-        "measured": commits["commit() with"] / commits["commit() without"],
-        "in one phase": commits["commit() one phase"] / commits["commit() without"],
-        "the whole transaction": commits["transaction with"] / commits["transaction without"],
-    }
-    return {"workloads": workloads, "commits": dict(commits), "required": required}
+    for disk, times in commits.items():
+        required[f"writing commit on {disk}, with to without, at most"] = {
+            "required": REQUIRED_COMMIT,
+            "measured": times["commit() with"] / times["commit() without"],
+            "in one phase": times["commit() one phase"] / times["commit() without"],
+            "the whole transaction": times["transaction with"] / times["transaction without"],
+        }
+    return {"workloads": workloads, "commits": commits, "required": required}
 
 
 def _ratio(modes: Mapping[str, Sequence[Mapping[str, float]]], name: str, other: str) -> float:
@@ -567,13 +604,14 @@ def _table(result: Any) -> str:
                 f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x  "
                 f"{row['application']:20.0f}  {row['database']:10.0f}  {row['cache']:5.0f}"
             )
-    lines.append("")
-    for part, words in _PARTS.items():
-        ours, phase, theirs = (result["commits"][f"{part} {kind}"] for kind in _KINDS)
-        lines.append(
-            f"{words}: {ours:.0f} us with the library ({phase:.0f} in one phase), {theirs:.0f} us without: "
-            f"{ours / theirs:.2f}x ({phase / theirs:.2f}x)"
-        )
+    for disk, times in result["commits"].items():
+        lines += ["", f"On {disk}:"]
+        for part, words in _PARTS.items():
+            ours, phase, theirs = (times[f"{part} {kind}"] for kind in _KINDS)
+            lines.append(
+                f"{words}: {ours:.0f} us with the library ({phase:.0f} in one phase), {theirs:.0f} us without: "
+                f"{ours / theirs:.2f}x ({phase / theirs:.2f}x)"
+            )
     lines.append("")
     for name, row in result["required"].items():
         further = "".join(f", {name} {row[name]:.2f}" for name in row if name not in ("required", "measured"))

@@ -70,21 +70,27 @@ class FlushedRows:
     def add(self, state: Any, deleted: bool) -> None:
         """Take in what an object knows of its row."""
         inserted = state.key is None
+        unknown = sa_internals.UNKNOWN
+        key = []
         for column in self.tracked:
             old, new = sa_internals.old_and_new(state, column)
-            if not inserted and sa_internals.made_by_flush(state, column):
-                self.moved = True
-            if old is sa_internals.UNKNOWN or new is sa_internals.UNKNOWN:
+            if old is unknown or new is unknown:
                 self.known = False
             else:
                 self.values.add((column.name, new))
                 if not inserted and old != new:
                     self.values.add((column.name, old))
                     self.moved = self.moved or not column.primary_key
+            if not inserted:
+                if column.primary_key:
+                    key.append(new)
+                if sa_internals.made_by_flush(state, column):
+                    self.moved = True
         if not inserted:
-            key = tuple([sa_internals.old_and_new(state, column)[1] for column in self.table.primary_key])
-            self.moved = self.moved or deleted or sa_internals.UNKNOWN in key
-            self.updated.add(key)
+            if len(key) < len(self.table.primary_key):  # not all of it can be tracked
+                key = [sa_internals.old_and_new(state, column)[1] for column in self.table.primary_key]
+            self.moved = self.moved or deleted or unknown in key
+            self.updated.add(tuple(key))
 
     def look_at(self, connection: Connection, schemas: SchemaMap, returned: Returned) -> None:
         """Take in what the database knows of the rows that were updated.

@@ -282,11 +282,12 @@ def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
         return UNKNOWN, UNKNOWN
     if column.computed is not None or column.server_onupdate is not None:
         return UNKNOWN, UNKNOWN
-    if state.key is not None and key not in state.dict and column in state.mapper.primary_key:
+    current = state.dict  # made at each access
+    if key in current:
+        new = current[key]
+    elif state.key is not None and column in state.mapper.primary_key:
         identity = state.key[1][state.mapper.primary_key.index(column)]
         return identity, identity
-    if key in state.dict:
-        new = state.dict[key]
     elif state.key is None and column.server_default is None and key not in state.expired_attributes:
         new = None  # inserted without a value
     else:
