@@ -11,7 +11,7 @@ import re
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["TextStatement", "commits", "first_word", "read_text", "temporary_table"]
 
@@ -112,7 +112,7 @@ class TextStatement:
         understood: False where it may read and write anything.
         reads, writes: tables, as (schema or None, name).
         functions: lower-case names of the functions it calls.
-        isolation: True where it sets how transactions are isolated.
+        isolates: what it sets the isolation of: its own "transaction", or all that follow in its "session"; or "".
         begins: True for BEGIN and its like.
         rolls_back: True for ROLLBACK of a whole transaction.
         commits: True for COMMIT and its like.
@@ -122,7 +122,7 @@ class TextStatement:
     reads: frozenset[TableName] = frozenset()
     writes: frozenset[TableName] = frozenset()
     functions: frozenset[str] = frozenset()
-    isolation: bool = False
+    isolates: Literal["", "transaction", "session"] = ""
     begins: bool = False
     rolls_back: bool = False
     commits: bool = False
@@ -152,7 +152,7 @@ def read_text(sql: str, dialect: str) -> TextStatement:
     if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
         return TextStatement(
             True,
-            isolation=_isolates(first, bare),
+            isolates=_isolates(bare, dialect),
             begins=first in ("start", "begin"),
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
@@ -163,14 +163,18 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         text = _MODIFIERS.sub(r"\1", bare)
     text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     found = _parsed(text, _DIALECTS.get(dialect, ""))
-    return replace(found, isolation=True) if _SETS_ISOLATION.search(bare) else found
+    return replace(found, isolates="session") if _SETS_ISOLATION.search(bare) else found
 
 
-def _isolates(first: str, bare: str) -> bool:
-    """True if a statement sets what transactions see, other than by beginning one."""
-    if first == "set":
-        return _ISOLATING.search(bare) is not None
-    return first in ("start", "begin") and "isolation" in bare.lower()
+def _isolates(bare: str, dialect: str) -> Literal["", "transaction", "session"]:
+    """Of which transactions a statement sets what they see, other than by beginning one."""
+    first, second = _words(bare)
+    begins = first in ("start", "begin") and "isolation" in bare.lower()
+    if not begins and not (first == "set" and _ISOLATING.search(bare)):
+        return ""
+    # of MySQL, SET TRANSACTION is for the next one, whenever that begins
+    of_one = dialect == "postgresql" and (begins or second in ("transaction", "local"))
+    return "transaction" if of_one else "session"
 
 
 def first_word(sql: str) -> str:

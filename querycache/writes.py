@@ -388,9 +388,10 @@ class Writes:
             connection.info.pop(self._begun_key, None)
 
     def _note_text(self, connection: Connection, text: TextStatement) -> bool:
-        if text.isolation:
-            # nobody knows from now on what transactions of this connection see
-            connection.info[self._isolation_key] = True
+        if text.isolates:
+            # nobody knows from now on what this transaction sees, or all of this connection
+            if text.isolates == "session":
+                connection.info[self._isolation_key] = True
             self._expect_old_views(connection.dialect)
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         if not text.understood:

@@ -769,6 +769,43 @@ def test_keys_that_are_followed_by_no_row(store: CacheRegion, loader: Any) -> No
     engine.dispose()
 
 
+def test_keys_of_which_only_some_are_followed(store: CacheRegion) -> None:
+    class Numbered(DeclarativeBase):
+        pass
+
+    class Mixed(TypeDecorator[float]):
+        impl = Integer
+        cache_ok = True
+
+        def process_result_value(self, value: Any, dialect: Any) -> Any:
+            return float(value) if value == 2 else value
+
+    class Person(Numbered):
+        __tablename__ = "shared_people"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Letter(Numbered):
+        __tablename__ = "shared_letters"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        person_id: Mapped[float] = mapped_column(Mixed, ForeignKey(Person.id))
+        person: Mapped[Person | None] = relationship()
+
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Numbered.metadata.create_all(engine)
+    sessions = attached(engine, store)
+    with sessions.begin() as session:
+        session.add_all(
+            [Person(id=1), Person(id=2), *(Letter(id=n, person_id=1 + n % 2) for n in range(1, 7))]
+        )
+    for numbers in ((2, 4), (1, 2), (3, 4), (5, 6)):
+        statement = select(Letter).where(Letter.id.in_(numbers)).order_by(Letter.id)
+        statement = statement.options(selectinload(Letter.person)).execution_options(cache_key=True)
+        with sessions() as session:
+            found = [letter.person and letter.person.id for letter in session.scalars(statement)]
+            assert found == [1 + n % 2 for n in numbers]
+    engine.dispose()
+
+
 def begins_by_hand(path: Path) -> Engine:
     """SQLite whose transactions have snapshots: the recipe of SQLAlchemy's documentation, in WAL mode."""
     engine = create_engine(f"sqlite:///{path / 'wal.db'}")
@@ -890,6 +927,67 @@ def test_writers_on_a_connection_that_was_given_for_them(tmp_path: Path, store: 
     assert names(sessions, 0)[2] == ""
     for each in engines:
         each.dispose()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of the entry", "of other answers"])
+def test_writers_on_a_snapshot_that_was_given_for_them(
+    postgresql_engine: Engine, store: CacheRegion, known: bool
+) -> None:
+    fill(postgresql_engine)
+    notes = create_engine(postgresql_engine.url)
+    given: list[Any] = []
+
+    class Bound(Session):
+        def get_bind(self, mapper: Any = None, **arguments: Any) -> Any:
+            return given[0] if given and mapper is not None and mapper.class_ is Writer else notes
+
+    sessions: Any = sessionmaker(class_=Bound)
+    sessions.cache = QueryCache(store, lease=0.1).attach(sessions)
+    sessions.cache.attach(postgresql_engine)
+    warm_up(sessions)
+    with postgresql_engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        connection.execute(select(Writer.id))
+        rename(sessions, "Zoe")
+        warm_up(sessions)
+        if not known:
+            with sessions.begin() as session:
+                session.add(Note(page=0, writer_id=2))
+        given.append(connection)
+        assert names(sessions, 0)[2] == ""
+        given.clear()
+    assert names(sessions, 0)[2] == "Zoe"
+    notes.dispose()
+
+
+def test_what_completes_after_the_database_was_asked_is_no_older(engine: Engine, store: CacheRegion) -> None:
+    """The topic is asked for first, and while it is, both it and a writer change."""
+    sessions, other = attached(engine, store), attached(engine, store)
+    statement = page(0, selectinload(Note.topic))
+
+    def look(session: Session) -> tuple[Any, str]:
+        note = session.scalars(statement).all()[2]
+        assert note.topic is not None and note.writer is not None
+        return note.topic.words["a"], note.writer.name
+
+    def change(number: int, name: str) -> None:
+        with other.begin() as session:
+            session.get_one(Topic, 1).words = {"a": number}
+            session.get_one(Writer, 3).name = name
+
+    def interfere(connection: Any, cursor: object, sql: str, *rest: object) -> None:
+        if "FROM shared_topics" in sql and todo:
+            change(*todo.pop())
+
+    todo: list[tuple[int, str]] = []
+    with sessions() as session:
+        assert look(session) == (1, "")
+    with other.begin() as session:
+        session.get_one(Topic, 1).words = {"a": 2}
+    event.listen(engine, "before_cursor_execute", interfere)
+    todo.append((3, "Zoe"))
+    with sessions() as session:
+        assert look(session) == (3, "Zoe")
+    event.remove(engine, "before_cursor_execute", interfere)
 
 
 def test_where_commits_are_not_marked_the_database_is_asked(

@@ -23,7 +23,9 @@ from sqlalchemy import (
     create_engine,
     event,
     insert,
+    literal,
     select,
+    text,
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
@@ -284,6 +286,43 @@ def test_an_isolation_level_that_a_function_sets(on_postgresql: Library, schema:
         old = list(map(tuple, connection.execute(point(1))))
         on_postgresql.write(update(BOOK).values(price=97))
         check_old_view(on_postgresql, connection, old)
+
+
+@pytest.mark.parametrize(
+    ("setting", "lasts"),
+    [
+        ("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", False),
+        ("set /* */ local transaction_isolation = 'serializable'", False),
+        ("SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ", True),
+        ("SET default_transaction_isolation = 'repeatable read'", True),
+    ],
+)
+def test_an_isolation_level_lasts_as_long_as_it_was_set_for(
+    on_postgresql: Library, setting: str, lasts: bool
+) -> None:
+    """The connection is kept by its pool, and others use it."""
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        with on_postgresql.sessions(bind=connection) as session:
+            session.execute(text(setting))
+            if lasts:
+                session.commit()  # it holds from the next one on
+            session.execute(point(2)).all()
+            old = on_postgresql.ask(point(1), session)
+            on_postgresql.write(update(BOOK).values(price=97))
+            assert on_postgresql.ask(point(1), session) == old != on_postgresql.database(point(1))
+        connection.rollback()
+        on_postgresql.fill(*EACH)
+        with on_postgresql.sessions(bind=connection) as session:
+            session.execute(select(literal(1))).all()
+            old = on_postgresql.ask(point(1), session)
+            on_postgresql.write(update(BOOK).values(price=98))
+            newest = on_postgresql.database(point(1))
+            assert on_postgresql.ask(point(1), session) == (old if lasts else newest)
+            on_postgresql.fill(point(1))
+            outcome = on_postgresql.outcome(point(1), session)
+            assert outcome == ("bypass snapshot" if lasts else "hit")
+        connection.invalidate()
 
 
 @pytest.mark.parametrize("how", ["result", "yield_per", "core", "raw"])
