@@ -6,7 +6,6 @@ it, because a misspelt option would otherwise be a default that nobody asked for
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -56,9 +55,9 @@ def positive_integer(value: object) -> int:
 
 
 def seconds(value: object) -> float:
-    """A finite time above zero in seconds, as a number or as text."""
+    """A time above zero in seconds, a day at most, as a number or as text."""
     number = float(value) if isinstance(value, str | int) and not isinstance(value, bool) else value
-    if not isinstance(number, float) or not math.isfinite(number) or number <= 0:
+    if not isinstance(number, float) or not 0 < number <= 86_400:
         raise ValueError
     return number
 

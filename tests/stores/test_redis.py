@@ -476,6 +476,7 @@ class TestRedis(StoreContract, ServerContract):
             ({"url": "redis://host?timeot=1"}, "no option 'timeot'; it takes"),
             ({"url": "redis://host?timeout=0"}, "'0' for option 'timeout'"),
             ({"url": "redis://host?timeout=nan"}, "'nan' for option 'timeout'"),
+            ({"url": "redis://host?timeout=1e10"}, "'1e10' for option 'timeout': give a time above zero"),
             ({"url": "redis://host", "timeout": None}, "None for option 'timeout'"),
             ({"url": "redis://host?max_connections=-1"}, "'-1' for option 'max_connections'"),
             ({"url": "redis://host?ssl_cert_reqs=none"}, "needs TLS: write rediss://"),
