@@ -119,6 +119,7 @@ class _Load:
             if reading is None or not reading.fallen.isdisjoint(keys) or not reading.names(keys):
                 return None
             self.needed.update(keys)
+        if frozen is not None:
             self.loads[asked.mark] = frozen
         return frozen
 
@@ -359,9 +360,10 @@ class Interceptor:
         with load:
             result = merge_frozen_result(request.prepared, entry.main)
         if load.grown:
-            if not reading.fallen and len(entry.loads) + len(load.loads) <= _MOST_LOADS:
-                load.loads = {**entry.loads, **load.loads}
+            if not reading.fallen:
                 load.needed.update(reading.tags)
+                if len(entry.loads) <= _MOST_LOADS:
+                    load.loads = {**entry.loads, **load.loads}
             self._fill(load, entry.main, entry.created)
         return result
 

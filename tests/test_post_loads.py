@@ -605,6 +605,34 @@ def test_an_entry_does_not_grow_for_ever(engine: Engine, store: CacheRegion) -> 
     assert max(sizes[100:]) <= max(sizes[:100])
 
 
+def test_an_entry_of_many_loads_is_completed_for_good(engine: Engine, store: CacheRegion) -> None:
+    """It was first asked for by a Session that had half of the parents already."""
+    cache, factory = attached(engine, store)
+    with factory.begin() as session:
+        parents = [Parent() for _ in range(200)]
+        session.add_all(parents)
+        session.flush()
+        numbers = [parent.id for parent in parents]
+        session.add_all(Child(name="of many", parent_id=number) for number in numbers)
+    statement = (
+        select(Child)
+        .where(Child.name == "of many")
+        .options(immediateload(Child.parent))
+        .execution_options(cache_key=True)
+    )
+
+    def ask(known: list[int]) -> list[str]:
+        with cache.recording() as events, factory() as session:
+            kept = session.scalars(select(Parent).where(Parent.id.in_(known))).all()
+            assert len(session.scalars(statement).all()) == 200 >= len(kept)
+        return sorted(event.outcome for event in events)
+
+    assert ask(numbers[:100]) == ["fill", "miss"]
+    assert ask(numbers[100:]) == ["fill", "hit"]
+    assert ask([]) == ["fill", "hit"], "it had become large, and began anew with what that answer needed"
+    assert [ask([]), ask(numbers[:100]), ask(numbers[100:])] == [["hit"]] * 3
+
+
 @pytest.mark.parametrize("ahead", [3600.0, -3600.0])
 def test_clocks_that_disagree_do_not_keep_an_answer_longer(
     engine: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch, ahead: float
