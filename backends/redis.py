@@ -229,12 +229,18 @@ class RedisBackend(StoreBackend):
             nonlocal met
             names = _names_in(run)
             met = names.met
-            commands: list[Command] = [("INCR", names[counter]) for counter in counters]
-            if not met.issuperset(counters):
-                planted = str(versions.planted(versions.fresh()))
-                new = (names[counter] for counter in counters if counter not in met)
-                commands[:0] = [("SET", name, planted, "NX", "EX", _COUNTER_TTL) for name in new]
-            return commands
+            planted = str(versions.planted(versions.fresh()))
+            new = [counter for counter in counters[1:] if counter not in met]
+            return [
+                # The first is the witness: as long as it is marked, no other that is lost can be taken for clean. So it
+                # neither expires now, nor is it left without a version where it was lost.
+                *(
+                    ("SET", names[counter], planted, "NX", "EX", _COUNTER_TTL)
+                    for counter in (counters[0], *new)
+                ),
+                ("EXPIRE", names[counters[0]], _COUNTER_TTL),
+                *(("INCR", names[counter]) for counter in counters),
+            ]
 
         found = self._exchange(increments, essential=True, refusable=True)[-len(counters) :]
         marks = {

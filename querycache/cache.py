@@ -299,7 +299,8 @@ class QueryCache:
             raise ConfigurationError(f"entities={entities!r}: give a list of mapped classes")
         for entity in entities:
             for table in sa_internals.tables_of(entity):
-                named.extend(set_write_tags((table.schema, table.name), None))
+                # whatever its schema is called in the database
+                named.extend(set_write_tags((None, table.name), None))
         if statement is not None:
             named.append(statement_tag(structure_digest(sa_internals.cache_key_of(statement))))
         if everything is not None:

@@ -44,6 +44,7 @@ from querycache.tables import (
     row_labels,
     slot_of,
     tracked_columns,
+    tracked_everywhere,
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
@@ -97,10 +98,13 @@ class Declarations:
         return sum(map(len, _by_triggers.values())) if _by_triggers else 0
 
     def depends(self, name: str, on: Iterable[str]) -> None:
-        """Note that what ``name`` gives changes when one of the tables in ``on`` is written."""
-        self.sources[name.lower()] = self.sources.get(name.lower(), frozenset()) | {
-            each.lower() for each in on
-        }
+        """Note that what ``name`` gives changes when one of the tables in ``on`` is written.
+
+        A name with a schema is known without it as well, as a statement may have it.
+        """
+        for spelling in _spellings(name.lower()):
+            known = self.sources.get(spelling, frozenset())
+            self.sources[spelling] = known | {each.lower() for each in on}
         self._digest = None
 
     def made_from(self, names: Iterable[str]) -> set[str]:
@@ -108,10 +112,10 @@ class Declarations:
         found: set[str] = set()
         todo = [name.lower() for name in names]
         while todo:
-            name = todo.pop()
-            fresh = {*self.sources.get(name, ()), *_by_triggers.get(name, ())} - found
-            found |= fresh
-            todo.extend(fresh)
+            for name in _spellings(todo.pop()):
+                fresh = {*self.sources.get(name, ()), *_by_triggers.get(name, ())} - found
+                found |= fresh
+                todo.extend(fresh)
         return found
 
     def closure(self, names: Iterable[str]) -> set[str]:
@@ -455,7 +459,8 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
                 continue
             name = rendered.bind_names.get(value)
             key = (table.schema, table.name)
-            tracked = {each.name: each for each in tracked_columns(table)}
+            everywhere = tracked_everywhere(table)
+            tracked = {each.name: each for each in tracked_columns(table) if each.name in everywhere}
             if name is None or column.name not in tracked or analysis.tables[key] != 1:
                 continue
             if conjunct.operator is operators.in_op and not value.expanding:

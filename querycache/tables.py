@@ -51,6 +51,7 @@ __all__ = [
     "ANY_SCHEMA",
     "TableName",
     "cascades",
+    "cascades_elsewhere",
     "declared_tags",
     "follows_all",
     "label_of",
@@ -60,6 +61,7 @@ __all__ = [
     "set_write_tags",
     "slot_of",
     "tracked_columns",
+    "tracked_everywhere",
     "translated",
 ]
 
@@ -87,19 +89,41 @@ def _tracked(table: Table) -> tuple[Column[Any], ...]:
     return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
 
 
-def follows_all(table: Table) -> bool:
-    """True if no other declaration of the table, as another class may have one, has further tracked columns."""
-    memo, key = _memo(sa_internals.known_metadata()), (table.metadata, table.key)
+def follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
+    """True if no other declaration of the table, as another class may have one, has further tracked columns.
+
+    Args:
+        table: the table.
+        schema: its schema in the database.
+        default_schema: the connection's default schema.
+    """
+    memo = _memo(sa_internals.known_metadata())
+    key = table.metadata, table.key, schema, default_schema
     found: bool | None = memo.get(key)
     if found is None:
-        found = memo[key] = _follows_all(table)
+        found = memo[key] = _follows_all(table, schema, default_schema)
     return found
 
 
-def _follows_all(table: Table) -> bool:
+def _follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
     own = {column.name for column in tracked_columns(table)}
-    others = (each for each in sa_internals.known_tables(table.name) if each.schema == table.schema)
-    return all(column.name in own for other in others for column in tracked_columns(other))
+    labels = {_writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
+    return all(
+        column.name in own
+        for other in sa_internals.known_tables(table.name)
+        if _writer_label(other.schema, other.name, default_schema) in labels
+        for column in tracked_columns(other)
+    )
+
+
+def tracked_everywhere(table: Table) -> set[str]:
+    """The names of tracked columns that whoever writes rows of the table follows, as far as this process knows: those of
+    mapped classes, whatever statements call it."""
+    names = {column.name for column in tracked_columns(table)}
+    for other in sa_internals.known_tables(table.name):
+        if None in (other.schema, table.schema) or other.schema.lower() == table.schema.lower():  # type: ignore[union-attr]
+            names &= {column.name for column in tracked_columns(other)}
+    return names
 
 
 def slot_of(value: object, slots: int) -> int | None:
@@ -240,6 +264,30 @@ def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
 @lru_cache(maxsize=4)
 def _memo_of(known: frozenset[MetaData], number: int) -> dict[Any, Any]:
     return {}
+
+
+def cascades_elsewhere(name: str, *, delete: bool, besides: Table | None = None) -> frozenset[str]:
+    """The names of such tables, where the one that is written is known by its name: it may be declared several times, and
+    called otherwise each time.
+
+    Args:
+        name: of the table that is written.
+        delete: as for :func:`cascades`.
+        besides: the declaration that is known.
+    """
+    memo = _memo(sa_internals.known_metadata())
+    key = name.lower(), delete, None if besides is None else (besides.metadata, besides.key)
+    found: frozenset[str] | None = memo.get(key)
+    if found is None:
+        others = [
+            each
+            for each in sa_internals.known_tables(name)
+            if besides is None or (each.metadata, each.key) != (besides.metadata, besides.key)
+        ]
+        found = memo[key] = frozenset(
+            changed.name for each in others for changed in cascades(each, delete=delete)
+        )
+    return found
 
 
 def _cascades(table: Table, delete: bool, known: frozenset[MetaData]) -> frozenset[Table]:

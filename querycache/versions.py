@@ -49,6 +49,7 @@ __all__ = [
     "healed",
     "incarnation_of",
     "is_clean",
+    "is_marked",
     "is_provable",
     "parse",
     "pending_of",
@@ -90,7 +91,8 @@ def parse(text: bytes) -> int | None:
     text = text.rstrip()  # memcached pads a number that became shorter
     if len(text) != _DIGITS or not text.isdigit():
         return None
-    return int(text)
+    version = int(text)
+    return version if _FIRST_INCARNATION <= incarnation_of(version) <= _LAST_INCARNATION else None
 
 
 def is_clean(version: int | None) -> bool:

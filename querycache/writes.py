@@ -39,7 +39,14 @@ from querycache.ledger import Ledger
 from querycache.options import names
 from querycache.phases import Marking, Phases
 from querycache.regions import Regions
-from querycache.tables import TableName, cascades, follows_all, row_write_tags, set_write_tags
+from querycache.tables import (
+    TableName,
+    cascades,
+    cascades_elsewhere,
+    follows_all,
+    row_write_tags,
+    set_write_tags,
+)
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 
@@ -325,19 +332,17 @@ class Writes:
                 self._note(connection, [EVERYTHING])
                 continue
             changed: set[Table] = set()
-            declared = [table]
             flush = sa_internals.flush_of(context)
             if flush is not None and not sa_internals.replaces(table):
                 self._expect_rows(self._ensure(connection), flush, table, schemas, context)
             else:
                 changed.add(table)
-                # it may be declared once more, in a script or a migration, without the tables that refer to it
-                declared += sa_internals.known_tables(table.name)
-            for each in declared:
-                if deletes:
-                    changed |= cascades(each, delete=True)
-                if updates:
-                    changed |= cascades(each, delete=False)
+            for delete, does in ((True, deletes), (False, updates)):
+                if does:
+                    changed |= cascades(table, delete=delete)
+                    # it may be declared once more, and the tables that refer to it refer to that
+                    for name in cascades_elsewhere(table.name, delete=delete, besides=table):
+                        self._note(connection, set_write_tags((None, name), None))
             self._note_sets(connection, changed, schemas)
         return bool(written)
 
@@ -399,8 +404,8 @@ class Writes:
         default = connection.dialect.default_schema_name
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default))
-            for table in sa_internals.known_tables(name):
-                self._note_sets(connection, cascades(table, delete=True) | cascades(table, delete=False), {})
+            for each in cascades_elsewhere(name, delete=True) | cascades_elsewhere(name, delete=False):
+                self._note(connection, set_write_tags((None, each), None))
         return bool(text.writes) or not text.understood
 
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:
@@ -459,7 +464,7 @@ class Writes:
         default = dialect.default_schema_name
         for table, schema in transaction.unresolved.pop(session, {}):
             known = rows.get(table)
-            if known is None or not known.known or not follows_all(table):
+            if known is None or not known.known or not follows_all(table, schema, default):
                 transaction.tags.update(set_write_tags((schema, table.name), default))
             else:
                 slots = self._declared.slots

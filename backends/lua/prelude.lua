@@ -7,12 +7,12 @@
 -- missing, 20000 that of one whose marks were given up, 1 one pending writer.
 
 local function is_version(text)
-  return text and #text == 19 and not string.find(text, '%D')
+  return text and #text == 19 and not string.find(text, '%D') and text >= '1' and text < '92000001'
 end
 
 -- The version of a counter, or nil if it is missing or not a version.
 local function read(counter)
-  local text = redis.call('GET', counter)
+  local text = redis.call('MGET', counter)[1] -- as GET, but nothing where it is no text
   return is_version(text) and text or nil
 end
 

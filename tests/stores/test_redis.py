@@ -150,9 +150,10 @@ class TestRedis(StoreContract, ServerContract):
 
             assert commands(lambda: store.fetch("entry", tags)) == ["MGET"]
             assert commands(lambda: store.store("entry", b"payload", 60)) == ["SET"]
-            # of counters that are new to this process it makes sure that they are there
-            assert commands(lambda: store.begin(tags)) == ["SET"] * 200 + ["INCR"] * 200
-            assert commands(lambda: store.end(store.begin(tags))) == ["INCR"] * 200 + ["EVALSHA"]
+            # of the first, and of those that are new to this process, it makes sure that they are there
+            assert commands(lambda: store.begin(tags)) == ["SET"] * 200 + ["EXPIRE"] + ["INCR"] * 200
+            again = ["SET", "EXPIRE"] + ["INCR"] * 200
+            assert commands(lambda: store.end(store.begin(tags))) == [*again, "EVALSHA"]
             assert commands(lambda: store.bump(tags)) == ["EVALSHA"]
             assert commands(lambda: store.settle(tags, "witness")) == ["EVALSHA"]
             assert commands(lambda: store.swap([(tag, None, 1) for tag in tags])) == ["EVALSHA"]
@@ -175,16 +176,31 @@ class TestRedis(StoreContract, ServerContract):
     def test_E6_a_counter_that_was_lost_since_it_was_marked_begins_anew(
         self, store: StoreBackend, client: redis.Redis
     ) -> None:
-        [name] = fresh_names(1)
-        before = store.begin([name])[name]
-        [key] = client.keys(f"{name}@*")
-        client.delete(key)
-        after = store.begin([name])[name]
-        [version] = read(store, [name])
-        assert version is not None
-        assert versions.incarnation_of(version) == after.incarnation != before.incarnation
-        assert version % versions.GENERATION == versions.GIVEN_UP + 1
-        assert client.ttl(key) > MONTH - 60
+        names = fresh_names(2)
+        before = store.begin(names)
+        for name in names:
+            client.delete(*client.keys(f"{name}@*"))
+        after = store.begin(names)
+        for name, mark, unclean in zip(
+            names, read(store, names), (versions.QUARANTINE, versions.GIVEN_UP), strict=True
+        ):
+            assert mark is not None
+            assert versions.incarnation_of(mark) == after[name].incarnation != before[name].incarnation
+            assert mark % versions.GENERATION == unclean + 1
+            [key] = client.keys(f"{name}@*")
+            assert client.ttl(key) > MONTH - 60
+
+    def test_E6_the_first_mark_does_not_expire_before_it_is_taken_off(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        """Once it is gone, others that have gone with it are taken for clean."""
+        names = fresh_names(2)
+        store.end(store.begin(names))
+        keys = [key for name in names for key in client.keys(f"{name}@*")]
+        for key in keys:
+            client.expire(key, 5)
+        store.begin(names)
+        assert client.ttl(keys[0]) > MONTH - 60
 
     def test_E6_a_writer_that_dies_at_a_lost_counter_leaves_nothing_usable(
         self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
@@ -406,6 +422,9 @@ class TestRedis(StoreContract, ServerContract):
             b"1" * 20,
             b"1" * 18 + b".",
             b" " + b"1" * 18,
+            b"0" * 19,
+            b"9" * 19,
+            b"9223372036854775807",
         ):
             [name] = put(store, [versions.fresh()])
             [key] = client.keys(f"{name}@*")
@@ -429,8 +448,12 @@ class TestRedis(StoreContract, ServerContract):
         client.delete(key)
         client.lpush(key, "x")
         assert store.fetch("entry", [name]) == (None, [None])
+        store.bump([name])
         store.begin([name, "another"])
         assert is_new(read(store, [name])[0], versions.GIVEN_UP + 1)
+        client.delete(key)
+        client.lpush(key, "x")
+        assert store.settle([name], "witness") == read(store, [name]) != [None]
 
     @pytest.mark.parametrize("without_poll", [False, True])
     def test_a_socket_is_looked_at_without_waiting(

@@ -159,6 +159,7 @@ def _fill_after_write() -> None:
 
 def _no_cascades() -> None:
     vars(writes)["cascades"] = lambda table, *, delete: frozenset()
+    vars(writes)["cascades_elsewhere"] = lambda name, **arguments: frozenset()
 
 
 def _one_mark_for_all() -> None:

@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, Integer, create_engine, select, text, update
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Integer,
+    MetaData,
+    Table,
+    column,
+    create_engine,
+    select,
+    text,
+    update,
+)
+from sqlalchemy import delete as sqlalchemy_delete
+from sqlalchemy import table as sqlalchemy_table
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from querycache import QueryCache
@@ -166,3 +180,180 @@ def test_what_is_invalidated_by_hand_is_so_under_any_name(place: Place, table: s
                     else:
                         place.cache.invalidate(entities=[cls])
                     assert not place.cache.explain(session, statement).stored, (cls, to_way, reads, reader)
+
+
+# --- tables that several classes declare, and what follows from one for the others ----------------------------------
+
+
+def stale_after(
+    cache: QueryCache, reads: sessionmaker[Session], statement: Any, write: Callable[[], object]
+) -> bool:
+    """Whether an answer that was a hit before a write is the same after it."""
+
+    def ask() -> Any:
+        with reads() as session:
+            return session.execute(statement.execution_options(cache_key=True)).all()
+
+    ask()
+    with cache.recording() as events:
+        before = ask()
+    assert [event.outcome for event in events] == ["hit"]
+    write()
+    return bool(ask() == before)
+
+
+def transaction(target: Any, *statements: Any) -> Callable[[], None]:
+    def write() -> None:
+        with target.begin() as connection:
+            for each in statements:
+                connection.execute(each)
+
+    return write
+
+
+@pytest.mark.parametrize("how", ["row", "set"])
+@pytest.mark.parametrize("schema", [None, "public"])
+def test_a_foreign_key_that_refers_to_another_declaration(
+    postgresql_engine: Engine, schema: str | None, how: str
+) -> None:
+    class Family(DeclarativeBase):
+        pass
+
+    class Elsewhere(DeclarativeBase):
+        pass
+
+    class Parent(Family):
+        __tablename__ = "parent"
+        __table_args__ = {"schema": "public"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Child(Family):
+        __tablename__ = "child"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        parent_id: Mapped[int] = mapped_column(ForeignKey("public.parent.id", ondelete="CASCADE"))
+
+    class Again(Elsewhere):
+        __tablename__ = "parent"
+        __table_args__ = {"schema": schema}
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    Family.metadata.create_all(postgresql_engine)
+    factory = sessionmaker(postgresql_engine)
+    cache = QueryCache("memory://").attach(factory)
+    with factory.begin() as session:
+        session.add(Parent(id=1))
+        session.flush()
+        session.add(Child(id=1, parent_id=1))
+
+    def delete() -> None:
+        with factory.begin() as session:
+            if how == "row":
+                session.delete(session.get_one(Again, 1))
+            else:
+                session.execute(sqlalchemy_delete(Again))
+
+    assert not stale_after(cache, factory, select(Child.id), delete)
+
+
+@pytest.fixture
+def placeholder(postgresql_engine: Engine) -> Iterator[tuple[QueryCache, Engine, sessionmaker[Session], Any]]:
+    """Classes whose schema is called otherwise in the database."""
+
+    class Tenants(DeclarativeBase):
+        pass
+
+    class House(Tenants):
+        __tablename__ = "house"
+        __table_args__ = {"schema": "tenant"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    class Room(Tenants):
+        __tablename__ = "room"
+        __table_args__ = {"schema": "tenant"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        house_id: Mapped[int] = mapped_column(ForeignKey("tenant.house.id", ondelete="CASCADE"))
+
+    engine = postgresql_engine.execution_options(schema_translate_map={"tenant": "acme"})
+    with postgresql_engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA acme"))
+    Tenants.metadata.create_all(engine)
+    factory = sessionmaker(engine)
+    cache = QueryCache("memory://").attach(factory)
+    with factory.begin() as session:
+        session.add(House(id=1))
+        session.flush()
+        session.add(Room(id=1, house_id=1))
+    yield cache, postgresql_engine, factory, Room
+
+
+@pytest.mark.parametrize("write", ["text", "core"])
+@pytest.mark.parametrize("through", ["session", "engine"])
+def test_cascades_of_tables_that_are_called_otherwise_in_the_database(
+    placeholder: Any, write: str, through: str
+) -> None:
+    cache, engine, factory, room = placeholder
+    statement: Any = text("DELETE FROM acme.house")
+    if write == "core":
+        statement = sqlalchemy_delete(Table("house", MetaData(), schema="acme"))
+    target = factory if through == "session" else engine
+    assert not stale_after(cache, factory, select(room.id), transaction(target, statement))
+
+
+def test_entities_that_are_called_otherwise_in_the_database(placeholder: Any) -> None:
+    cache, _, factory, room = placeholder
+    statement = select(room.id).execution_options(cache_key=True)
+    with factory() as session:
+        session.execute(statement).all()
+        assert cache.explain(session, statement).stored
+        cache.invalidate(entities=[room])
+        assert not cache.explain(session, statement).stored
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_unique_column_of_which_the_writer_knows_nothing(postgresql_engine: Engine, mapped: bool) -> None:
+    class Knows(DeclarativeBase):
+        pass
+
+    class KnowsNot(DeclarativeBase):
+        pass
+
+    class Thin(KnowsNot):
+        __tablename__ = "thing"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        code: Mapped[int]
+
+    table = Table(
+        "thing",
+        Knows.metadata,
+        Column("id", Integer, primary_key=True),
+        Column("code", Integer, unique=True),
+        schema="public",
+    )
+    if mapped:
+        type("Thing", (Knows,), {"__table__": table})
+    table.create(postgresql_engine)
+    factory = sessionmaker(postgresql_engine)
+    cache = QueryCache("memory://").attach(factory)
+
+    def add() -> None:
+        with factory.begin() as session:
+            session.add(Thin(id=1, code=7))
+
+    assert not stale_after(cache, factory, select(table.c.id).where(table.c.code == 7), add)
+    Knows.registry.dispose()
+
+
+@pytest.mark.parametrize("declared", ["total", "public.total"])
+@pytest.mark.parametrize("reader", [None, "public"])
+@pytest.mark.parametrize("step", ["subtotal", "public.subtotal"])
+def test_views_are_declared_under_any_name(
+    place: Place, declared: str, reader: str | None, step: str
+) -> None:
+    with place.engine.begin() as connection:
+        connection.execute(text("CREATE VIEW subtotal AS SELECT sum(weight) AS n FROM pot"))
+        connection.execute(text("CREATE VIEW total AS SELECT sum(n) AS n FROM subtotal"))
+    place.cache.depends(declared, on=[step])
+    place.cache.depends("subtotal", on=["public.pot"])
+    total = sqlalchemy_table("total", column("n"), schema=reader)
+    write = transaction(place.factory, update(Unnamed).values(weight=Unnamed.weight + 1))
+    assert not stale_after(place.cache, place.factory, select(total.c.n), write)
