@@ -12,9 +12,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(module: str, *arguments: str) -> Any:
-    """A benchmark without servers, as JSON."""
+def run(module: str, *arguments: str, **servers: str) -> Any:
+    """A benchmark with these servers alone, as JSON."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("QUERYCACHE_TEST_")}
+    environment |= {f"QUERYCACHE_TEST_{name}": url for name, url in servers.items()}
     done = subprocess.run(
         [sys.executable, "-m", module, "--json", *arguments],
         cwd=ROOT,
@@ -58,3 +59,22 @@ def test_denormalize() -> None:
     updates = {line["way"]: line["updates"] for line in lines if line["work"] == works[0]}
     assert (updates["without"], updates["trigger"], updates["sql"]) == (0, 0, 100)
     assert [line["way"] for line in lines if line["reach"]] == ["sql", "sqlalchemy-utils", "sqlalchemy-utils"]
+
+
+def test_workload(postgresql_url: str, redis_store_url: str) -> None:
+    small = ("--posts", "2000", "--processes", "2", "--warm-up", "0.2", "--seconds", "0.3")
+    answer = run(
+        "benchmarks.workload",
+        *small,
+        *("--rounds", "1", "--commits", "3", "--reads", "95"),
+        POSTGRESQL=postgresql_url,
+        REDIS=redis_store_url,
+    )
+    [workload] = answer["workloads"]
+    modes = workload["modes"]
+    assert set(modes) == {"row slots", "table tags", "TTL only", "limit", "no cache"}
+    assert all(mode["operations"] > 0 for mode in modes.values())
+    assert modes["limit"]["hits"] >= modes["row slots"]["hits"] > modes["no cache"]["hits"] == 0
+    assert len(answer["commits"]) == 2
+    assert all(len(times) == 9 and min(times.values()) > 0 for times in answer["commits"].values())
+    assert all(required.keys() >= {"required", "measured"} for required in answer["required"].values())
