@@ -18,7 +18,7 @@ former runs, go by themselves, whatever number of names the application makes up
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -161,6 +161,7 @@ class RedisBackend(StoreBackend):
             raise ConfigurationError("option 'db' is for Unix sockets; write redis://host:6379/0")
         timeout = options.pop("timeout", 0.5)
         self._breaker = CircuitBreaker(self._name)
+        self._known_names = _Names("")
         most = options.pop("max_connections", 50)
         try:
             # urlunsplit() leaves the two slashes out where no host stands behind them
@@ -192,7 +193,7 @@ class RedisBackend(StoreBackend):
         if not entry and not counters:
             return None, []
         [values] = self._exchange(
-            lambda run: [("MGET", *entry, *_names(counters, run))],
+            lambda run: [("MGET", *entry, *self._names(run).of(counters))],
             meanwhile=meanwhile,
             length=len(entry) + len(counters),
         )
@@ -223,14 +224,13 @@ class RedisBackend(StoreBackend):
         # The writer waits for this, and plain increments take the server half the time of a script.
         if not counters:
             return {}
-        met: set[str] = set()
+        names: _Names
 
         def increments(run: str) -> list[Command]:
-            nonlocal met
-            names = _names_in(run)
-            met = names.met
+            nonlocal names
+            names = self._names(run)
             planted = str(versions.planted(versions.fresh()))
-            new = [counter for counter in counters[1:] if counter not in met]
+            new = [counter for counter in counters[1:] if counter not in names.met]
             return [
                 # The first is the witness: as long as it is marked, no other that is lost can be taken for clean. So it
                 # neither expires now, nor is it left without a version where it was lost.
@@ -250,7 +250,7 @@ class RedisBackend(StoreBackend):
         }
         if len(marks) < len(counters):
             marks |= self._begin_anew([counter for counter in counters if counter not in marks])
-        met.update(counters)
+        names.met.update(counters)
         return marks
 
     def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
@@ -321,6 +321,12 @@ class RedisBackend(StoreBackend):
 
     # -- the wire ----------------------------------------------------------------------------------------
 
+    def _names(self, run: str) -> _Names:
+        known = self._known_names
+        if known.run != run:
+            known = self._known_names = _Names(run)
+        return known
+
     def _run(
         self,
         name: str,
@@ -337,7 +343,7 @@ class RedisBackend(StoreBackend):
             return []
 
         def call(run: str) -> list[Command]:
-            return [_call(_script(name), counters, run, arguments)]
+            return [_call(_script(name), self._names(run).of(counters), arguments)]
 
         [reply] = self._exchange(call, essential, refusable=True, length=length)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
@@ -359,7 +365,7 @@ class RedisBackend(StoreBackend):
         """Have a script run, and leave its reply to whoever uses the connection next."""
 
         def post(wire: Wire) -> None:
-            call = _call(_script(name), counters, wire.run, arguments)
+            call = _call(_script(name), self._names(wire.run).of(counters), arguments)
             wire.post(call, partial(_in_full, call, name))
 
         self._speak(post, essential=True)
@@ -428,9 +434,9 @@ def _introduce(wire: Wire) -> None:
     wire.run = run[:12]
 
 
-def _call(script: _Script, counters: Sequence[str], run: str, arguments: Sequence[object]) -> Command:
+def _call(script: _Script, names: Sequence[bytes], arguments: Sequence[object]) -> Command:
     # No numbers: the client's packer of those does not bear a signal (hiredis 3.5.0).
-    return ("EVALSHA", script.sha, str(len(counters)), *_names(counters, run), *map(str, arguments))
+    return ("EVALSHA", script.sha, str(len(names)), *names, *map(str, arguments))
 
 
 def _in_full(call: Command, name: str) -> Command:
@@ -450,28 +456,21 @@ class _Names(dict[str, bytes]):
     """
 
     def __init__(self, run: str) -> None:
-        self._run = run
+        self.run = run
         self.met: set[str] = set()
 
     def __missing__(self, counter: str) -> bytes:
         if len(self) >= _MOST_NAMES:
             self.clear()
             self.met = set()
-        name = self[counter] = _encode(f"{counter}@{self._run}")
+        name = self[counter] = _encode(f"{counter}@{self.run}")
         return name
+
+    def of(self, counters: Sequence[str]) -> list[bytes]:
+        return [self[counter] for counter in counters]
 
 
 _MOST_NAMES = 10_000
-
-
-@lru_cache(maxsize=8)
-def _names_in(run: str) -> _Names:
-    return _Names(run)
-
-
-def _names(counters: Sequence[str], run: str) -> list[bytes]:
-    names = _names_in(run)
-    return [names[counter] for counter in counters]
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

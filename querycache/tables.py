@@ -156,6 +156,7 @@ def translated(table: TableName, translate: Mapping[str | None, str | None]) -> 
 
 
 ANY_SCHEMA = "?"
+"""Stands in a label where a reader did not say the schema, and a writer did."""
 
 
 def label_of(schema: str | None, name: str) -> str:

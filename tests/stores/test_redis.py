@@ -190,6 +190,15 @@ class TestRedis(StoreContract, ServerContract):
             [key] = client.keys(f"{name}@*")
             assert client.ttl(key) > MONTH - 60
 
+    def test_a_counter_that_was_met_in_one_database_is_new_in_another(self, private_redis: Server) -> None:
+        names = fresh_names(2)
+        for database in (0, 1):
+            store = RedisBackend({"url": f"{private_redis.url.rpartition('/')[0]}/{database}"})
+            store.begin(names)
+            for version in read(store, names):
+                assert is_new(version, versions.QUARANTINE + 1)
+            store.close()
+
     def test_E6_the_first_mark_does_not_expire_before_it_is_taken_off(
         self, store: StoreBackend, client: redis.Redis
     ) -> None:

@@ -25,10 +25,15 @@ from tests.servers import Server
 from tests.writes.library import Author, Base, Book, fill_library
 
 SLOTS = 64
+QUIET = 0.02
+"""Seconds after which a client is taken to have sent all that it sends."""
 
 
 class CountingProxy:
     """Stands before a server and counts the round trips through it.
+
+    An answer is passed on when the client has stopped sending: of a long pipeline the server answers the first commands
+    while the last are still on their way.
 
     Attributes:
         round_trips: how often a client has sent something after the server had answered.
@@ -41,6 +46,7 @@ class CountingProxy:
         self._open: list[socket.socket] = []
         self.url = parts._replace(netloc=f"127.0.0.1:{self._listener.getsockname()[1]}").geturl()
         self.round_trips = 0
+        self._last_sent = 0.0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -67,11 +73,14 @@ class CountingProxy:
                 if answered.is_set():
                     answered.clear()
                     self.round_trips += 1
+                self._last_sent = time.monotonic()
                 server.sendall(data)
 
     def _answers(self, client: socket.socket, server: socket.socket, answered: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := server.recv(1 << 20):
+                while time.monotonic() < self._last_sent + QUIET:
+                    time.sleep(QUIET / 4)
                 answered.set()
                 client.sendall(data)
 
