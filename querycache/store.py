@@ -104,7 +104,10 @@ class StoreBackend(BytesBackend, abc.ABC):
 
     @abc.abstractmethod
     def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
-        """Take the step :func:`~querycache.versions.begun` on each counter, in this order."""
+        """Take the step :func:`~querycache.versions.begun` on each counter, in this order.
+
+        The first is the witness. Its mark must not expire: while it stands, no other that is lost is taken for clean.
+        """
 
     @abc.abstractmethod
     def end(self, marks: Mapping[str, Mark]) -> None:

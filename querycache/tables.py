@@ -48,7 +48,6 @@ from querycache import sa_internals
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
-    "ANY_SCHEMA",
     "TableName",
     "cascades",
     "cascades_elsewhere",
@@ -155,7 +154,7 @@ def translated(table: TableName, translate: Mapping[str | None, str | None]) -> 
     return translate.get(schema, schema), name
 
 
-ANY_SCHEMA = "?"
+_ANY_SCHEMA = "?"
 """Stands in a label where a reader did not say the schema, and a writer did."""
 
 
@@ -170,7 +169,7 @@ def row_labels(schema: str | None, name: str) -> list[str]:
 
 def reader_labels(schema: str | None, name: str) -> list[str]:
     """The labels under which a reader finds a table as a whole."""
-    return row_labels(schema, name) if schema else [label_of(None, name), label_of(ANY_SCHEMA, name)]
+    return row_labels(schema, name) if schema else [label_of(None, name), label_of(_ANY_SCHEMA, name)]
 
 
 def _writer_label(schema: str | None, name: str, default_schema: str | None) -> str:
@@ -181,7 +180,7 @@ def declared_tags(names: Iterable[str]) -> Iterator[str]:
     """The tags of tables that the application has named; without a schema, those of the name in any."""
     for each in names:
         schema, _, name = each.rpartition(".")
-        yield from map(table_tag, reader_labels(schema if schema != ANY_SCHEMA else None, name))
+        yield from map(table_tag, reader_labels(schema if schema != _ANY_SCHEMA else None, name))
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -203,8 +202,8 @@ def set_write_tags(table: TableName, default_schema: str | None) -> Iterator[str
 def _tags_in_any_schema(label: str, name: str) -> Iterator[str]:
     """Those of the readers that did not say the schema, which was said by the writer."""
     if label != label_of(None, name):
-        yield table_tag(label_of(ANY_SCHEMA, name))
-        yield bulk_tag(label_of(ANY_SCHEMA, name))
+        yield table_tag(label_of(_ANY_SCHEMA, name))
+        yield bulk_tag(label_of(_ANY_SCHEMA, name))
 
 
 def row_write_tags(

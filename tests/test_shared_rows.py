@@ -769,43 +769,6 @@ def test_keys_that_are_followed_by_no_row(store: CacheRegion, loader: Any) -> No
     engine.dispose()
 
 
-def test_keys_of_which_only_some_are_followed(store: CacheRegion) -> None:
-    class Numbered(DeclarativeBase):
-        pass
-
-    class Mixed(TypeDecorator[float]):
-        impl = Integer
-        cache_ok = True
-
-        def process_result_value(self, value: Any, dialect: Any) -> Any:
-            return float(value) if value == 2 else value
-
-    class Person(Numbered):
-        __tablename__ = "shared_people"
-        id: Mapped[int] = mapped_column(primary_key=True)
-
-    class Letter(Numbered):
-        __tablename__ = "shared_letters"
-        id: Mapped[int] = mapped_column(primary_key=True)
-        person_id: Mapped[float] = mapped_column(Mixed, ForeignKey(Person.id))
-        person: Mapped[Person | None] = relationship()
-
-    engine = create_engine("sqlite://", poolclass=StaticPool)
-    Numbered.metadata.create_all(engine)
-    sessions = attached(engine, store)
-    with sessions.begin() as session:
-        session.add_all(
-            [Person(id=1), Person(id=2), *(Letter(id=n, person_id=1 + n % 2) for n in range(1, 7))]
-        )
-    for numbers in ((2, 4), (1, 2), (3, 4), (5, 6)):
-        statement = select(Letter).where(Letter.id.in_(numbers)).order_by(Letter.id)
-        statement = statement.options(selectinload(Letter.person)).execution_options(cache_key=True)
-        with sessions() as session:
-            found = [letter.person and letter.person.id for letter in session.scalars(statement)]
-            assert found == [1 + n % 2 for n in numbers]
-    engine.dispose()
-
-
 def begins_by_hand(path: Path) -> Engine:
     """SQLite whose transactions have snapshots: the recipe of SQLAlchemy's documentation, in WAL mode."""
     engine = create_engine(f"sqlite:///{path / 'wal.db'}")
