@@ -82,7 +82,7 @@ class Faults:
             "crash": self._crash,
             "flush": self._flush,
             "evict": self._evict,
-            "evict slots": lambda: self._evict("*slot:*"),
+            "evict slots after COMMIT": lambda: self._workers.evict_in_commit(self._random),
             "pause": self._pause,
             "starve": self._starve,
         }
@@ -130,10 +130,10 @@ class Faults:
             client.flushall()
         return True
 
-    def _evict(self, pattern: str = "*") -> bool:
+    def _evict(self) -> bool:
         """Some of all keys are lost, entries and versions alike."""
         with redis.Redis.from_url(self._store.url) as client:
-            keys = [key for key in client.scan_iter(pattern, count=1000) if self._random.random() < 0.2]
+            keys = [key for key in client.scan_iter(count=1000) if self._random.random() < 0.2]
             if keys:
                 client.delete(*keys)
         return bool(keys)

@@ -30,7 +30,8 @@ class Mutant:
         consistency: as given to the cache.
         every: seconds from one fault to the next.
         writes: of the workers' operations, the part that are writing transactions. Where all that a write misses is some
-            of its tags, others that come soon after it hide that.
+            of its tags, others that come soon after it hide that; and while somebody writes, what was lost stays in
+            quarantine.
     """
 
     what: str
@@ -188,12 +189,17 @@ MUTANTS = {
         "an entry is stored under versions read after the database was asked", _late_versions
     ),
     "missing-valid": Mutant(
-        "a version that is missing counts as unchanged", _missing_is_valid, ("evict slots",), every=0.2
+        "a version that is missing counts as unchanged",
+        _missing_is_valid,
+        ("evict slots after COMMIT",),
+        every=0.3,
+        writes=0.002,
     ),
     "no-quarantine": Mutant(
         "a version that was lost starts clean, although marks may be lost with it",
         _no_quarantine,
         ("flush before COMMIT, kill after",),
+        writes=0.003,
     ),
     "early-bump": Mutant("marks are taken off before COMMIT instead of after", _early_bump),
     "bump-before": Mutant("one new generation before COMMIT, and no marks", _plain_bump),
@@ -203,7 +209,9 @@ MUTANTS = {
         _old_slots_forgotten,
         writes=0.003,
     ),
-    "no-cascades": Mutant("rows that the database itself deletes are not known to change", _no_cascades),
+    "no-cascades": Mutant(
+        "rows that the database itself deletes are not known to change", _no_cascades, writes=0.003
+    ),
     "own-write-hidden": Mutant(
         "a transaction is answered from before its own writes", _own_writes_hidden, writes=0.003
     ),
@@ -212,5 +220,6 @@ MUTANTS = {
         "a transaction with an old snapshot of the database stores what it sees",
         lambda: _trust("snapshot"),
         isolation="REPEATABLE READ",
+        writes=0.003,
     ),
 }

@@ -133,6 +133,17 @@ class Workers:
         self._bury(number)
         return True
 
+    def evict_in_commit(self, random: Random) -> bool:
+        """Have one make the cache server lose versions within a commit. False if it had none."""
+        _, order = self._running[random.choice(list(self._running))]
+        order[1] = worker.EVICT_IN_COMMIT
+        deadline = time.monotonic() + 3.0
+        while order[1] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        reached = not order[1]
+        order[1] = 0
+        return reached
+
     def _bury(self, number: int) -> None:
         process, _ = self._running.pop(number)
         process.join()

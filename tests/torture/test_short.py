@@ -55,12 +55,8 @@ def test_every_read_is_explained_by_the_writes(
     assert total.faults.total() > 0
 
 
-HIDDEN = {"missing-valid", "no-cascades", "no-snapshots"}
-"""Mutants of which a round of ten seconds shows one illegal read, or none. They are found by ``--mutant all``."""
-
-
 @pytest.mark.server("postgresql")
-@pytest.mark.parametrize("mutant", sorted(MUTANTS.keys() - HIDDEN))
+@pytest.mark.parametrize("mutant", sorted(MUTANTS))
 def test_a_protection_that_is_switched_off_is_found(
     mutant: str, postgresql_url: str, private_server: Callable[[str], Server]
 ) -> None:

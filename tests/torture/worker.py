@@ -34,6 +34,7 @@ from tests.torture.writing import Writing
 __all__ = [
     "AFTER_COMMIT",
     "BEFORE_COMMIT",
+    "EVICT_IN_COMMIT",
     "FLUSH_IN_COMMIT",
     "SNAPSHOT_LEVEL",
     "Settings",
@@ -46,6 +47,9 @@ AFTER_COMMIT = 2
 FLUSH_IN_COMMIT = 3
 """The points of a commit at which a worker can be told to die; at the last one it first makes Redis lose everything
 before COMMIT, and dies after."""
+EVICT_IN_COMMIT = 4
+"""The point after COMMIT, where a worker can be told to make Redis lose the versions of all slots. It says that it has by
+setting the order back to 0, and goes on."""
 
 SNAPSHOT_LEVEL = "REPEATABLE READ"
 
@@ -176,6 +180,10 @@ class _Worker:
                 client.flushall()
             current.doomed = True
             time.sleep(0.1)
+        elif self.order[1] == EVICT_IN_COMMIT and point == AFTER_COMMIT:
+            with redis.Redis.from_url(self.settings.store_url.partition("?")[0]) as client:
+                client.delete(*client.scan_iter("*slot:*", count=1000), "")
+            self.order[1] = 0
         elif self.order[1] == point or getattr(current, "doomed", False):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(current.hesitation)
