@@ -86,7 +86,7 @@ class DogpileBackend(StoreBackend):
     # -- counters -------------------------------------------------------------------------------------------
 
     def begin(self, counters: Sequence[str]) -> dict[str, Mark]:
-        return dict.fromkeys(counters, Mark(0))
+        return dict.fromkeys(counters, (0, 0))
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         self.bump(list(marks))

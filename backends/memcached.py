@@ -167,7 +167,7 @@ class MemcachedBackend(StoreBackend):
             if version is None or versions.pending_of(version) > versions.MAX_PENDING:
                 marks[counter] = self._begin_anew(counter, reply, new + versions.GIVEN_UP + 1)
             else:
-                marks[counter] = Mark(versions.incarnation_of(version), reply.cas)
+                marks[counter] = versions.incarnation_of(version), reply.cas
         return marks
 
     def _begin_anew(self, counter: str, reply: Reply, created: int) -> Mark:
@@ -181,15 +181,15 @@ class MemcachedBackend(StoreBackend):
         step.add(b"ms %b %d c%b" % (_encode(counter), len(str(created)), guard), b"%d" % created)
         [stored] = self._step(step, essential=True)
         if stored.code == b"HD":
-            return Mark(versions.incarnation_of(created), stored.cas)
+            return versions.incarnation_of(created), stored.cas
         if present is not None:  # somebody else changed it, and the mark is on it all the same
-            return Mark(versions.incarnation_of(present), reply.cas)
+            return versions.incarnation_of(present), reply.cas
         raise CacheUnavailable(f"{self._ledger.name} cannot mark {counter!r}: {stored.code!r}")
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         # The CAS value of the mark says whether anybody was here since; what is there is asked for in the
         # same round trip, for the case that somebody was.
-        tries = {counter: (mark.token or _NO_CAS, versions.GENERATION - 1) for counter, mark in marks.items()}
+        tries = {counter: (cas or _NO_CAS, versions.GENERATION - 1) for counter, (_, cas) in marks.items()}
         for _ in range(_ROUNDS):
             if not tries:
                 return
@@ -202,7 +202,7 @@ class MemcachedBackend(StoreBackend):
             for counter, changed, found in zip(tries, replies[::2], replies[1::2], strict=True):
                 version = _version(found)
                 if changed.code == b"EX" and version is not None:
-                    after = versions.ended(version, marks[counter].incarnation)
+                    after = versions.ended(version, marks[counter][0])
                     again[counter] = (found.cas, after - version)
             tries = again
         raise CacheUnavailable(f"{self._ledger.name}: {', '.join(tries)} changed {_ROUNDS} times meanwhile")

@@ -120,16 +120,16 @@ class MemoryBackend(StoreBackend):
                 # Nothing is ever lost here, so a tag that is new needs no quarantine.
                 version = versions.begun(new if present is None else present, new)
                 self._put(counter, version)
-                marks[counter] = Mark(versions.incarnation_of(version))
+                marks[counter] = versions.incarnation_of(version), 0
             self._make_room()
         return marks
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         with self._lock:
-            for counter, mark in marks.items():
+            for counter, (incarnation, _) in marks.items():
                 present = self._counters.get(counter)
                 if present is not None:
-                    self._put(counter, versions.ended(present, mark.incarnation))
+                    self._put(counter, versions.ended(present, incarnation))
 
     def bump(self, counters: Sequence[str]) -> None:
         with self._lock:

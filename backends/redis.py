@@ -48,7 +48,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from querycache.backends.resp import CONNECTIONS, Command, Wire
+    from querycache.backends.resp import CONNECTIONS, Command, Wire, increment
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -239,12 +239,12 @@ class RedisBackend(StoreBackend):
                     for counter in (counters[0], *new)
                 ),
                 ("EXPIRE", names[counters[0]], _COUNTER_TTL),
-                *(("INCR", names[counter]) for counter in counters),
+                *map(increment, names.of(counters)),
             ]
 
         found = self._exchange(increments, essential=True, refusable=True)[-len(counters) :]
         marks = {
-            counter: Mark(version // versions.INCARNATION)
+            counter: (version // versions.INCARNATION, 0)
             for counter, version in zip(counters, found, strict=True)
             if type(version) is int and versions.is_marked(version)
         }
@@ -258,7 +258,7 @@ class RedisBackend(StoreBackend):
         arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, _COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
-            return {counter: Mark(int(text)) for counter, text in zip(counters, reply, strict=True)}
+            return {counter: (int(text), 0) for counter, text in zip(counters, reply, strict=True)}
         except (TypeError, ValueError) as error:
             raise self._unreadable() from error
 
@@ -266,8 +266,7 @@ class RedisBackend(StoreBackend):
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
         # need not stand by.
         if marks:
-            incarnations = (mark.incarnation for mark in marks.values())
-            self._post("end", list(marks), _COUNTER_TTL, *incarnations)
+            self._post("end", list(marks), _COUNTER_TTL, *(incarnation for incarnation, _ in marks.values()))
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)
@@ -342,7 +341,7 @@ class RedisBackend(StoreBackend):
         if not counters:
             return []
 
-        def call(run: str) -> list[Command]:
+        def call(run: str) -> list[tuple[Any, ...]]:
             return [_call(_script(name), self._names(run).of(counters), arguments)]
 
         [reply] = self._exchange(call, essential, refusable=True, length=length)
@@ -434,12 +433,12 @@ def _introduce(wire: Wire) -> None:
     wire.run = run[:12]
 
 
-def _call(script: _Script, names: Sequence[bytes], arguments: Sequence[object]) -> Command:
+def _call(script: _Script, names: Sequence[bytes], arguments: Sequence[object]) -> tuple[Any, ...]:
     # No numbers: the client's packer of those does not bear a signal (hiredis 3.5.0).
     return ("EVALSHA", script.sha, str(len(names)), *names, *map(str, arguments))
 
 
-def _in_full(call: Command, name: str) -> Command:
+def _in_full(call: tuple[Any, ...], name: str) -> Command:
     """The same call for a server that does not have the script."""
     return ("EVAL", _script(name).source, *call[2:])
 

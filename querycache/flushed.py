@@ -12,20 +12,18 @@ then until the transaction ends, for it has written the row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Column, Table, and_, or_, select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
 from querycache import sa_internals
-from querycache.tables import tracked_columns
+from querycache.changes import SchemaMap, WrittenTable
+from querycache.tables import row_write_tags
 
-__all__ = ["FlushedRows", "Returned", "SchemaMap", "followed_columns"]
-
-SchemaMap = Mapping[str | None, str | None]
-"""A ``schema_translate_map``."""
+__all__ = ["FlushedRows", "Returned"]
 
 Returned = dict[tuple[object, ...], tuple[object, ...]]
 """Values of the followed columns by primary key, as UPDATE has returned them."""
@@ -34,85 +32,86 @@ _MOST_LOOKED_AT = 50
 """Rows that a flush may update of a table before they are no longer looked at one by one."""
 
 
-def followed_columns(table: Table) -> list[Column[Any]]:
-    """The tracked columns that a row can change without becoming another one."""
-    return sa_internals.remembered(table, _followed)
-
-
-def _followed(table: Table) -> list[Column[Any]]:
-    return [column for column in tracked_columns(table) if not column.primary_key]
-
-
 @dataclass(slots=True)
 class FlushedRows:
     """Rows of a table that a flush has written.
 
     Attributes:
-        table: the table.
-        tracked: its tracked columns, those of its primary key first.
+        written: the table.
+        schemas: what the schemas of the flush are called in the database.
+        returned: what the database has told of the rows already.
         values: old and new values of their tracked columns, as far as they are known.
-        known: False if there are some that only the database knows.
+        known: False if there are some that only the database knows; None as long as nobody has told of any row.
         updated: primary keys of rows that were there before, and still are.
         moved: True if some are gone, or have other values in tracked columns than before.
     """
 
-    table: Table
-    tracked: tuple[Column[Any], ...]
+    written: WrittenTable
+    schemas: SchemaMap
+    returned: Returned = field(default_factory=dict)
     values: set[tuple[str, object]] = field(default_factory=set)
-    known: bool = True
+    known: bool | None = None
     updated: set[tuple[object, ...]] = field(default_factory=set)
     moved: bool = False
-
-    @classmethod
-    def of(cls, table: Table) -> FlushedRows:
-        return cls(table, tracked_columns(table))
 
     def add(self, state: Any, deleted: bool) -> None:
         """Take in what an object knows of its row."""
         inserted = state.key is None
         unknown = sa_internals.UNKNOWN
         key = []
-        for column in self.tracked:
-            old, new = sa_internals.old_and_new(state, column)
+        if self.known is None:
+            self.known = True
+        for held in self.written.held_by(state.mapper):
+            old, new = sa_internals.old_and_new(state, held)
             if old is unknown or new is unknown:
                 self.known = False
             else:
-                self.values.add((column.name, new))
+                self.values.add((held.name, new))
                 if not inserted and old != new:
-                    self.values.add((column.name, old))
-                    self.moved = self.moved or not column.primary_key
+                    self.values.add((held.name, old))
+                    self.moved = self.moved or not held.primary
             if not inserted:
-                if column.primary_key:
+                if held.primary:
                     key.append(new)
-                if sa_internals.made_by_flush(state, column):
+                if sa_internals.made_by_flush(state, held):
                     self.moved = True
         if not inserted:
-            if len(key) < len(self.table.primary_key):  # not all of it can be tracked
-                key = [sa_internals.old_and_new(state, column)[1] for column in self.table.primary_key]
+            primary_key = self.written.table.primary_key
+            if len(key) < len(primary_key):  # not all of it can be tracked
+                known = [sa_internals.held(state.mapper, column) for column in primary_key]
+                key = [sa_internals.old_and_new(state, held)[1] for held in known]
             self.moved = self.moved or deleted or unknown in key
             self.updated.add(tuple(key))
 
-    def look_at(self, connection: Connection, schemas: SchemaMap, returned: Returned) -> None:
-        """Take in what the database knows of the rows that were updated.
-
-        Args:
-            returned: what it has told already.
-        """
-        columns = followed_columns(self.table)
+    def look_at(self, connection: Connection) -> None:
+        """Take in what the database knows of the rows that were updated."""
+        columns = self.written.followed
         if not columns:
             self.moved = False
         elif self.updated and self.known and not self.moved:
             names = [column.name for column in columns]
-            unknown = self.updated - returned.keys()
+            unknown = self.updated - self.returned.keys()
             if len(unknown) > _MOST_LOOKED_AT:
                 self.moved = True
                 return
-            found = [returned[key] for key in self.updated - unknown]
+            found = [self.returned[key] for key in self.updated - unknown]
             if unknown:
-                keys = [and_(*map(operator.eq, self.table.primary_key, key)) for key in unknown]
+                keys = [and_(*map(operator.eq, self.written.table.primary_key, key)) for key in unknown]
                 statement = select(*columns).where(or_(*keys))
-                options = {"schema_translate_map": schemas}
+                options = {"schema_translate_map": self.schemas}
                 found += map(tuple, connection.execute(statement, execution_options=options))
             self.moved = len(found) < len(self.updated)
             for row in found:
                 self.values.update(zip(names, row, strict=True))
+
+    def tags(self, default_schema: str | None, slots: int) -> Iterable[str]:
+        """The tags that change: those of the rows where they are known, else those of the whole table.
+
+        Args:
+            default_schema: of the connection.
+            slots: number of slots of a column.
+        """
+        if not self.known:
+            return self.written.tags
+        table = self.written.schema, self.written.table.name
+        return row_write_tags(table, self.values, default_schema, slots, moved=self.moved)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from dogpile.cache.api import NO_VALUE, BytesBackend, CantDeserializeException, SerializedReturnType
@@ -38,14 +38,9 @@ Meanwhile = Callable[[], object]
 """What can be done while a server is at work."""
 
 
-class Mark(NamedTuple):
-    """What a writer must know to take its mark off a counter again."""
-
-    incarnation: int
-    """The incarnation that was marked."""
-    token: int = 0
-    """What helps the store to find the counter unchanged in one step (memcached: its CAS value); 0 if
-    unused."""
+Mark = tuple[int, int]
+"""What a writer must know to take its mark off a counter again: the incarnation that was marked, and what helps the
+store to find the counter unchanged in one step (memcached: its CAS value; 0 if unused)."""
 
 
 def _decode(data: bytes) -> Any:

@@ -54,6 +54,7 @@ __all__ = [
     "declared_tags",
     "follows_all",
     "label_of",
+    "memo",
     "reader_labels",
     "row_labels",
     "row_write_tags",
@@ -96,15 +97,6 @@ def follows_all(table: Table, schema: str | None, default_schema: str | None) ->
         schema: its schema in the database.
         default_schema: the connection's default schema.
     """
-    memo = _memo(sa_internals.known_metadata())
-    key = table.metadata, table.key, schema, default_schema
-    found: bool | None = memo.get(key)
-    if found is None:
-        found = memo[key] = _follows_all(table, schema, default_schema)
-    return found
-
-
-def _follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
     own = {column.name for column in tracked_columns(table)}
     labels = {_writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
     return all(
@@ -207,40 +199,34 @@ def _tags_in_any_schema(label: str, name: str) -> Iterator[str]:
 
 
 def row_write_tags(
-    table: Table,
-    schema: str | None,
+    table: TableName,
     values: Iterable[tuple[str, object]],
     default_schema: str | None,
     slots: int,
     *,
     moved: bool,
-) -> Iterator[str]:
+) -> Iterable[str]:
     """The tags that writes of rows change.
 
     Args:
-        table: the table.
-        schema: its schema in the database.
+        table: schema and name, as they are in the database.
         values: (name of a tracked column, value), for old and new values.
         default_schema: the connection's default schema.
         slots: number of slots of a column.
         moved: True if these are not all the values that the rows had in the database.
     """
-    known = []
+    label = _writer_label(*table, default_schema)
+    tags = [table_tag(label), *_tags_in_any_schema(label, table[1])]
+    if moved:
+        tags.append(change_tag(label))
     for column, value in values:
         if value is None:
             continue  # no comparison with a parameter finds NULL
         slot = slot_of(value, slots)
         if slot is None:
-            yield from set_write_tags((schema, table.name), default_schema)
-            return
-        known.append((column, slot))
-    label = _writer_label(schema, table.name, default_schema)
-    yield table_tag(label)
-    if moved:
-        yield change_tag(label)
-    for column, slot in known:
-        yield slot_tag(label, column, slot)
-    yield from _tags_in_any_schema(label, table.name)
+            return set_write_tags(table, default_schema)
+        tags.append(slot_tag(label, column, slot))
+    return tags
 
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
@@ -256,8 +242,12 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     return found
 
 
+def memo() -> dict[Any, Any]:
+    """To remember what follows from the declared tables: another dictionary as soon as there are others."""
+    return _memo(sa_internals.known_metadata())
+
+
 def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
-    """To remember what follows from the declared tables, for as long as there are no others."""
     return _memo_of(known, sum(len(each.tables) for each in known))
 
 

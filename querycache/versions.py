@@ -32,7 +32,7 @@ carry it out under a lock, in a script on the server, or by compare-and-swap.
 
 from __future__ import annotations
 
-import secrets
+import os
 from functools import lru_cache
 
 __all__ = [
@@ -71,6 +71,7 @@ overflow."""
 _FIRST_INCARNATION = 10**7
 _LAST_INCARNATION = 92 * 10**6
 _FIRST_GENERATIONS = 5 * 10**5
+_LEAST = _FIRST_INCARNATION * INCARNATION
 _DIGITS = 19
 
 
@@ -78,7 +79,8 @@ def fresh() -> int:
     """A clean version of a new incarnation, from the operating system's random source (so also after a
     fork)."""
     incarnations = _LAST_INCARNATION - _FIRST_INCARNATION
-    incarnation, generation = divmod(secrets.randbelow(incarnations * _FIRST_GENERATIONS), _FIRST_GENERATIONS)
+    drawn = int.from_bytes(os.urandom(8), "big") % (incarnations * _FIRST_GENERATIONS)
+    incarnation, generation = divmod(drawn, _FIRST_GENERATIONS)
     return (_FIRST_INCARNATION + incarnation) * INCARNATION + generation * GENERATION
 
 
@@ -111,7 +113,7 @@ def pending_of(version: int) -> int:
 
 def is_marked(version: int) -> bool:
     """Whether an incremented counter is a version that has a mark more now. Not so where it held none, or too many."""
-    return version >= _FIRST_INCARNATION * INCARNATION and 0 < pending_of(version) <= MAX_PENDING
+    return version >= _LEAST and 0 < version % QUARANTINE <= MAX_PENDING
 
 
 def is_provable(version: int) -> bool:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,21 +32,15 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
+from querycache.changes import SchemaMap, WrittenTable, changes_of
 from querycache.dependencies import Declarations
 from querycache.errors import ConfigurationError
-from querycache.flushed import FlushedRows, Returned, SchemaMap, followed_columns
+from querycache.flushed import FlushedRows
 from querycache.ledger import Ledger
 from querycache.options import names
 from querycache.phases import Marking, Phases
 from querycache.regions import Regions
-from querycache.tables import (
-    TableName,
-    cascades,
-    cascades_elsewhere,
-    follows_all,
-    row_write_tags,
-    set_write_tags,
-)
+from querycache.tables import cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 
@@ -73,19 +67,6 @@ class _Known:
 
 
 @dataclass(slots=True)
-class Expected:
-    """A table that a flush has written, of whose rows ``after_flush`` is to tell.
-
-    Attributes:
-        schemas: what the statement's schemas are called in the database.
-        returned: what the database has told of these rows already.
-    """
-
-    schemas: SchemaMap
-    returned: Returned = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class Transaction:
     """What one database connection has written since its transaction began.
 
@@ -100,7 +81,7 @@ class Transaction:
     """
 
     tags: set[str] = field(default_factory=set)
-    unresolved: dict[int, dict[tuple[Table, str | None], Expected]] = field(default_factory=dict)
+    unresolved: dict[int, dict[tuple[Table, str | None], FlushedRows]] = field(default_factory=dict)
     flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
     marking: Marking = field(default_factory=Marking)
     snapshot: dict[Ledger, int | None] | None = None
@@ -204,7 +185,7 @@ class Writes:
             if transaction is not None:
                 if transaction.unresolved and not sa_internals.is_flushing(session):
                     # its flush has failed, so nobody will tell of the rows
-                    self._resolve(transaction, session.hash_key, connection.dialect, {})
+                    self._resolve(transaction, session.hash_key, connection.dialect)
                 found.append(transaction)
         return found
 
@@ -325,59 +306,51 @@ class Writes:
         """Note what a statement and its CTEs write. Returns False if that is nothing."""
         if context.execution_options.get("cache_changes_nothing"):
             return False  # it takes a lock, as one statement of querycache.denormalize does
-        written = sa_internals.written(context.compiled)
-        schemas = _schema_map(context)
-        for table, deletes, updates in written:
-            if table is None:
-                self._note(connection, [EVERYTHING])
-                continue
-            changed: set[Table] = set()
-            flush = sa_internals.flush_of(context)
-            if flush is not None and not sa_internals.replaces(table):
-                self._expect_rows(self._ensure(connection), flush, table, schemas, context)
+        changes = changes_of(context)
+        if not changes:
+            return False
+        transaction = self._ensure(connection)
+        transaction.tags |= changes.tags
+        flush = sa_internals.flush_of(context) if changes.tables else None
+        for written in changes.tables:
+            if flush is None:
+                transaction.tags |= written.tags
             else:
-                changed.add(table)
-            for delete, does in ((True, deletes), (False, updates)):
-                if does:
-                    changed |= cascades(table, delete=delete)
-                    # it may be declared once more, and the tables that refer to it refer to that
-                    for name in cascades_elsewhere(table.name, delete=delete, besides=table):
-                        self._note(connection, set_write_tags((None, name), None))
-            self._note_sets(connection, changed, schemas)
-        return bool(written)
+                self._expect_rows(transaction, flush, written, changes.schemas, context)
+        return True
 
     def _expect_rows(
-        self, transaction: Transaction, flush: UOWTransaction, table: Table, schemas: SchemaMap, context: Any
+        self,
+        transaction: Transaction,
+        flush: UOWTransaction,
+        written: WrittenTable,
+        schemas: SchemaMap,
+        context: Any,
     ) -> None:
         """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
         session = flush.session.hash_key
         known = transaction.flushes.get(session)
         if known is None or known() is not flush:
             # what a flush that failed has left: this one is to tell of its own rows only
-            self._resolve(transaction, session, context.dialect, {})
+            self._resolve(transaction, session, context.dialect)
             transaction.flushes[session] = weakref.ref(flush)
         tables = transaction.unresolved.setdefault(session, {})
-        expected = tables.setdefault((table, _name(table, schemas)[0]), Expected(schemas))
-        followed = followed_columns(table) if context.isupdate else ()
-        if followed:
-            width = len(table.primary_key)
-
-            def take(rows: Iterable[Sequence[object]]) -> None:
-                expected.returned.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
-
-            sa_internals.ask_for(context, table, (*table.primary_key, *followed), take)
-
-    def _note_sets(self, connection: Connection, tables: Iterable[Table], schemas: SchemaMap) -> None:
-        default = connection.dialect.default_schema_name
-        for table in tables:
-            self._note(connection, set_write_tags(_name(table, schemas), default))
+        key = written.table, written.schema
+        rows = tables.get(key)
+        if rows is None:
+            rows = tables[key] = FlushedRows(written, schemas)
+        if written.followed and context.isupdate:
+            sa_internals.ask_for(context, written.table, written.followed, rows.returned)
 
     def _note_ddl(self, connection: Connection, context: Any) -> None:
         element = getattr(context.compiled.statement, "element", None)
         table = element if isinstance(element, Table) else getattr(element, "table", None)
         if isinstance(table, Table):
             default = connection.dialect.default_schema_name
-            self._note(connection, set_write_tags(_name(table, _schema_map(context)), default))
+            self._note(
+                connection,
+                set_write_tags(translated((table.schema, table.name), _schema_map(context)), default),
+            )
         else:
             self._note(connection, [EVERYTHING])
 
@@ -439,42 +412,32 @@ class Writes:
             self._expect_old_views(dialect)
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
-        rows: dict[Table, FlushedRows] = {}
-        for state, deleted in sa_internals.flushed(context):
-            for table in state.mapper.tables:
-                known = rows.get(table)
-                if known is None:
-                    if not isinstance(table, Table):
-                        continue
-                    known = rows[table] = FlushedRows.of(table)
-                known.add(state, deleted)
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
-            if transaction is None:
+            if transaction is None or not (expected := transaction.unresolved.get(session.hash_key)):
                 continue
-            for (table, _), expected in transaction.unresolved.get(session.hash_key, {}).items():
-                if table in rows:
-                    rows[table].look_at(connection, expected.schemas, expected.returned)
-            self._resolve(transaction, session.hash_key, connection.dialect, rows)
+            if transaction.flushes[session.hash_key]() is context:
+                tables: dict[Table, list[FlushedRows]] = {}
+                for (table, _), rows in expected.items():
+                    tables.setdefault(table, []).append(rows)
+                for state, deleted in sa_internals.flushed(context):
+                    for table in state.mapper.tables:
+                        for rows in tables.get(table, ()):
+                            rows.add(state, deleted)
+                for rows in expected.values():
+                    rows.look_at(connection)
+            self._resolve(transaction, session.hash_key, connection.dialect)
 
-    def _resolve(
-        self, transaction: Transaction, session: int, dialect: Dialect, rows: Mapping[Table, FlushedRows]
-    ) -> None:
+    def _resolve(self, transaction: Transaction, session: int, dialect: Dialect) -> None:
         """Turn tables that a Session has flushed into tags: rows where they are known, else the whole table."""
-        default = dialect.default_schema_name
-        for table, schema in transaction.unresolved.pop(session, {}):
-            known = rows.get(table)
-            if known is None or not known.known or not follows_all(table, schema, default):
-                transaction.tags.update(set_write_tags((schema, table.name), default))
-            else:
-                slots = self._declared.slots
-                tags = row_write_tags(table, schema, known.values, default, slots, moved=known.moved)
-                transaction.tags.update(tags)
+        default, slots = dialect.default_schema_name, self._declared.slots
+        for rows in transaction.unresolved.pop(session, {}).values():
+            transaction.tags.update(rows.tags(default, slots))
 
     def _resolve_all(self, transaction: Transaction, dialect: Dialect) -> None:
         """The same where nobody will tell of the rows any more: the whole tables."""
         for session in list(transaction.unresolved):
-            self._resolve(transaction, session, dialect, {})
+            self._resolve(transaction, session, dialect)
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
@@ -563,7 +526,3 @@ def _commits_itself(connection: Connection, sql: str) -> bool:
 
 def _schema_map(context: Any) -> SchemaMap:
     return context.execution_options.get("schema_translate_map") or {}
-
-
-def _name(table: Table, schemas: SchemaMap) -> TableName:
-    return schemas.get(table.schema, table.schema), table.name

@@ -70,6 +70,7 @@ from querycache.sa_internals.transactions import (
 )
 from querycache.sa_internals.writing import (
     UNKNOWN,
+    Held,
     Written,
     cache_key_of,
     columns_set,
@@ -77,6 +78,7 @@ from querycache.sa_internals.writing import (
     custom_constructs,
     flush_of,
     flushed,
+    held,
     holds_text,
     inserts_one,
     is_flushing,
@@ -96,6 +98,7 @@ from querycache.sa_internals.writing import (
 
 __all__ = [
     "UNKNOWN",
+    "Held",
     "Invocation",
     "Plan",
     "Prepared",
@@ -123,6 +126,7 @@ __all__ = [
     "has_listeners",
     "has_open_statement",
     "heed_others",
+    "held",
     "holds_text",
     "in_transaction",
     "inserts_one",

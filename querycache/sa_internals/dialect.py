@@ -251,32 +251,43 @@ def sent(context: Any) -> tuple[str, Any]:
 class _Asked:
     """What an UPDATE is to return for us, of which SQLAlchemy is to see nothing."""
 
-    columns: Sequence[Column[Any]]
-    takers: list[Callable[[Sequence[Row]], object]]
+    table: Table
+    columns: tuple[Column[Any], ...]
+    takers: list[dict[tuple[object, ...], tuple[object, ...]]]
 
     def returning(self, context: Any) -> str:
-        known = context.compiled.__dict__
-        text: str | None = known.get(_ASKED)
-        if text is None:
-            names = map(context.dialect.identifier_preparer.format_column, self.columns)
-            text = known[_ASKED] = f" RETURNING {', '.join(names)}"
-        return text
+        known: tuple[object, str] | None = context.compiled.__dict__.get(_ASKED)
+        if known is None or known[0] is not self.columns:
+            columns = *self.table.primary_key, *self.columns
+            names = map(context.dialect.identifier_preparer.format_column, columns)
+            known = context.compiled.__dict__[_ASKED] = self.columns, f" RETURNING {', '.join(names)}"
+        return known[1]
 
     def give(self, cursor: Any, context: Any) -> None:
         rows = cursor.fetchall()
         context._rowcount = len(rows)  # some drivers do not know it now
         context.cursor_fetch_strategy = _NO_CURSOR_DML
-        for take in self.takers:
-            take(rows)
+        width = len(self.table.primary_key)
+        for each in self.takers:
+            each.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
 
 
 def ask_for(
-    context: Any, table: Table, columns: Sequence[Column[Any]], take: Callable[[Sequence[Row]], object]
+    context: Any,
+    table: Table,
+    columns: tuple[Column[Any], ...],
+    returned: dict[tuple[object, ...], tuple[object, ...]],
 ) -> None:
     """Have an UPDATE that is about to run return columns of the rows it changes, as the driver gives them.
 
     Where the database cannot, where the statement returns something already or several sets of parameters are given,
-    ``take`` is not called. Several who ask for the same table ask for the same columns.
+    it returns nothing. Several who ask for the same table ask for the same columns.
+
+    Args:
+        context: of the execution.
+        table: what it updates.
+        columns: which ones.
+        returned: gets them by the primary keys of their rows.
     """
     compiled = context.compiled
     if (
@@ -285,8 +296,8 @@ def ask_for(
         and not compiled.effective_returning
         and compiled.statement.table is table
     ):
-        asked = context.__dict__.setdefault(_ASKED, _Asked(columns, []))
-        asked.takers.append(take)
+        asked = context.__dict__.setdefault(_ASKED, _Asked(table, columns, []))
+        asked.takers.append(returned)
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

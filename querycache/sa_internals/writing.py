@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect as python_inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Column, Table
-from sqlalchemy.orm import LoaderCallableStatus, Session, UOWTransaction, persistence
+from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
 from sqlalchemy.sql.compiler import SQLCompiler
@@ -20,6 +21,7 @@ from querycache.sa_internals.mapping import remembered
 
 __all__ = [
     "UNKNOWN",
+    "Held",
     "Written",
     "cache_key_of",
     "columns_set",
@@ -27,6 +29,7 @@ __all__ = [
     "custom_constructs",
     "flush_of",
     "flushed",
+    "held",
     "holds_text",
     "inserts_one",
     "is_flushing",
@@ -271,25 +274,58 @@ UNKNOWN = object()
 """Stands for a value that only the database knows."""
 
 
-def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
-    """The value of a column before and after the flush that has just sent its statements.
+class Held(NamedTuple):
+    """How the objects of a mapper hold the values of a column.
 
-    A column that is not mapped, or whose value the server has made, is :data:`UNKNOWN`.
+    Attributes:
+        name: of the column.
+        primary: whether it is of the table's primary key.
+        key: of the attribute; None for a column that is not mapped, or whose values the server makes.
+        position: in the mapper's primary key; None where it is not of that.
+        left_out: whether a row that was inserted without a value has none.
+        remade: whether a flush may by itself put a value into an object that was there before.
     """
-    try:
-        key = state.mapper.get_property_by_column(column).key
-    except UnmappedColumnError:
-        return UNKNOWN, UNKNOWN
-    if column.computed is not None or column.server_onupdate is not None:
+
+    name: str
+    primary: bool
+    key: str | None
+    position: int | None
+    left_out: bool
+    remade: bool
+
+
+def held(mapper: Mapper[Any], column: Column[Any]) -> Held:
+    """How the objects of a mapper hold the values of a column of one of its tables."""
+    key = None
+    if column.computed is None and column.server_onupdate is None:
+        with suppress(UnmappedColumnError):
+            key = mapper.get_property_by_column(column).key
+    return Held(
+        column.name,
+        column.primary_key,
+        key,
+        mapper.primary_key.index(column) if column in mapper.primary_key else None,
+        column.server_default is None,
+        column.onupdate is not None or column is mapper.version_id_col,
+    )
+
+
+def old_and_new(state: Any, held: Held) -> tuple[object, object]:
+    """The value of a column before and after the flush that has just sent its statements, as far as its object knows.
+
+    What only the database knows is :data:`UNKNOWN`.
+    """
+    key = held.key
+    if key is None:
         return UNKNOWN, UNKNOWN
     current = state.dict  # made at each access
     if key in current:
         new = current[key]
-    elif state.key is not None and column in state.mapper.primary_key:
-        identity = state.key[1][state.mapper.primary_key.index(column)]
+    elif state.key is not None and held.position is not None:
+        identity = state.key[1][held.position]
         return identity, identity
-    elif state.key is None and column.server_default is None and key not in state.expired_attributes:
-        new = None  # inserted without a value
+    elif state.key is None and held.left_out and key not in state.expired_attributes:
+        new = None
     else:
         new = UNKNOWN
     old = state.committed_state.get(key, new)
@@ -299,18 +335,17 @@ def old_and_new(state: Any, column: Column[Any]) -> tuple[object, object]:
     return old, new
 
 
-def made_by_flush(state: Any, column: Column[Any]) -> bool:
+def made_by_flush(state: Any, held: Held) -> bool:
     """True if the flush itself has put the value of a column into an object that was there before.
 
     It leaves no history of that: what the value was before, nobody knows any more.
     """
-    if state.key is None or not (column.onupdate is not None or column is state.mapper.version_id_col):
-        return False
-    try:
-        key = state.mapper.get_property_by_column(column).key
-    except UnmappedColumnError:
-        return False
-    return key not in state.committed_state
+    return (
+        held.remade
+        and held.key is not None
+        and state.key is not None
+        and held.key not in state.committed_state
+    )
 
 
 def custom_constructs(rendered: SQLCompiler) -> set[str]:

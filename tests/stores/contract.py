@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from querycache import versions
 from querycache.backends import breaker
 from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.store import Mark, StoreBackend
+from querycache.store import StoreBackend
 
 INCARNATIONS = st.integers(10_000_000, 91_999_999)
 GENERATIONS = st.one_of(st.integers(0, 999_999), st.sampled_from([0, 999_998, 999_999]))
@@ -217,7 +217,7 @@ class StoreContract:
             else:
                 assert after == versions.begun(before, versions.fresh())
             assert after is not None
-            assert marks[name].incarnation == versions.incarnation_of(after)
+            assert marks[name][0] == versions.incarnation_of(after)
 
     @EXAMPLES
     @given(present=SOME, mine=st.booleans(), other=INCARNATIONS)
@@ -226,12 +226,12 @@ class StoreContract:
     ) -> None:
         names = put(store, present)
         marks = {
-            name: Mark(versions.incarnation_of(before) if before is not None and mine else other)
+            name: (versions.incarnation_of(before) if before is not None and mine else other, 0)
             for name, before in zip(names, present, strict=True)
         }
         store.end(marks)
         for name, before, after in zip(names, present, read(store, names), strict=True):
-            assert after == (None if before is None else versions.ended(before, marks[name].incarnation))
+            assert after == (None if before is None else versions.ended(before, marks[name][0]))
 
     @EXAMPLES
     @given(present=SOME)
@@ -387,7 +387,7 @@ class ServerContract:
             lambda: store.store("entry", b"payload"),
             lambda: store.remove(["entry"]),
             lambda: store.begin(["tag"]),
-            lambda: store.end({"tag": Mark(10_000_000, 1)}),
+            lambda: store.end({"tag": (10_000_000, 1)}),
             lambda: store.bump(["tag"]),
             lambda: store.swap([("tag", None, versions.fresh())]),
             lambda: store.settle(["tag"], "witness"),
@@ -446,7 +446,7 @@ class ServerContract:
                 store.fetch("entry", ["tag"])
             calls: list[Callable[[], object]] = [
                 lambda: store.begin(["tag"]),
-                lambda: store.end({"tag": Mark(10_000_000, 1)}),
+                lambda: store.end({"tag": (10_000_000, 1)}),
                 lambda: store.bump(["tag"]),
             ]
             for number, call in enumerate(calls, start=server.connections):

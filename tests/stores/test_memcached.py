@@ -338,7 +338,7 @@ class TestMemcached(StoreContract, ServerContract):
         [name, other] = put(store, [versions.fresh(), None])
         client.set(name, garbage)
         assert read(store, [name]) == [None]
-        store.end({name: Mark(10_000_000)})
+        store.end({name: (10_000_000, 0)})
         client.set(name, garbage)
         store.bump([name])
         client.set(name, garbage)

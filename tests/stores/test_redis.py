@@ -185,7 +185,7 @@ class TestRedis(StoreContract, ServerContract):
             names, read(store, names), (versions.QUARANTINE, versions.GIVEN_UP), strict=True
         ):
             assert mark is not None
-            assert versions.incarnation_of(mark) == after[name].incarnation != before[name].incarnation
+            assert versions.incarnation_of(mark) == after[name][0] != before[name][0]
             assert mark % versions.GENERATION == unclean + 1
             [key] = client.keys(f"{name}@*")
             assert client.ttl(key) > MONTH - 60

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from querycache import interceptor, ledger, sa_internals, versions, writes
+from querycache import changes, flushed, interceptor, ledger, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
@@ -122,9 +122,9 @@ def _old_slots_forgotten() -> None:
         return new, new
 
     sa_internals.old_and_new = new_only
-    tags = writes.row_write_tags
+    tags = flushed.row_write_tags
     # or lists by a foreign key would fall all the same
-    vars(writes)["row_write_tags"] = lambda *arguments, moved: tags(*arguments, moved=False)
+    vars(flushed)["row_write_tags"] = lambda *arguments, moved: tags(*arguments, moved=False)
 
 
 def _own_writes_hidden() -> None:
@@ -159,8 +159,9 @@ def _fill_after_write() -> None:
 
 
 def _no_cascades() -> None:
-    vars(writes)["cascades"] = lambda table, *, delete: frozenset()
-    vars(writes)["cascades_elsewhere"] = lambda name, **arguments: frozenset()
+    vars(changes)["cascades"] = lambda table, *, delete: frozenset()
+    for module in (changes, writes):
+        vars(module)["cascades_elsewhere"] = lambda name, **arguments: frozenset()
 
 
 def _one_mark_for_all() -> None:

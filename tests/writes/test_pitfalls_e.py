@@ -57,6 +57,7 @@ from sqlalchemy.schema import CreateSequence
 
 from querycache import QueryCache, dependencies, sa_internals, tables
 from querycache.backends.memory import MemoryBackend
+from querycache.changes import changes_of
 from querycache.errors import CacheUnavailable
 from querycache.flushed import FlushedRows
 from querycache.store import Mark
@@ -227,8 +228,7 @@ def without_core(self: Writes, connection: Connection, context: Any) -> bool:
     flush = sa_internals.flush_of(context)
     if flush is None:
         return False
-    for table, _, _ in sa_internals.written(context.compiled):
-        assert table is not None
+    for table in changes_of(context).tables:
         self._expect_rows(self._ensure(connection), flush, table, {}, context)
     return True
 
@@ -602,7 +602,7 @@ def test_E13_strings_do_not_pin(members: Library) -> None:
         return hash(value) % slots
 
     with (
-        mock.patch("querycache.flushed.tracked_columns", every_column),
+        mock.patch("querycache.changes.tracked_columns", every_column),
         mock.patch.object(tables, "tracked_columns", every_column),
         mock.patch.object(tables, "slot_of", hashed),
         mock.patch.object(dependencies, "slot_of", hashed),

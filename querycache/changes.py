@@ -1,0 +1,132 @@
+"""What an INSERT, UPDATE or DELETE changes whatever its parameters, found once for each compiled statement.
+
+It changes the tables it writes to, as a whole unless a flush tells of their rows (:mod:`querycache.flushed`), and those
+whose rows the database itself changes then, by the actions of foreign keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Column, Table
+from sqlalchemy.orm import Mapper
+
+from querycache import sa_internals
+from querycache.tables import (
+    cascades,
+    cascades_elsewhere,
+    follows_all,
+    memo,
+    set_write_tags,
+    tracked_columns,
+    translated,
+)
+from querycache.tags import EVERYTHING
+
+__all__ = ["Changes", "SchemaMap", "WrittenTable", "changes_of"]
+
+SchemaMap = Mapping[str | None, str | None]
+"""A ``schema_translate_map``."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTable:
+    """A table of whose rows a flush that writes it can tell.
+
+    Attributes:
+        table: the table.
+        schema: its schema in the database; None for the default one.
+        tags: those that change where nobody tells of the rows.
+        tracked: its tracked columns, those of its primary key first.
+        followed: those that a row can change without becoming another one.
+        held: for each mapper how its objects hold the tracked ones; see :meth:`held_by`.
+    """
+
+    table: Table
+    schema: str | None
+    tags: frozenset[str]
+    tracked: tuple[Column[Any], ...]
+    followed: tuple[Column[Any], ...]
+    held: dict[Any, tuple[sa_internals.Held, ...]] = field(default_factory=dict)
+
+    def held_by(self, mapper: Mapper[Any]) -> tuple[sa_internals.Held, ...]:
+        """How the objects of a mapper hold the tracked columns."""
+        found = self.held.get(mapper)
+        if found is None:
+            found = self.held[mapper] = tuple(sa_internals.held(mapper, column) for column in self.tracked)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a statement changes.
+
+    Attributes:
+        tags: those that change in any case.
+        tables: those of whose rows a flush can tell.
+        schemas: what the statement's schemas are called in the database.
+        default_schema: of the connection.
+        declared: what the tables were at that time, see :func:`~querycache.tables.memo`.
+    """
+
+    tags: frozenset[str]
+    tables: tuple[WrittenTable, ...]
+    schemas: SchemaMap
+    default_schema: str | None
+    declared: object
+
+    def __bool__(self) -> bool:
+        return bool(self.tags or self.tables)
+
+
+def changes_of(context: Any) -> Changes:
+    """What the statement of an execution changes."""
+    schemas: SchemaMap = context.execution_options.get("schema_translate_map") or _NONE
+    default = context.dialect.default_schema_name
+    declared = memo()
+    remembered = context.compiled.__dict__
+    known: Changes | None = remembered.get(_CHANGES)
+    if (
+        known is None
+        or known.declared is not declared
+        or known.schemas != schemas
+        or known.default_schema != default
+        or any(each.tracked is not tracked_columns(each.table) for each in known.tables)
+    ):
+        known = remembered[_CHANGES] = _changes_of(context.compiled, dict(schemas), default, declared)
+    return known
+
+
+_CHANGES = "_querycache_changes"
+_NONE: SchemaMap = {}
+
+
+def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None, declared: object) -> Changes:
+    tags: set[str] = set()
+    tables = []
+    for table, deletes, updates in sa_internals.written(compiled):
+        if table is None:
+            tags.add(EVERYTHING)
+            continue
+        schema, name = translated((table.schema, table.name), schemas)
+        whole = frozenset(set_write_tags((schema, name), default))
+        if sa_internals.replaces(table) or not follows_all(table, schema, default):
+            tags.update(whole)
+        else:
+            tracked = tracked_columns(table)
+            followed = tuple(column for column in tracked if not column.primary_key)
+            tables.append(WrittenTable(table, schema, whole, tracked, followed))
+        for delete, does in ((True, deletes), (False, updates)):
+            if does:
+                tags.update(_tags_of_actions(table, delete, schemas, default))
+    return Changes(frozenset(tags), tuple(tables), schemas, default, declared)
+
+
+def _tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:
+    for each in cascades(table, delete=delete):
+        yield from set_write_tags(translated((each.schema, each.name), schemas), default)
+    # it may be declared once more, and the tables that refer to it refer to that
+    for name in cascades_elsewhere(table.name, delete=delete, besides=table):
+        yield from set_write_tags((None, name), None)
