@@ -6,29 +6,27 @@ whose rows the database itself changes then, by the actions of foreign keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, MetaData, Table
 from sqlalchemy.orm import Mapper
 
 from querycache import sa_internals
 from querycache.tables import (
+    SchemaMap,
     cascades,
     cascades_elsewhere,
+    declared_now,
     follows_all,
-    memo,
     set_write_tags,
     tracked_columns,
     translated,
 )
 from querycache.tags import EVERYTHING
 
-__all__ = ["Changes", "SchemaMap", "WrittenTable", "changes_of"]
-
-SchemaMap = Mapping[str | None, str | None]
-"""A ``schema_translate_map``."""
+__all__ = ["Changes", "WrittenTable", "changes_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +66,15 @@ class Changes:
         tables: those of whose rows a flush can tell.
         schemas: what the statement's schemas are called in the database.
         default_schema: of the connection.
-        declared: what the tables were at that time, see :func:`~querycache.tables.memo`.
+        metadata: where the tables that it writes are declared.
+        declared: what was declared at that time, see :func:`~querycache.tables.declared_now`.
     """
 
     tags: frozenset[str]
     tables: tuple[WrittenTable, ...]
     schemas: SchemaMap
     default_schema: str | None
+    metadata: frozenset[MetaData]
     declared: object
 
     def __bool__(self) -> bool:
@@ -85,17 +85,16 @@ def changes_of(context: Any) -> Changes:
     """What the statement of an execution changes."""
     schemas: SchemaMap = context.execution_options.get("schema_translate_map") or _NONE
     default = context.dialect.default_schema_name
-    declared = memo()
     remembered = context.compiled.__dict__
     known: Changes | None = remembered.get(_CHANGES)
     if (
         known is None
-        or known.declared is not declared
+        or known.declared is not declared_now(known.metadata)
         or known.schemas != schemas
         or known.default_schema != default
         or any(each.tracked is not tracked_columns(each.table) for each in known.tables)
     ):
-        known = remembered[_CHANGES] = _changes_of(context.compiled, dict(schemas), default, declared)
+        known = remembered[_CHANGES] = _changes_of(context.compiled, dict(schemas), default)
     return known
 
 
@@ -103,10 +102,13 @@ _CHANGES = "_querycache_changes"
 _NONE: SchemaMap = {}
 
 
-def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None, declared: object) -> Changes:
+def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Changes:
     tags: set[str] = set()
     tables = []
-    for table, deletes, updates in sa_internals.written(compiled):
+    written = sa_internals.written(compiled)
+    metadata = frozenset(table.metadata for table, _, _ in written if table is not None)
+    declared = declared_now(metadata)
+    for table, deletes, updates in written:
         if table is None:
             tags.add(EVERYTHING)
             continue
@@ -121,7 +123,7 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None, declared
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(_tags_of_actions(table, delete, schemas, default))
-    return Changes(frozenset(tags), tuple(tables), schemas, default, declared)
+    return Changes(frozenset(tags), tuple(tables), schemas, default, metadata, declared)
 
 
 def _tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:

@@ -20,8 +20,8 @@ from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
 from querycache import sa_internals
-from querycache.changes import SchemaMap, WrittenTable
-from querycache.tables import row_write_tags
+from querycache.changes import WrittenTable
+from querycache.tables import SchemaMap, row_write_tags
 
 __all__ = ["FlushedRows", "Returned"]
 

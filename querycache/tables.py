@@ -48,13 +48,14 @@ from querycache import sa_internals
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
+    "SchemaMap",
     "TableName",
     "cascades",
     "cascades_elsewhere",
+    "declared_now",
     "declared_tags",
     "follows_all",
     "label_of",
-    "memo",
     "reader_labels",
     "row_labels",
     "row_write_tags",
@@ -67,6 +68,9 @@ __all__ = [
 
 TableName = tuple[str | None, str]
 """Schema (None for the default one) and name of a table."""
+
+SchemaMap = Mapping[str | None, str | None]
+"""A ``schema_translate_map``."""
 
 
 # --- tracked columns and slots -----------------------------------------------------------------------
@@ -141,7 +145,7 @@ _DIGITS = frozenset("0123456789eE")
 # --- names -------------------------------------------------------------------------------------------
 
 
-def translated(table: TableName, translate: Mapping[str | None, str | None]) -> TableName:
+def translated(table: TableName, translate: SchemaMap) -> TableName:
     schema, name = table
     return translate.get(schema, schema), name
 
@@ -231,9 +235,7 @@ def row_write_tags(
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    known = sa_internals.known_metadata()
-    if table.metadata not in known:
-        known |= {table.metadata}
+    known = _known_with(frozenset([table.metadata]))
     # not the table itself: in statements of the ORM it has annotations, which lead to a mapper
     memo, key = _memo(known), (table.metadata, table.key, delete)
     found: frozenset[Table] | None = memo.get(key)
@@ -242,12 +244,19 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     return found
 
 
-def memo() -> dict[Any, Any]:
-    """To remember what follows from the declared tables: another dictionary as soon as there are others."""
-    return _memo(sa_internals.known_metadata())
+def declared_now(metadata: frozenset[MetaData]) -> object:
+    """Stands for the tables that are declared there and where the mapped ones are: another one as soon as there are
+    others."""
+    return _memo(_known_with(metadata))
+
+
+def _known_with(metadata: frozenset[MetaData]) -> frozenset[MetaData]:
+    known = sa_internals.known_metadata()
+    return known if metadata <= known else known | metadata
 
 
 def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
+    """To remember what follows from the declared tables, for as long as there are no others."""
     return _memo_of(known, sum(len(each.tables) for each in known))
 
 

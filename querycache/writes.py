@@ -32,7 +32,7 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import sa_internals
-from querycache.changes import SchemaMap, WrittenTable, changes_of
+from querycache.changes import WrittenTable, changes_of
 from querycache.dependencies import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
@@ -40,7 +40,7 @@ from querycache.ledger import Ledger
 from querycache.options import names
 from querycache.phases import Marking, Phases
 from querycache.regions import Regions
-from querycache.tables import cascades_elsewhere, set_write_tags, translated
+from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
 
@@ -346,11 +346,9 @@ class Writes:
         element = getattr(context.compiled.statement, "element", None)
         table = element if isinstance(element, Table) else getattr(element, "table", None)
         if isinstance(table, Table):
-            default = connection.dialect.default_schema_name
-            self._note(
-                connection,
-                set_write_tags(translated((table.schema, table.name), _schema_map(context)), default),
-            )
+            schemas: SchemaMap = context.execution_options.get("schema_translate_map") or {}
+            name = translated((table.schema, table.name), schemas)
+            self._note(connection, set_write_tags(name, connection.dialect.default_schema_name))
         else:
             self._note(connection, [EVERYTHING])
 
@@ -522,7 +520,3 @@ def _commits_itself(connection: Connection, sql: str) -> bool:
         )
         return not open_after or commits(sql, "sqlite")
     return commits(sql, connection.dialect.name)
-
-
-def _schema_map(context: Any) -> SchemaMap:
-    return context.execution_options.get("schema_translate_map") or {}

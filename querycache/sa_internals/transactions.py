@@ -181,7 +181,9 @@ def has_open_statement(connection: Connection) -> bool:
     try:
         driver.execute("VACUUM INTO NULL")
     except connection.dialect.loaded_dbapi.Error as refusal:
-        driver.execute("SELECT 1").close()  # or else the refusal would be told as the reason of a later error
+        cursor = driver.cursor()
+        cursor.execute("SELECT 1")  # or else the refusal would be told as the reason of a later error
+        cursor.close()
         return "in progress" in str(refusal)
     return False
 

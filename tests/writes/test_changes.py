@@ -1,0 +1,123 @@
+"""What a statement changes is remembered with its compiled form, and found anew where it is not the same any more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import (
+    Column,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+
+from querycache import QueryCache, changes, writes
+from tests.writes.test_pitfalls_e import Library, naive
+
+_CHANGES_OF = changes.changes_of
+
+
+def for_ever(context: Any) -> changes.Changes:
+    """The naive way: what was found once."""
+    found: changes.Changes = context.compiled.__dict__.setdefault("found", _CHANGES_OF(context))
+    return found
+
+
+def test_a_table_that_is_declared_later_refers_to_one_that_is_not_mapped(sqlite_engine: Engine) -> None:
+    def check() -> None:
+        library = Library(sqlite_engine)
+        metadata = MetaData()
+        parent = Table("parent", metadata, Column("id", Integer, primary_key=True))
+        metadata.drop_all(sqlite_engine)
+        metadata.create_all(sqlite_engine)
+        library.write(parent.insert().values(id=1))
+        library.write(parent.delete().where(parent.c.id == 2))
+        reference = Column("parent_id", ForeignKey("parent.id", ondelete="CASCADE"))
+        child = Table("child", metadata, Column("id", Integer, primary_key=True), reference)
+        child.drop(sqlite_engine, checkfirst=True)
+        child.create(sqlite_engine)
+        library.write(child.insert().values(id=1, parent_id=1))
+        library.fill(select(child))
+        library.write(parent.delete().where(parent.c.id == 1))
+        assert library.is_right(select(child))
+        library.write(child.delete())
+
+    check()
+    with naive(writes, "changes_of", for_ever):
+        check()
+
+
+def test_a_unique_index_that_is_made_later(sqlite_engine: Engine) -> None:
+    def check(name: str) -> None:
+        class Base(DeclarativeBase):
+            pass
+
+        class Coin(Base):
+            __tablename__ = name
+            id: Mapped[int] = mapped_column(primary_key=True)
+            number: Mapped[int]
+            worth: Mapped[int]
+
+        Base.metadata.drop_all(sqlite_engine)
+        Base.metadata.create_all(sqlite_engine)
+        library = Library(sqlite_engine)
+        with library.sessions.begin() as session:
+            session.add(Coin(id=1, number=5, worth=1))
+        with library.sessions.begin() as session:
+            session.get_one(Coin, 1).worth = 2
+        Index(f"{name}_number", Coin.number, unique=True)
+        by_number = select(Coin.worth).where(Coin.number == 5)
+        library.fill(by_number)
+        with library.sessions.begin() as session:
+            session.get_one(Coin, 1).worth = 3
+        assert library.is_right(by_number)
+
+    check("coin")
+    with naive(writes, "changes_of", for_ever):
+        check("token")  # or the tables of the former classes would count
+
+
+@pytest.mark.server("postgresql")
+def test_one_statement_in_several_schemas(postgresql_engine: Engine) -> None:
+    def check() -> None:
+        table = Table(
+            "pot", MetaData(schema="place"), Column("id", Integer, primary_key=True), Column("worth", Integer)
+        )
+        cache = QueryCache("memory://").attach(postgresql_engine)
+        sessions = sessionmaker(postgresql_engine)
+        cache.attach(sessions)
+
+        def worth(session: Session) -> int:
+            found = select(table.c.worth).where(table.c.id == 1).execution_options(cache_key=True)
+            return session.scalars(found).one()
+
+        maps = [{"schema_translate_map": {"place": name}} for name in ("here", "there")]
+        with postgresql_engine.begin() as connection:
+            for name, options in zip(("here", "there"), maps, strict=True):
+                connection.execute(text(f"DROP SCHEMA IF EXISTS {name} CASCADE"))
+                connection.execute(text(f"CREATE SCHEMA {name}"))
+                table.create(connection.execution_options(**options))
+                connection.execute(insert(table).values(id=1, worth=0))
+        for new in (1, 2):
+            for options in maps:
+                engine = postgresql_engine.execution_options(**options)
+                with sessions(bind=engine) as session:
+                    worth(session)
+                with engine.begin() as connection:
+                    connection.execute(update(table).values(worth=new))
+                with sessions(bind=engine) as session:
+                    assert worth(session) == new
+        cache.detach(sessions)
+
+    check()
+    with naive(writes, "changes_of", for_ever):
+        check()
