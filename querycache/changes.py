@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Column, MetaData, Table
+from sqlalchemy import Column, Table
 from sqlalchemy.orm import Mapper
 
 from querycache import sa_internals
@@ -18,7 +18,6 @@ from querycache.tables import (
     SchemaMap,
     cascades,
     cascades_elsewhere,
-    declared_now,
     follows_all,
     set_write_tags,
     tracked_columns,
@@ -66,15 +65,13 @@ class Changes:
         tables: those of whose rows a flush can tell.
         schemas: what the statement's schemas are called in the database.
         default_schema: of the connection.
-        metadata: where the tables that it writes are declared.
-        declared: what was declared at that time, see :func:`~querycache.tables.declared_now`.
+        declared: what was declared when this was found.
     """
 
     tags: frozenset[str]
     tables: tuple[WrittenTable, ...]
     schemas: SchemaMap
     default_schema: str | None
-    metadata: frozenset[MetaData]
     declared: object
 
     def __bool__(self) -> bool:
@@ -89,10 +86,9 @@ def changes_of(context: Any) -> Changes:
     known: Changes | None = remembered.get(_CHANGES)
     if (
         known is None
-        or known.declared is not declared_now(known.metadata)
+        or known.declared is not sa_internals.declared()
         or known.schemas != schemas
         or known.default_schema != default
-        or any(each.tracked is not tracked_columns(each.table) for each in known.tables)
     ):
         known = remembered[_CHANGES] = _changes_of(context.compiled, dict(schemas), default)
     return known
@@ -105,10 +101,8 @@ _NONE: SchemaMap = {}
 def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Changes:
     tags: set[str] = set()
     tables = []
-    written = sa_internals.written(compiled)
-    metadata = frozenset(table.metadata for table, _, _ in written if table is not None)
-    declared = declared_now(metadata)
-    for table, deletes, updates in written:
+    declared = sa_internals.declared()  # before anything is looked at
+    for table, deletes, updates in sa_internals.written(compiled):
         if table is None:
             tags.add(EVERYTHING)
             continue
@@ -123,7 +117,7 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(_tags_of_actions(table, delete, schemas, default))
-    return Changes(frozenset(tags), tuple(tables), schemas, default, metadata, declared)
+    return Changes(frozenset(tags), tuple(tables), schemas, default, declared)
 
 
 def _tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:

@@ -52,7 +52,6 @@ __all__ = [
     "TableName",
     "cascades",
     "cascades_elsewhere",
-    "declared_now",
     "declared_tags",
     "follows_all",
     "label_of",
@@ -235,7 +234,9 @@ def row_write_tags(
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    known = _known_with(frozenset([table.metadata]))
+    known = sa_internals.known_metadata()
+    if table.metadata not in known:
+        known |= {table.metadata}
     # not the table itself: in statements of the ORM it has annotations, which lead to a mapper
     memo, key = _memo(known), (table.metadata, table.key, delete)
     found: frozenset[Table] | None = memo.get(key)
@@ -244,24 +245,13 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     return found
 
 
-def declared_now(metadata: frozenset[MetaData]) -> object:
-    """Stands for the tables that are declared there and where the mapped ones are: another one as soon as there are
-    others."""
-    return _memo(_known_with(metadata))
-
-
-def _known_with(metadata: frozenset[MetaData]) -> frozenset[MetaData]:
-    known = sa_internals.known_metadata()
-    return known if metadata <= known else known | metadata
-
-
 def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
     """To remember what follows from the declared tables, for as long as there are no others."""
-    return _memo_of(known, sum(len(each.tables) for each in known))
+    return _memo_of(sa_internals.declared(), known)
 
 
 @lru_cache(maxsize=4)
-def _memo_of(known: frozenset[MetaData], number: int) -> dict[Any, Any]:
+def _memo_of(declared: object, known: frozenset[MetaData]) -> dict[Any, Any]:
     return {}
 
 

@@ -42,6 +42,7 @@ from querycache.sa_internals.handlers import (
     run_statement,
 )
 from querycache.sa_internals.mapping import (
+    declared,
     known_metadata,
     known_tables,
     load_in_order,
@@ -115,6 +116,7 @@ __all__ = [
     "completes",
     "connections",
     "custom_constructs",
+    "declared",
     "default_isolation_level",
     "driver_isolation_level",
     "driver_settings",

@@ -6,13 +6,21 @@ from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import MetaData, Table, event, inspect, util
+from sqlalchemy import Column, Constraint, Index, MetaData, Table, event, inspect, util
 from sqlalchemy.orm import Mapper, MapperProperty
 from sqlalchemy.orm.mapper import _all_registries
 
 from querycache.errors import ConfigurationError
 
-__all__ = ["known_metadata", "known_tables", "load_in_order", "mappers_of", "remembered", "tables_of"]
+__all__ = [
+    "declared",
+    "known_metadata",
+    "known_tables",
+    "load_in_order",
+    "mappers_of",
+    "remembered",
+    "tables_of",
+]
 
 T = TypeVar("T")
 
@@ -30,11 +38,11 @@ def tables_of(entity: Any) -> list[Table]:
 
 
 def remembered(table: Table, make: Callable[[Table], T]) -> T:
-    """What a function makes of a table; kept with that, so that it goes with it, until the table is given more."""
-    size = len(table.columns), len(table.constraints), len(table.indexes)
-    known: tuple[tuple[int, int, int], dict[Any, Any]] | None = table.__dict__.get(_REMEMBERED)
-    if known is None or known[0] != size:
-        known = table.__dict__[_REMEMBERED] = size, {}
+    """What a function makes of a table; kept with that, so that it goes with it, until something is declared."""
+    now = declared()
+    known: tuple[object, dict[Any, Any]] | None = table.__dict__.get(_REMEMBERED)
+    if known is None or known[0] is not now:
+        known = table.__dict__[_REMEMBERED] = now, {}
     made: T | None = known[1].get(make)
     if made is None:
         made = known[1][make] = make(table)
@@ -51,29 +59,38 @@ def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:
             yield manager.mapper
 
 
-def known_metadata() -> frozenset[MetaData]:
-    """Where the mapped tables are declared."""
+def declared() -> object:
+    """Stands for all that is declared: another one whenever a class is mapped, or a table is declared or given more.
+
+    What was found out about tables is right as long as it is the one from before.
+    """
     _follow()
-    return _known_metadata(_mapped)
+    return _declared
 
 
-_mapped = object()
-"""Another one whenever a class was mapped."""
+_declared = object()
 
 
 @cache
 def _follow() -> None:
-    event.listen(Mapper, "after_mapper_constructed", _note_mapping)
+    event.listen(Mapper, "after_mapper_constructed", _note)
+    for kind in (Table, Column, Constraint, Index):
+        event.listen(kind, "after_parent_attach", _note)
 
 
-def _note_mapping(mapper: Mapper[Any], cls: type[Any]) -> None:
-    global _mapped
-    _mapped = object()
+def _note(*_: object) -> None:
+    global _declared
+    _declared = object()
+
+
+def known_metadata() -> frozenset[MetaData]:
+    """Where the mapped tables are declared."""
+    return _known_metadata(declared())
 
 
 @lru_cache(maxsize=1)
-def _known_metadata(mapped: object) -> frozenset[MetaData]:
-    """Kept until another class is mapped, since each write asks. The registries are not, or they would live for ever."""
+def _known_metadata(now: object) -> frozenset[MetaData]:
+    """Kept, since each write asks. The registries are not, or they would live for ever."""
     return frozenset(
         table.metadata
         for registry in _all_registries()
