@@ -7,14 +7,16 @@ it states, and a pipeline ends when each of its commands has been answered.
 
 from __future__ import annotations
 
+import io
 import selectors
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from querycache.backends.breaker import CircuitBreaker
+from querycache.backends.patience import Patience
 from querycache.backends.pool import Pool
 from querycache.backends.url import without_password
 from querycache.errors import CacheUnavailable, ConfigurationError
@@ -65,6 +67,27 @@ class Pipeline:
         return b"\r\n".join((*self._commands, b""))
 
 
+class _Pieces(io.RawIOBase):
+    """What is read from a socket, as long as patience lasts."""
+
+    def __init__(self, source: socket.socket, patience: Patience) -> None:
+        self._source = source
+        self._patience = patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._source.recv_into(buffer)
+        self._patience.received(size)
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            self._source.close()
+        super().close()
+
+
 class _Connection:
     """A socket, and what was read from it beyond the current reply."""
 
@@ -78,18 +101,22 @@ class _Connection:
             self._socket.settimeout(timeout)
             self._socket.connect(address)
         self._timeout = timeout
-        self._input = self._socket.makefile("rb", 2**16)
+        self._patience = Patience(timeout)
+        self._input = io.BufferedReader(_Pieces(self._socket, self._patience), 2**16)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
 
     def close(self) -> None:
         self._selector.close()
-        self._input.close()
-        self._socket.close()
+        self._input.close()  # and with it the socket
 
     def is_idle(self) -> bool:
         """Whether nothing can be read: neither the end of a connection that the server closed, nor data."""
         return not self._selector.select(0)
+
+    def start(self) -> None:
+        """From now on replies are waited for."""
+        self._patience.start()
 
     def send(self, data: bytes) -> list[Reply]:
         """Send, and take the replies that come meanwhile, lest both sides wait for the other to read."""
@@ -97,6 +124,7 @@ class _Connection:
         if len(data) <= _IN_FLIGHT:
             self._socket.sendall(data)
             return replies
+        self.start()
         rest = memoryview(data)
         self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
         while rest:
@@ -125,6 +153,7 @@ class _Connection:
 
     def read_statistics(self, command: bytes) -> dict[str, str]:
         self._socket.sendall(command + b"\r\n")
+        self.start()
         found: dict[str, str] = {}
         while (line := self._read_line()) != b"END":
             kind, _, rest = line.decode("utf-8", "replace").partition(" ")
@@ -181,6 +210,7 @@ class Server:
     def _check(self, connection: _Connection) -> None:
         settings = connection.read_statistics(b"stats settings")
         connection.send(b"mn\r\n")
+        connection.start()
         if connection.read_reply().code != b"MN":
             raise UnsuitableServer("is too old: memcached 1.6 or later is needed, for its meta commands")
         if settings.get("cas_enabled", "yes") != "yes":
@@ -239,6 +269,7 @@ def converse(
         for (server, pipeline), slot, replies in zip(batches, taken, answers, strict=True):
             with _faults(server):
                 assert slot.connection is not None
+                slot.connection.start()
                 replies.extend(slot.connection.read_reply() for _ in range(len(pipeline) - len(replies)))
             server.breaker.succeeded()
             complete += 1

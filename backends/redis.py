@@ -125,7 +125,8 @@ class RedisBackend(StoreBackend):
         ``unix:///path?db=0``, or ``valkey://`` and ``valkeys://``, with these options in its query or beside
         it:
 
-        ``timeout``: seconds for connecting, for each answer, and for a free connection (default 0.5).
+        ``timeout``: seconds for connecting, for each answer (and as many again for each megabyte of it), and for a
+        free connection (default 0.5).
 
         ``max_connections``: of this process; more threads than that wait for a free one (default 50).
 
@@ -341,12 +342,12 @@ class RedisBackend(StoreBackend):
         if not counters:
             return []
 
-        def call(run: str) -> list[tuple[Any, ...]]:
-            return [_call(_script(name), self._names(run).of(counters), arguments)]
+        def call(run: str) -> tuple[Any, ...]:
+            return _call(_script(name), self._names(run).of(counters), arguments)
 
-        [reply] = self._exchange(call, essential, refusable=True, length=length)
+        [reply] = self._exchange(lambda run: [call(run)], essential, refusable=True, length=length)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-            [reply] = self._exchange(lambda run: [_in_full(call(run)[0], name)], essential, length=length)
+            [reply] = self._exchange(lambda run: [_in_full(call(run), name)], essential, length=length)
         elif isinstance(reply, redis.ResponseError):
             raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
         return reply  # type: ignore[no-any-return]

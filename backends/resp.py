@@ -15,6 +15,8 @@ from typing import Any
 import hiredis
 import redis
 
+from querycache.backends.patience import Patience
+
 __all__ = ["CONNECTIONS", "Command", "Wire", "increment"]
 
 Command = tuple[Any, ...] | bytes
@@ -93,6 +95,7 @@ class Wire:
         self._reader: Any = None
         self._has_data: Callable[[], object] = bool
         self._again: Callable[[], Command] | None = None
+        self._patience = Patience(connection.socket_timeout)
 
     def open(self) -> None:
         """Make sure that the server is there and nothing is left to read, as far as shows without asking it."""
@@ -128,6 +131,7 @@ class Wire:
             self._socket.sendall(b"".join(map(_packed, commands)))
             if meanwhile is not None:
                 meanwhile()
+            self._patience.start()
             return [self._read() for _ in commands]
         except BaseException:
             self.close()
@@ -155,6 +159,7 @@ class Wire:
         """Read the reply to what was posted."""
         again, self._again = self._again, None
         try:
+            self._patience.start()
             reply = self._read()
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
@@ -172,4 +177,6 @@ class Wire:
                 raise redis.ConnectionError("the server closed the connection")
             reader.feed(data)
             reply = reader.gets()
+            if reply is _INCOMPLETE:
+                self._patience.received(len(data))
         return reply

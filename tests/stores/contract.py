@@ -10,6 +10,7 @@ import contextlib
 import pickle
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -439,6 +440,12 @@ class ServerContract:
                     store.fetch("entry", ["tag"])
             assert server.connections == asked
 
+    def test_an_answer_that_comes_a_byte_at_a_time(self, connect: Connect) -> None:
+        with DrippingServer() as server:
+            store = connect("127.0.0.1", server.port)
+            with pytest.raises(CacheUnavailable, match="takes too long"):
+                store.fetch("entry", ["tag"])
+
     def test_writers_try_all_the_same(self, connect: Connect) -> None:
         with FakeServer(b"") as server:
             store = connect("127.0.0.1", server.port)
@@ -491,6 +498,24 @@ class FakeServer:
                     connection.recv(65_536)
                     connection.sendall(self._answer)
                     connection.shutdown(socket.SHUT_RDWR)
+
+
+class DrippingServer(FakeServer):
+    """Begins an answer, and hangs up long before it ends."""
+
+    def __init__(self) -> None:
+        super().__init__(b"+")
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            self._open.append(connection)
+            while (asked := connection.recv(65_536)) and asked.count(b"SETINFO"):
+                connection.sendall(b"+OK\r\n" * asked.count(b"SETINFO"))  # redis-py introduces itself
+            for _ in range(300):
+                connection.sendall(self._answer or b"")
+                time.sleep(0.01)
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def region_of(backend: str, **arguments: object) -> CacheRegion:
