@@ -64,14 +64,12 @@ class Changes:
         tags: those that change in any case.
         tables: those of whose rows a flush can tell.
         schemas: what the statement's schemas are called in the database.
-        default_schema: of the connection.
         declared: what was declared when this was found.
     """
 
     tags: frozenset[str]
     tables: tuple[WrittenTable, ...]
     schemas: SchemaMap
-    default_schema: str | None
     declared: object
 
     def __bool__(self) -> bool:
@@ -82,27 +80,32 @@ def changes_of(context: Any) -> Changes:
     """What the statement of an execution changes."""
     schemas: SchemaMap = context.execution_options.get("schema_translate_map") or _NONE
     default = context.dialect.default_schema_name
-    remembered = context.compiled.__dict__
-    known: Changes | None = remembered.get(_CHANGES)
-    if (
-        known is None
-        or known.declared is not sa_internals.declared()
-        or known.schemas != schemas
-        or known.default_schema != default
-    ):
-        known = remembered[_CHANGES] = _changes_of(context.compiled, dict(schemas), default)
-    return known
+    key = default, frozenset(schemas.items()) if schemas else _NONE_SET
+    known: dict[object, Changes] = context.compiled.__dict__.setdefault(_CHANGES, {})
+    found = known.get(key)
+    if found is None or found.declared is not sa_internals.declared():
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        found = known[key] = _changes_of(context.compiled, dict(schemas), default)
+    return found
 
 
 _CHANGES = "_querycache_changes"
+_MOST_KNOWN = 64
+"""An application may have a schema for each of its customers."""
 _NONE: SchemaMap = {}
+_NONE_SET: frozenset[Any] = frozenset()
 
 
 def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Changes:
     tags: set[str] = set()
     tables = []
-    declared = sa_internals.declared()  # before anything is looked at
-    for table, deletes, updates in sa_internals.written(compiled):
+    written = sa_internals.written(compiled)
+    for table, _, _ in written:
+        if table is not None:
+            sa_internals.declared(table.metadata)
+    declared = sa_internals.declared()  # of all of them, and before anything is looked at
+    for table, deletes, updates in written:
         if table is None:
             tags.add(EVERYTHING)
             continue
@@ -117,7 +120,7 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(_tags_of_actions(table, delete, schemas, default))
-    return Changes(frozenset(tags), tuple(tables), schemas, default, declared)
+    return Changes(frozenset(tags), tuple(tables), schemas, declared)
 
 
 def _tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:

@@ -23,7 +23,7 @@ from querycache import sa_internals
 from querycache.changes import WrittenTable
 from querycache.tables import SchemaMap, row_write_tags
 
-__all__ = ["FlushedRows", "Returned"]
+__all__ = ["FlushedRows"]
 
 Returned = dict[tuple[object, ...], tuple[object, ...]]
 """Values of the followed columns by primary key, as UPDATE has returned them."""
@@ -78,8 +78,8 @@ class FlushedRows:
         if not inserted:
             primary_key = self.written.table.primary_key
             if len(key) < len(primary_key):  # not all of it can be tracked
-                known = [sa_internals.held(state.mapper, column) for column in primary_key]
-                key = [sa_internals.old_and_new(state, held)[1] for held in known]
+                held_key = [sa_internals.held(state.mapper, column) for column in primary_key]
+                key = [sa_internals.old_and_new(state, held)[1] for held in held_key]
             self.moved = self.moved or deleted or unknown in key
             self.updated.add(tuple(key))
 

@@ -82,11 +82,13 @@ def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
 
 def _tracked(table: Table) -> tuple[Column[Any], ...]:
     tracked = dict.fromkeys(table.primary_key.columns)
-    tracked.update(dict.fromkeys(column for column in table.columns if column.foreign_keys or column.unique))
-    for constraint in table.constraints:
+    tracked.update(
+        dict.fromkeys(column for column in list(table.columns) if column.foreign_keys or column.unique)
+    )
+    for constraint in list(table.constraints):
         if isinstance(constraint, UniqueConstraint):
             tracked.update(dict.fromkeys(constraint.columns))
-    for index in table.indexes:
+    for index in list(table.indexes):
         if index.unique:
             tracked.update(dict.fromkeys(index.columns))
     return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
@@ -100,6 +102,15 @@ def follows_all(table: Table, schema: str | None, default_schema: str | None) ->
         schema: its schema in the database.
         default_schema: the connection's default schema.
     """
+    memo = _memo(sa_internals.known_metadata())
+    key = "follows all", table.metadata, table.key, schema, default_schema
+    found: bool | None = memo.get(key)
+    if found is None:
+        found = memo[key] = _follows_all(table, schema, default_schema)
+    return found
+
+
+def _follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
     own = {column.name for column in tracked_columns(table)}
     labels = {_writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
     return all(
@@ -234,6 +245,7 @@ def row_write_tags(
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
+    sa_internals.declared(table.metadata)
     known = sa_internals.known_metadata()
     if table.metadata not in known:
         known |= {table.metadata}
@@ -282,11 +294,16 @@ def cascades_elsewhere(name: str, *, delete: bool, besides: Table | None = None)
 def _cascades(table: Table, delete: bool, known: frozenset[MetaData]) -> frozenset[Table]:
     found: set[tuple[Table, bool]] = set()
     todo = [(table, delete)]
-    others = [other for metadata in known for other in metadata.tables.values() if other.foreign_keys]
+    others = [
+        (other, list(other.foreign_keys))
+        for metadata in known
+        for other in sa_internals.tables_in(metadata)
+        if other.foreign_keys
+    ]
     while todo:
         current, deleted = todo.pop()
-        for other in others:
-            for key in other.foreign_keys:
+        for other, keys in others:
+            for key in keys:
                 action = ((key.ondelete if deleted else key.onupdate) or "").upper()
                 # PostgreSQL: SET NULL (column)
                 if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):

@@ -340,7 +340,7 @@ class Writes:
         if rows is None:
             rows = tables[key] = FlushedRows(written, schemas)
         if written.followed and context.isupdate:
-            sa_internals.ask_for(context, written.table, written.followed, rows.returned)
+            sa_internals.ask_for(context, written.table, rows.written.followed, rows.returned)
 
     def _note_ddl(self, connection: Connection, context: Any) -> None:
         element = getattr(context.compiled.statement, "element", None)

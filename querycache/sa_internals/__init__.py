@@ -48,6 +48,7 @@ from querycache.sa_internals.mapping import (
     load_in_order,
     mappers_of,
     remembered,
+    tables_in,
     tables_of,
 )
 from querycache.sa_internals.planning import Plan, Unpreparable, key_place
@@ -165,6 +166,7 @@ __all__ = [
     "run_later_handlers",
     "run_statement",
     "savepoint_word",
+    "tables_in",
     "tables_of",
     "tap",
     "tell_of_reading",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from typing import Any, TypeVar
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Column, Constraint, Index, MetaData, Table, event, inspect, util
 from sqlalchemy.orm import Mapper, MapperProperty
 from sqlalchemy.orm.mapper import _all_registries
+from sqlalchemy.schema import SchemaItem
 
 from querycache.errors import ConfigurationError
 
@@ -19,6 +21,7 @@ __all__ = [
     "load_in_order",
     "mappers_of",
     "remembered",
+    "tables_in",
     "tables_of",
 ]
 
@@ -39,7 +42,7 @@ def tables_of(entity: Any) -> list[Table]:
 
 def remembered(table: Table, make: Callable[[Table], T]) -> T:
     """What a function makes of a table; kept with that, so that it goes with it, until something is declared."""
-    now = declared()
+    now = declared(table.metadata)
     known: tuple[object, dict[Any, Any]] | None = table.__dict__.get(_REMEMBERED)
     if known is None or known[0] is not now:
         known = table.__dict__[_REMEMBERED] = now, {}
@@ -59,26 +62,38 @@ def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:
             yield manager.mapper
 
 
-def declared() -> object:
-    """Stands for all that is declared: another one whenever a class is mapped, or a table is declared or given more.
+def declared(metadata: MetaData | None = None) -> object:
+    """Stands for all that is declared: another one whenever a class is mapped, or a table is declared or given more where
+    mapped ones are, or where this was asked about.
 
     What was found out about tables is right as long as it is the one from before.
     """
     _follow()
+    if metadata is not None and metadata not in _heeded:
+        _heeded.add(metadata)
     return _declared
 
 
 _declared = object()
 
+_heeded: weakref.WeakSet[MetaData] = weakref.WeakSet()
+"""Of others, which an application may make for each request, nothing is remembered."""
+
 
 @cache
 def _follow() -> None:
-    event.listen(Mapper, "after_mapper_constructed", _note)
+    event.listen(Mapper, "after_mapper_constructed", _forget)
     for kind in (Table, Column, Constraint, Index):
         event.listen(kind, "after_parent_attach", _note)
 
 
-def _note(*_: object) -> None:
+def _note(item: SchemaItem, parent: object) -> None:
+    metadata = parent.metadata if isinstance(parent, Table) else parent
+    if isinstance(metadata, MetaData) and metadata in _heeded:
+        _forget()
+
+
+def _forget(*_: object) -> None:
     global _declared
     _declared = object()
 
@@ -91,13 +106,21 @@ def known_metadata() -> frozenset[MetaData]:
 @lru_cache(maxsize=1)
 def _known_metadata(now: object) -> frozenset[MetaData]:
     """Kept, since each write asks. The registries are not, or they would live for ever."""
-    return frozenset(
+    found = frozenset(
         table.metadata
         for registry in _all_registries()
         for mapper in mappers_of(registry)
         for table in mapper.tables
         if isinstance(table, Table)
     )
+    for metadata in found:
+        _heeded.add(metadata)
+    return found
+
+
+def tables_in(metadata: MetaData) -> list[Table]:
+    """The tables that are declared there; but for one that another thread is just making, which will be told of."""
+    return [table for table in list(metadata.tables.values()) if "foreign_keys" in table.__dict__]
 
 
 def known_tables(name: str) -> list[Table]:
@@ -105,7 +128,7 @@ def known_tables(name: str) -> list[Table]:
     return [
         table
         for metadata in known_metadata()
-        for table in metadata.tables.values()
+        for table in tables_in(metadata)
         if table.name.lower() == name.lower()
     ]
 

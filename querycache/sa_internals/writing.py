@@ -180,16 +180,6 @@ class Written(NamedTuple):
 
 def written(compiled: Any) -> list[Written]:
     """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
-    found: list[Written] | None = compiled.__dict__.get(_WRITTEN)
-    if found is None:
-        found = compiled.__dict__[_WRITTEN] = _all_written(compiled)
-    return found
-
-
-_WRITTEN = "_querycache_written"
-
-
-def _all_written(compiled: Any) -> list[Written]:
     found = []
     statement = _dml(compiled)
     if statement.is_dml:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -18,9 +21,10 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column, sessionmaker
 
-from querycache import QueryCache, changes, writes
+from querycache import QueryCache, changes, sa_internals, writes
+from tests.writes.library import Book
 from tests.writes.test_pitfalls_e import Library, naive
 
 _CHANGES_OF = changes.changes_of
@@ -121,3 +125,63 @@ def test_one_statement_in_several_schemas(postgresql_engine: Engine) -> None:
     check()
     with naive(writes, "changes_of", for_ever):
         check()
+
+
+def test_tables_that_are_made_for_a_moment_make_nothing_forgotten(sqlite_engine: Engine) -> None:
+    library = Library(sqlite_engine)
+    before = sa_internals.declared(Book.metadata)
+    Table(
+        "moment", MetaData(), Column("id", Integer, primary_key=True), Column("number", Integer, unique=True)
+    )
+    library.write(insert(Book).values(id=900, title="new", price=1, author_id=1))
+    assert sa_internals.declared() is before
+    try:
+        Table("for_good", Book.metadata, Column("id", Integer, primary_key=True))
+        assert sa_internals.declared() is not before
+    finally:
+        Book.metadata.remove(Book.metadata.tables["for_good"])
+
+
+def test_what_is_asked_changes_nothing_of_what_is_declared(sqlite_engine: Engine) -> None:
+    library = Library(sqlite_engine)
+    before = sa_internals.declared(Book.metadata)
+    books, other = select(Book).cte(), aliased(Book)
+    sub = select(Book.id, Book.author_id).subquery()
+    library.database(
+        select(books.c.id, other.id, sub.c.id).where(other.id == books.c.id, sub.c.id == other.id)
+    )
+    assert sa_internals.declared() is before
+
+
+def test_writes_while_another_thread_declares_tables(sqlite_engine: Engine) -> None:
+    library = Library(sqlite_engine)
+    metadata = MetaData()
+    parent = Table("busy", metadata, Column("id", Integer, primary_key=True))
+    parent.create(sqlite_engine, checkfirst=True)
+    done = threading.Event()
+
+    def declare() -> None:
+        for number in itertools.count():
+            if done.is_set():
+                return
+            Table(
+                f"busy_{number % 500}_{number}",
+                metadata,
+                Column("id", Integer, primary_key=True),
+                Column("parent_id", ForeignKey("busy.id", ondelete="CASCADE")),
+            )
+            if number % 500 == 499:
+                metadata.clear()
+                parent.to_metadata(metadata)
+
+    thread = threading.Thread(target=declare)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for _ in range(60):
+            library.write(parent.delete())
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)

@@ -267,7 +267,7 @@ def test_E3_secondary_tables(library: Library) -> None:
 
 def forget_declarations() -> None:
     """What follows from the declared tables is found anew."""
-    sa_internals.mapping._note()
+    sa_internals.mapping._forget()
 
 
 def check_cascade(library: Library) -> None:
