@@ -16,6 +16,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Table,
+    event,
     insert,
     select,
     text,
@@ -185,3 +186,34 @@ def test_writes_while_another_thread_declares_tables(sqlite_engine: Engine) -> N
         done.set()
         thread.join()
         sys.setswitchinterval(interval)
+
+
+def test_an_index_that_is_made_within_a_flush(sqlite_engine: Engine) -> None:
+    class Base(DeclarativeBase):
+        pass
+
+    class Coin(Base):
+        __tablename__ = "pawned"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        number: Mapped[int] = mapped_column(unique=True)
+        worth: Mapped[int] = mapped_column(default=0)
+        year: Mapped[int] = mapped_column(default=0)
+
+    Base.metadata.create_all(sqlite_engine)
+    library = Library(sqlite_engine)
+    with library.sessions.begin() as session:
+        session.add_all([Coin(id=1, number=1), Coin(id=2, number=2)])
+
+    made = []
+
+    def declare(connection: Any, cursor: Any, sql: str, *rest: object) -> None:
+        if sql.startswith("UPDATE") and not made:
+            made.append(Index("pawned_year", Coin.year, unique=True))
+
+    event.listen(sqlite_engine, "after_cursor_execute", declare)
+    coins = select(Coin.id, Coin.worth, Coin.year).order_by(Coin.id)
+    library.fill(coins)
+    with library.sessions.begin() as session:
+        first, second = session.get_one(Coin, 1), session.get_one(Coin, 2)
+        first.worth, second.year = 5, 6
+    assert library.is_right(coins)
