@@ -80,7 +80,7 @@ def changes_of(context: Any) -> Changes:
     """What the statement of an execution changes."""
     schemas: SchemaMap = context.execution_options.get("schema_translate_map") or _NONE
     default = context.dialect.default_schema_name
-    key = default, frozenset(schemas.items()) if schemas else _NONE_SET
+    key = default, frozenset(schemas.items())
     known: dict[object, Changes] = context.compiled.__dict__.setdefault(_CHANGES, {})
     found = known.get(key)
     if found is None or found.declared is not sa_internals.declared():
@@ -94,7 +94,6 @@ _CHANGES = "_querycache_changes"
 _MOST_KNOWN = 64
 """An application may have a schema for each of its customers."""
 _NONE: SchemaMap = {}
-_NONE_SET: frozenset[Any] = frozenset()
 
 
 def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Changes:
