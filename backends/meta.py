@@ -73,14 +73,23 @@ class _Pieces(io.RawIOBase):
     def __init__(self, source: socket.socket, patience: Patience) -> None:
         self._source = source
         self._patience = patience
+        self._latest = 0
+
+    def start(self) -> None:
+        """From now on replies are waited for."""
+        self._patience.start()
+        self._latest = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = self._source.recv_into(buffer)
-        self._patience.received(size)
-        return size
+        if (
+            self._latest
+        ):  # and not after this piece: what is here is taken, however late this thread comes for it
+            self._patience.received(self._latest)
+        self._latest = self._source.recv_into(buffer)
+        return self._latest
 
     def close(self) -> None:
         if not self.closed:
@@ -101,8 +110,8 @@ class _Connection:
             self._socket.settimeout(timeout)
             self._socket.connect(address)
         self._timeout = timeout
-        self._patience = Patience(timeout)
-        self._input = io.BufferedReader(_Pieces(self._socket, self._patience), 2**16)
+        self._pieces = _Pieces(self._socket, Patience(timeout))
+        self._input = io.BufferedReader(self._pieces, 2**16)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
 
@@ -116,7 +125,7 @@ class _Connection:
 
     def start(self) -> None:
         """From now on replies are waited for."""
-        self._patience.start()
+        self._pieces.start()
 
     def send(self, data: bytes) -> list[Reply]:
         """Send, and take the replies that come meanwhile, lest both sides wait for the other to read."""
