@@ -17,6 +17,7 @@ former runs, go by themselves, whatever number of names the application makes up
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from hashlib import sha1
@@ -230,28 +231,21 @@ class RedisBackend(StoreBackend):
         def increments(run: str) -> list[Command]:
             nonlocal names
             names = self._names(run)
-            planted = str(versions.planted(versions.fresh()))
-            new = [counter for counter in counters[1:] if counter not in names.met]
-            return [
-                # The first is the witness: as long as it is marked, no other that is lost can be taken for clean. So it
-                # neither expires now, nor is it left without a version where it was lost.
-                *(
-                    ("SET", names[counter], planted, "NX", "EX", _COUNTER_TTL)
-                    for counter in (counters[0], *new)
-                ),
-                ("EXPIRE", names[counters[0]], _COUNTER_TTL),
-                *map(increment, names.of(counters)),
-            ]
+            return names.marking(counters)
 
         found = self._exchange(increments, essential=True, refusable=True)[-len(counters) :]
         marks = {
-            counter: (version // versions.INCARNATION, 0)
-            for counter, version in zip(counters, found, strict=True)
-            if type(version) is int and versions.is_marked(version)
+            counter: (incarnation, 0)
+            for counter, incarnation in zip(counters, versions.marked(found), strict=True)
+            if incarnation is not None
         }
         if len(marks) < len(counters):
-            marks |= self._begin_anew([counter for counter in counters if counter not in marks])
-        names.met.update(counters)
+            marks |= self._begin_anew(
+                [counter for counter in counters if counter not in marks]
+                if versions.is_version(found[0])
+                else counters  # without a mark on the witness, somebody may have taken off all others
+            )
+        names.met(counters)
         return marks
 
     def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
@@ -267,7 +261,7 @@ class RedisBackend(StoreBackend):
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
         # need not stand by.
         if marks:
-            self._post("end", list(marks), _COUNTER_TTL, *(incarnation for incarnation, _ in marks.values()))
+            self._post("end", list(marks), _COUNTER_TTL, *[incarnation for incarnation, _ in marks.values()])
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)
@@ -323,7 +317,7 @@ class RedisBackend(StoreBackend):
 
     def _names(self, run: str) -> _Names:
         known = self._known_names
-        if known.run != run:
+        if known.run != run or time.monotonic() > known.old:
             known = self._known_names = _Names(run)
         return known
 
@@ -449,27 +443,50 @@ def _encode(key: str) -> bytes:
 
 
 class _Names(dict[str, bytes]):
-    """What counters are called in one run of the server; it remembers those of late.
+    """What counters are called in one run of the server; for an hour, and not too many of them.
 
     Attributes:
-        met: those that this process has marked, so that they are likely to be there.
+        increments: for those that this process has marked, so that they are likely to be there, what marks them.
     """
 
     def __init__(self, run: str) -> None:
         self.run = run
-        self.met: set[str] = set()
+        self.old = time.monotonic() + _NAMES_FOR
+        self.increments: dict[str, Command] = {}
 
     def __missing__(self, counter: str) -> bytes:
         if len(self) >= _MOST_NAMES:
             self.clear()
-            self.met = set()
+            self.increments = {}
         name = self[counter] = _encode(f"{counter}@{self.run}")
         return name
 
     def of(self, counters: Sequence[str]) -> list[bytes]:
         return [self[counter] for counter in counters]
 
+    def marking(self, counters: Sequence[str]) -> list[Command]:
+        """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
+        known = self.increments
+        new = [counter for counter in counters if counter not in known]
+        if not new:
+            return [known[counter] for counter in counters]
+        planted = str(versions.planted(versions.fresh()))
+        commands: list[Command] = [("SET", self[each], planted, "NX", "EX", _COUNTER_TTL) for each in new]
+        if new[0] == counters[0]:
+            # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire.
+            commands.append(("EXPIRE", self[new[0]], _COUNTER_TTL))
+        commands += [known.get(counter) or increment(self[counter]) for counter in counters]
+        return commands
 
+    def met(self, counters: Sequence[str]) -> None:
+        """They were marked."""
+        for counter in counters:
+            if counter not in self.increments:
+                self.increments[counter] = increment(self[counter])
+
+
+_NAMES_FOR = 3600.0
+"""Seconds after which counters count as new: a small part of their time to live."""
 _MOST_NAMES = 10_000
 
 

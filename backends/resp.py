@@ -31,10 +31,6 @@ def increment(key: bytes) -> Command:
     return b"*2\r\n$4\r\nINCR\r\n$%d\r\n%b\r\n" % (len(key), key)
 
 
-def _packed(command: Command) -> bytes:
-    return command if isinstance(command, bytes) else hiredis.pack_command(command)
-
-
 def _refusal(message: str) -> redis.ResponseError:
     """What the server answered to a command that it did not carry out; the first word says why."""
     kind = redis.exceptions.NoScriptError if message.startswith("NOSCRIPT") else redis.ResponseError
@@ -128,22 +124,27 @@ class Wire:
         :param meanwhile: is called between the two.
         """
         try:
-            self._socket.sendall(b"".join(map(_packed, commands)))
+            packed = [each if isinstance(each, bytes) else hiredis.pack_command(each) for each in commands]
+            self._socket.sendall(b"".join(packed))
             if meanwhile is not None:
                 meanwhile()
             self._patience.start()
-            return [self._read() for _ in commands]
+            replies = []
+            for _ in commands:
+                reply = self._reader.gets()
+                replies.append(self._read() if reply is _INCOMPLETE else reply)
+            return replies
         except BaseException:
             self.close()
             raise
 
-    def post(self, command: Command, again: Callable[[], Command]) -> None:
+    def post(self, command: tuple[Any, ...], again: Callable[[], Command]) -> None:
         """Send a command, and leave its reply to be read when the wire is used next.
 
         :param again: gives what to send then, where the server did not have the script.
         """
         try:
-            self._socket.sendall(_packed(command))
+            self._socket.sendall(hiredis.pack_command(command))
         except BaseException:
             self.close()
             raise
@@ -169,14 +170,13 @@ class Wire:
             self.converse([again()])
 
     def _read(self) -> Any:
-        reader = self._reader
-        reply = reader.gets()
-        while reply is _INCOMPLETE:
+        """The next reply, which has not come yet or not all of it."""
+        while True:
             data = self._socket.recv(_CHUNK)
             if not data:
                 raise redis.ConnectionError("the server closed the connection")
-            reader.feed(data)
-            reply = reader.gets()
-            if reply is _INCOMPLETE:
-                self._patience.received(len(data))
-        return reply
+            self._reader.feed(data)
+            reply = self._reader.gets()
+            if reply is not _INCOMPLETE:
+                return reply
+            self._patience.received(len(data))

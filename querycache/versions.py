@@ -33,6 +33,7 @@ carry it out under a lock, in a script on the server, or by compare-and-swap.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import lru_cache
 
 __all__ = [
@@ -49,8 +50,9 @@ __all__ = [
     "healed",
     "incarnation_of",
     "is_clean",
-    "is_marked",
     "is_provable",
+    "is_version",
+    "marked",
     "parse",
     "pending_of",
     "planted",
@@ -97,6 +99,11 @@ def parse(text: bytes) -> int | None:
     return version if _FIRST_INCARNATION <= incarnation_of(version) <= _LAST_INCARNATION else None
 
 
+def is_version(number: object) -> bool:
+    """Whether what a counter holds after an increment is a version, marked or not."""
+    return type(number) is int and number >= _LEAST
+
+
 def is_clean(version: int | None) -> bool:
     """Whether entries may be hit and filled under this version. A missing one (None) is never clean."""
     return version is not None and version % GENERATION == 0
@@ -111,9 +118,15 @@ def pending_of(version: int) -> int:
     return version % QUARANTINE
 
 
-def is_marked(version: int) -> bool:
-    """Whether an incremented counter is a version that has a mark more now. Not so where it held none, or too many."""
-    return version >= _LEAST and 0 < version % QUARANTINE <= MAX_PENDING
+def marked(numbers: Iterable[object]) -> list[int | None]:
+    """The incarnations of counters that were incremented, given what they hold since; None for one that held no version, or
+    holds too many marks now."""
+    return [
+        number // INCARNATION
+        if type(number) is int and number >= _LEAST and 0 < number % QUARANTINE <= MAX_PENDING
+        else None
+        for number in numbers
+    ]
 
 
 def is_provable(version: int) -> bool:

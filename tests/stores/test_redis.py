@@ -23,6 +23,7 @@ from querycache import versions
 from querycache.backends import breaker, resp
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.ledger import Ledger
 from querycache.store import StoreBackend
 from tests.servers import Server
 from tests.stores.contract import (
@@ -150,10 +151,9 @@ class TestRedis(StoreContract, ServerContract):
 
             assert commands(lambda: store.fetch("entry", tags)) == ["MGET"]
             assert commands(lambda: store.store("entry", b"payload", 60)) == ["SET"]
-            # of the first, and of those that are new to this process, it makes sure that they are there
+            # of those that are new to this process it makes sure that they are there
             assert commands(lambda: store.begin(tags)) == ["SET"] * 200 + ["EXPIRE"] + ["INCR"] * 200
-            again = ["SET", "EXPIRE"] + ["INCR"] * 200
-            assert commands(lambda: store.end(store.begin(tags))) == [*again, "EVALSHA"]
+            assert commands(lambda: store.end(store.begin(tags))) == ["INCR"] * 200 + ["EVALSHA"]
             assert commands(lambda: store.bump(tags)) == ["EVALSHA"]
             assert commands(lambda: store.settle(tags, "witness")) == ["EVALSHA"]
             assert commands(lambda: store.swap([(tag, None, 1) for tag in tags])) == ["EVALSHA"]
@@ -181,12 +181,10 @@ class TestRedis(StoreContract, ServerContract):
         for name in names:
             client.delete(*client.keys(f"{name}@*"))
         after = store.begin(names)
-        for name, mark, unclean in zip(
-            names, read(store, names), (versions.QUARANTINE, versions.GIVEN_UP), strict=True
-        ):
+        for name, mark in zip(names, read(store, names), strict=True):
             assert mark is not None
             assert versions.incarnation_of(mark) == after[name][0] != before[name][0]
-            assert mark % versions.GENERATION == unclean + 1
+            assert mark % versions.GENERATION == versions.GIVEN_UP + 1
             [key] = client.keys(f"{name}@*")
             assert client.ttl(key) > MONTH - 60
 
@@ -200,16 +198,45 @@ class TestRedis(StoreContract, ServerContract):
             store.close()
 
     def test_E6_the_first_mark_does_not_expire_before_it_is_taken_off(
-        self, store: StoreBackend, client: redis.Redis
+        self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Once it is gone, others that have gone with it are taken for clean."""
         names = fresh_names(2)
+        monkeypatch.setattr("querycache.backends.redis._NAMES_FOR", 0.0)  # an hour otherwise
         store.end(store.begin(names))
         keys = [key for name in names for key in client.keys(f"{name}@*")]
         for key in keys:
             client.expire(key, 5)
         store.begin(names)
         assert client.ttl(keys[0]) > MONTH - 60
+
+    def test_E6_where_the_witness_was_lost_all_are_marked_after_it(
+        self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As long as it is not marked, a reader may take off the marks of others."""
+        names = fresh_names(2)
+        store.end(store.begin(names))
+        client.delete(*client.keys(f"{names[0]}@*"))
+        begin_anew = RedisBackend._begin_anew
+
+        def readers_first(*arguments: Any) -> Any:
+            client.set(client.keys(f"{names[0]}@*")[0], versions.fresh())
+            assert versions.is_clean(store.settle(names[1:], names[0])[0])
+            return begin_anew(*arguments)
+
+        monkeypatch.setattr(RedisBackend, "_begin_anew", readers_first)
+        store.begin(names)
+        assert not any(map(versions.is_clean, read(store, names)))
+
+    def test_E6_a_witness_that_a_dying_writer_has_left_without_a_version_gets_one(
+        self, store: StoreBackend, client: redis.Redis
+    ) -> None:
+        witness, tag = fresh_names(2)
+        store.end(store.begin([witness]))
+        client.set(client.keys(f"{witness}@*")[0], "1")
+        ledger = Ledger(store, witness)
+        ledger.lookup(None, [tag])
+        assert read(store, [witness])[0] is not None
 
     def test_E6_a_writer_that_dies_at_a_lost_counter_leaves_nothing_usable(
         self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
