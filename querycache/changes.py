@@ -16,12 +16,14 @@ from sqlalchemy.orm import Mapper
 from querycache import sa_internals
 from querycache.tables import (
     SchemaMap,
+    any_row_tags,
     cascades,
     cascades_elsewhere,
     follows_all,
     set_write_tags,
     tracked_columns,
     translated,
+    writer_label,
 )
 from querycache.tags import EVERYTHING
 
@@ -35,7 +37,10 @@ class WrittenTable:
     Attributes:
         table: the table.
         schema: its schema in the database; None for the default one.
+        label: under which writers change it.
         tags: those that change where nobody tells of the rows.
+        any_row: those that change with whichever row.
+        key: its primary key.
         tracked: its tracked columns, those of its primary key first.
         followed: those that a row can change without becoming another one.
         held: for each mapper how its objects hold the tracked ones; see :meth:`held_by`.
@@ -43,7 +48,10 @@ class WrittenTable:
 
     table: Table
     schema: str | None
+    label: str
     tags: frozenset[str]
+    any_row: tuple[str, ...]
+    key: tuple[Column[Any], ...]
     tracked: tuple[Column[Any], ...]
     followed: tuple[Column[Any], ...]
     held: dict[Any, tuple[sa_internals.Held, ...]] = field(default_factory=dict)
@@ -80,13 +88,16 @@ def changes_of(context: Any) -> Changes:
     """What the statement of an execution changes."""
     schemas: SchemaMap = context.execution_options.get("schema_translate_map") or _NONE
     default = context.dialect.default_schema_name
-    key = default, frozenset(schemas.items())
-    known: dict[object, Changes] = context.compiled.__dict__.setdefault(_CHANGES, {})
+    key = (default, frozenset(schemas.items())) if schemas else default
+    compiled = context.compiled
+    known: dict[object, Changes] | None = getattr(compiled, _CHANGES, None)
+    if known is None:
+        known = compiled.__dict__.setdefault(_CHANGES, {})
     found = known.get(key)
     if found is None or found.declared is not sa_internals.declared():
         if len(known) >= _MOST_KNOWN:
             known.clear()
-        found = known[key] = _changes_of(context.compiled, dict(schemas), default)
+        found = known[key] = _changes_of(compiled, dict(schemas), default)
     return found
 
 
@@ -115,7 +126,9 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
         else:
             tracked = tracked_columns(table)
             followed = tuple(column for column in tracked if not column.primary_key)
-            tables.append(WrittenTable(table, schema, whole, tracked, followed))
+            label, any_row = writer_label(schema, name, default), any_row_tags((schema, name), default)
+            key = tuple(table.primary_key)
+            tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed))
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(_tags_of_actions(table, delete, schemas, default))

@@ -21,7 +21,7 @@ from sqlalchemy.engine import Connection
 
 from querycache import sa_internals
 from querycache.changes import WrittenTable
-from querycache.tables import SchemaMap, row_write_tags
+from querycache.tables import SchemaMap, row_tags
 
 __all__ = ["FlushedRows"]
 
@@ -76,9 +76,8 @@ class FlushedRows:
                 if sa_internals.made_by_flush(state, held):
                     self.moved = True
         if not inserted:
-            primary_key = self.written.table.primary_key
-            if len(key) < len(primary_key):  # not all of it can be tracked
-                held_key = [sa_internals.held(state.mapper, column) for column in primary_key]
+            if len(key) < len(self.written.key):  # not all of it can be tracked
+                held_key = [sa_internals.held(state.mapper, column) for column in self.written.key]
                 key = [sa_internals.old_and_new(state, held)[1] for held in held_key]
             self.moved = self.moved or deleted or unknown in key
             self.updated.add(tuple(key))
@@ -96,7 +95,7 @@ class FlushedRows:
                 return
             found = [self.returned[key] for key in self.updated - unknown]
             if unknown:
-                keys = [and_(*map(operator.eq, self.written.table.primary_key, key)) for key in unknown]
+                keys = [and_(*map(operator.eq, self.written.key, key)) for key in unknown]
                 statement = select(*columns).where(or_(*keys))
                 options = {"schema_translate_map": self.schemas}
                 found += map(tuple, connection.execute(statement, execution_options=options))
@@ -104,14 +103,12 @@ class FlushedRows:
             for row in found:
                 self.values.update(zip(names, row, strict=True))
 
-    def tags(self, default_schema: str | None, slots: int) -> Iterable[str]:
+    def tags(self, slots: int) -> Iterable[str]:
         """The tags that change: those of the rows where they are known, else those of the whole table.
 
         Args:
-            default_schema: of the connection.
             slots: number of slots of a column.
         """
-        if not self.known:
-            return self.written.tags
-        table = self.written.schema, self.written.table.name
-        return row_write_tags(table, self.values, default_schema, slots, moved=self.moved)
+        written = self.written
+        tags = row_tags(written.label, self.values, slots, moved=self.moved) if self.known else None
+        return written.tags if tags is None else (*written.any_row, *tags)

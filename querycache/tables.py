@@ -50,6 +50,7 @@ from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 __all__ = [
     "SchemaMap",
     "TableName",
+    "any_row_tags",
     "cascades",
     "cascades_elsewhere",
     "declared_tags",
@@ -57,12 +58,13 @@ __all__ = [
     "label_of",
     "reader_labels",
     "row_labels",
-    "row_write_tags",
+    "row_tags",
     "set_write_tags",
     "slot_of",
     "tracked_columns",
     "tracked_everywhere",
     "translated",
+    "writer_label",
 ]
 
 TableName = tuple[str | None, str]
@@ -112,11 +114,11 @@ def follows_all(table: Table, schema: str | None, default_schema: str | None) ->
 
 def _follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
     own = {column.name for column in tracked_columns(table)}
-    labels = {_writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
+    labels = {writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
     return all(
         column.name in own
         for other in sa_internals.known_tables(table.name)
-        if _writer_label(other.schema, other.name, default_schema) in labels
+        if writer_label(other.schema, other.name, default_schema) in labels
         for column in tracked_columns(other)
     )
 
@@ -178,7 +180,8 @@ def reader_labels(schema: str | None, name: str) -> list[str]:
     return row_labels(schema, name) if schema else [label_of(None, name), label_of(_ANY_SCHEMA, name)]
 
 
-def _writer_label(schema: str | None, name: str, default_schema: str | None) -> str:
+def writer_label(schema: str | None, name: str, default_schema: str | None) -> str:
+    """The label under which a writer changes a table: schema and name are those in the database."""
     return label_of(None if schema == default_schema else schema, name)
 
 
@@ -199,7 +202,7 @@ def set_write_tags(table: TableName, default_schema: str | None) -> Iterator[str
         table: schema and name, as they are in the database.
         default_schema: the connection's default schema.
     """
-    label = _writer_label(*table, default_schema)
+    label = writer_label(*table, default_schema)
     yield table_tag(label)
     yield bulk_tag(label)
     yield from _tags_in_any_schema(label, table[1])
@@ -212,33 +215,31 @@ def _tags_in_any_schema(label: str, name: str) -> Iterator[str]:
         yield bulk_tag(label_of(_ANY_SCHEMA, name))
 
 
-def row_write_tags(
-    table: TableName,
-    values: Iterable[tuple[str, object]],
-    default_schema: str | None,
-    slots: int,
-    *,
-    moved: bool,
-) -> Iterable[str]:
-    """The tags that writes of rows change.
+def any_row_tags(table: TableName, default_schema: str | None) -> tuple[str, ...]:
+    """The tags that writes of rows change, whichever rows these are; arguments as for :func:`set_write_tags`."""
+    label = writer_label(*table, default_schema)
+    return table_tag(label), *_tags_in_any_schema(label, table[1])
+
+
+def row_tags(
+    label: str, values: Iterable[tuple[str, object]], slots: int, *, moved: bool
+) -> list[str] | None:
+    """The tags that change besides with rows of certain values; None where these have no slots, and the table is written as
+    a set.
 
     Args:
-        table: schema and name, as they are in the database.
+        label: a :func:`writer_label`.
         values: (name of a tracked column, value), for old and new values.
-        default_schema: the connection's default schema.
         slots: number of slots of a column.
         moved: True if these are not all the values that the rows had in the database.
     """
-    label = _writer_label(*table, default_schema)
-    tags = [table_tag(label), *_tags_in_any_schema(label, table[1])]
-    if moved:
-        tags.append(change_tag(label))
+    tags = [change_tag(label)] if moved else []
     for column, value in values:
         if value is None:
             continue  # no comparison with a parameter finds NULL
         slot = slot_of(value, slots)
         if slot is None:
-            return set_write_tags(table, default_schema)
+            return None
         tags.append(slot_tag(label, column, slot))
     return tags
 

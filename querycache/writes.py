@@ -185,7 +185,7 @@ class Writes:
             if transaction is not None:
                 if transaction.unresolved and not sa_internals.is_flushing(session):
                     # its flush has failed, so nobody will tell of the rows
-                    self._resolve(transaction, session.hash_key, connection.dialect)
+                    self._resolve(transaction, session.hash_key)
                 found.append(transaction)
         return found
 
@@ -286,15 +286,13 @@ class Writes:
         transaction = self._of(connection.info)
         if transaction is not None:
             self.phases.two(transaction.marking)
-            if sa_internals.is_autocommit(connection) and not sa_internals.in_transaction(connection):
+            if sa_internals.is_autocommit(connection):
                 del connection.info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
     def _is_autocommit(self, connection: Connection) -> bool:
         """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN or SAVEPOINT."""
-        if self._begun_key in connection.info or sa_internals.in_transaction(connection):
-            return False
-        return sa_internals.is_autocommit(connection)
+        return self._begun_key not in connection.info and sa_internals.is_autocommit(connection)
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
@@ -332,7 +330,7 @@ class Writes:
         known = transaction.flushes.get(session)
         if known is None or known() is not flush:
             # what a flush that failed has left: this one is to tell of its own rows only
-            self._resolve(transaction, session, context.dialect)
+            self._resolve(transaction, session)
             transaction.flushes[session] = weakref.ref(flush)
         tables = transaction.unresolved.setdefault(session, {})
         key = written.table, written.schema
@@ -388,9 +386,10 @@ class Writes:
         return found
 
     def _ensure(self, connection: Connection) -> Transaction:
-        transaction = self._of(connection.info)
+        info = connection.info
+        transaction = self._of(info)
         if transaction is None:
-            transaction = connection.info[self._info_key] = Transaction()
+            transaction = info[self._info_key] = Transaction()
         return transaction
 
     # --- the unit of work ------------------------------------------------------------------------------
@@ -410,11 +409,12 @@ class Writes:
             self._expect_old_views(dialect)
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
+        hash_key = session.hash_key
         for connection in sa_internals.connections(session):
             transaction = self._of(connection.info)
-            if transaction is None or not (expected := transaction.unresolved.get(session.hash_key)):
+            if transaction is None or not (expected := transaction.unresolved.get(hash_key)):
                 continue
-            if transaction.flushes[session.hash_key]() is context:
+            if transaction.flushes[hash_key]() is context:
                 tables: dict[Table, list[FlushedRows]] = {}
                 for (table, _), rows in expected.items():
                     tables.setdefault(table, []).append(rows)
@@ -424,18 +424,12 @@ class Writes:
                             rows.add(state, deleted)
                 for rows in expected.values():
                     rows.look_at(connection)
-            self._resolve(transaction, session.hash_key, connection.dialect)
+            self._resolve(transaction, hash_key)
 
-    def _resolve(self, transaction: Transaction, session: int, dialect: Dialect) -> None:
+    def _resolve(self, transaction: Transaction, session: int) -> None:
         """Turn tables that a Session has flushed into tags: rows where they are known, else the whole table."""
-        default, slots = dialect.default_schema_name, self._declared.slots
         for rows in transaction.unresolved.pop(session, {}).values():
-            transaction.tags.update(rows.tags(default, slots))
-
-    def _resolve_all(self, transaction: Transaction, dialect: Dialect) -> None:
-        """The same where nobody will tell of the rows any more: the whole tables."""
-        for session in list(transaction.unresolved):
-            self._resolve(transaction, session, dialect)
+            transaction.tags.update(rows.tags(self._declared.slots))
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
@@ -487,7 +481,8 @@ class Writes:
         """
         transaction = self._of(info)
         if transaction is not None and transaction.wrote:
-            self._resolve_all(transaction, dialect)
+            for session in list(transaction.unresolved):
+                self._resolve(transaction, session)  # nobody will tell of the rows any more: the whole tables
             self.phases.one(transaction.marking, transaction.tags)
 
     def end(self, info: dict[Any, Any]) -> None:

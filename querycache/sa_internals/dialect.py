@@ -183,15 +183,16 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
         ):
             return run(cursor, sql, parameters, context)
         ending = _tell(taps, name, sql, parameters, context)
-        asked: _Asked | None = context.__dict__.pop(_ASKED, None)
+        asked: _Asked | None = getattr(context, _ASKED, None)
         if ending is None and asked is None:
             return run(cursor, sql, parameters, context)
         try:
-            if asked is None or not one_set or _SENT in context.__dict__:
+            if asked is None or not one_set or hasattr(context, _SENT):
                 return run(cursor, sql, parameters, context)
             run(cursor, sql + asked.returning(context), parameters, context)
             asked.give(cursor, context)
         finally:
+            setattr(context, _ASKED, None)
             for each in ending or ():
                 each.executed(context)
 
@@ -230,7 +231,7 @@ def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> li
     compiled = context.compiled
     if (
         compiled is not None
-        and compiled.__dict__.get(_READING) is taps.reading
+        and getattr(compiled, _READING, None) is taps.reading
         and "isolation_level" not in context.execution_options
     ):
         return None
@@ -267,9 +268,9 @@ class _Asked:
         rows = cursor.fetchall()
         context._rowcount = len(rows)  # some drivers do not know it now
         context.cursor_fetch_strategy = _NO_CURSOR_DML
-        width = len(self.table.primary_key)
+        told = [(tuple(row[: -len(self.columns)]), tuple(row[-len(self.columns) :])) for row in rows]
         for each in self.takers:
-            each.update((tuple(row[:width]), tuple(row[width:])) for row in rows)
+            each.update(told)
 
 
 def ask_for(
@@ -296,7 +297,10 @@ def ask_for(
         and not compiled.effective_returning
         and compiled.statement.table is table
     ):
-        asked = context.__dict__.setdefault(_ASKED, _Asked(table, columns, []))
+        asked = getattr(context, _ASKED, None)
+        if asked is None:
+            asked = _Asked(table, columns, [])
+            setattr(context, _ASKED, asked)
         asked.takers.append(returned)
 
 

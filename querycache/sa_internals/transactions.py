@@ -64,19 +64,18 @@ def connections(session: Session, bind: Engine | Connection | None = None) -> li
         session: whose.
         bind: what it is about to ask, which may be a connection that it has been told of for this one statement.
     """
-    found: dict[Connection, None] = {}
     # 2.0 keeps them in a name of the class, 2.1 in a plain one
     binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
-    for each in (bind, session.bind, *binds.values()):
-        if isinstance(each, Connection) and not each.closed and not each.invalidated:
-            found[each] = None
+    found = [bind, session.bind, *binds.values()]
     transaction = session._transaction
     while transaction is not None:
-        for entry in transaction._connections.values():
-            if not entry[0].closed and not entry[0].invalidated:
-                found[entry[0]] = None
+        found += transaction._connections  # by themselves and by their engines
         transaction = transaction._parent
-    return list(found)
+    return [
+        each
+        for each in dict.fromkeys(found)
+        if isinstance(each, Connection) and not each.closed and not each.invalidated
+    ]
 
 
 def was_given(transaction: Any, connection: Connection) -> bool:
@@ -96,8 +95,10 @@ def checked_out(session: Session, bind: Engine | Connection) -> Connection | Non
 
 
 def is_autocommit(connection: Connection) -> bool:
-    """True if each statement of the connection commits itself."""
+    """True if each statement of the connection commits itself, where nobody has said BEGIN to it as a statement."""
     driver: Any = connection.connection.dbapi_connection
+    if getattr(driver, "in_transaction", False):  # SQLite's alone knows of that
+        return False
     told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
     if told is not None:
         return bool(told())

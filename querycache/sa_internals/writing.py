@@ -62,7 +62,7 @@ def is_unit_of_work(context: Any) -> bool:
     told by their plugin.
     """
     cache = context.execution_options.get("compiled_cache")
-    if cache is None or cache is context.engine._compiled_cache:
+    if cache is None or cache is context.root_connection.engine._compiled_cache:
         return False
     return not context.invoked_statement._propagate_attrs
 

@@ -107,7 +107,8 @@ def _plain_bump() -> None:
     def commit(self: Any, info: Any, dialect: Any) -> None:
         transaction = self._of(info)
         if transaction is not None and transaction.wrote:
-            self._resolve_all(transaction, dialect)
+            for session in list(transaction.unresolved):
+                self._resolve(transaction, session)
             for each, keys in self._regions.tag_keys(transaction.tags):
                 each.bump(keys)
 
@@ -122,9 +123,9 @@ def _old_slots_forgotten() -> None:
         return new, new
 
     sa_internals.old_and_new = new_only
-    tags = flushed.row_write_tags
+    tags = flushed.row_tags
     # or lists by a foreign key would fall all the same
-    vars(flushed)["row_write_tags"] = lambda *arguments, moved: tags(*arguments, moved=False)
+    vars(flushed)["row_tags"] = lambda *arguments, moved: tags(*arguments, moved=False)
 
 
 def _own_writes_hidden() -> None:
