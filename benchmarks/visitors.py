@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
@@ -141,6 +142,7 @@ class Visitor:
 
     def __init__(self, sessions: sessionmaker[Session], size: Size, cached: bool, seed: str) -> None:
         self.random = Random(seed)
+        self.committing = 0.0
         self.size = size
         self.sessions = sessions
         options: dict[str, Any] = {"cache_key": True} if cached else {}
@@ -186,7 +188,9 @@ class Visitor:
     def write(self) -> None:
         with self.sessions() as session:
             self.random.choice(self.writes)(session)
+            begin = time.perf_counter()
             session.commit()
+            self.committing += time.perf_counter() - begin
 
     def show_thread(self, session: Session) -> None:
         """Its title, its last page, and who writes most in it."""

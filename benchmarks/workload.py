@@ -12,9 +12,10 @@ by eight processes each, which work in turns of a second or two while the others
 - **limit**: the same, but nothing expires; soon every read is a hit, so no cache of this kind can bring more;
 - **no cache**: the library is not there.
 
-Then one process commits replies, with the library, with ``consistency="commit"`` (which tells Redis after COMMIT only),
-and without the library, in turn: what a writing commit costs, on this disk and on one that takes a millisecond longer to
-confirm, as those that clouds reach by their networks do.
+What a transaction that writes takes among all this, and its ``commit()``, is measured too. Then one process alone commits
+replies, with the library, with ``consistency="commit"`` (which tells Redis after COMMIT only), and without the library,
+in turn, on this disk and on one that takes a millisecond longer to confirm, as those that clouds reach by their networks
+do.
 
 The processor time of an operation is that of everybody who works on it: the processes, PostgreSQL and Redis. It says
 how many operations a machine can do, also where a busy one shares its processors with other work meanwhile; and, since
@@ -87,7 +88,7 @@ def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
 
 # What the parent and a process tell each other, in shared memory: what it is to do; 1 while it works and 2 while it pauses;
 # and what it has counted so far: operations, hits, cached statements, microseconds of its processor time and of that of
-# PostgreSQL for it.
+# PostgreSQL for it, transactions that wrote, and microseconds of these and of their commit().
 PAUSE, WARM_UP, COUNT, STOP = range(4)
 
 
@@ -117,13 +118,16 @@ def work(
             go.wait()
             continue
         board[1] = 1
-        what, operations = board[0], 0
+        what, operations, writes, writing, committing = board[0], 0, 0, 0.0, visitor.committing
         before, own, database = _statements(cache), time.process_time(), backend_seconds(backend)
         while board[0] == what:
             if visitor.random.random() * 100 < reads:
                 visitor.read()
             else:
+                begin = time.perf_counter()
                 visitor.write()
+                writing += time.perf_counter() - begin
+                writes += 1
             operations += 1
         if what == COUNT:
             after = _statements(cache)
@@ -132,6 +136,9 @@ def work(
             board[4] += after[1] - before[1]
             board[5] += round((time.process_time() - own) * 1e6)
             board[6] += round((backend_seconds(backend) - database) * 1e6)
+            board[7] += writes
+            board[8] += round(writing * 1e6)
+            board[9] += round((visitor.committing - committing) * 1e6)
     engine.dispose()
 
 
@@ -169,7 +176,7 @@ class Crowd:
         self.mode = mode
         self._urls = urls
         namespace = f"forum-{uuid4().hex[:8]}"
-        self._boards = [RawArray("q", 7) for _ in range(processes)]
+        self._boards = [RawArray("q", 10) for _ in range(processes)]
         self._go = _CONTEXT.Event()
         self._processes = [
             _CONTEXT.Process(
@@ -200,7 +207,8 @@ class Crowd:
 
     def work(self, seconds: float, what: int = COUNT) -> dict[str, float]:
         """Work for a while: operations a second, processor microseconds of an operation (all, and those of the
-        processes, PostgreSQL and Redis), and hits by cached statement, of all processes together."""
+        processes, PostgreSQL and Redis), hits by cached statement, and microseconds of a transaction that writes and of
+        its commit(), of all processes together."""
         before, redis_before = self._sum(), redis_seconds(self._urls[1])
         begin = time.perf_counter()
         self._tell(what)
@@ -209,7 +217,8 @@ class Crowd:
         taken = time.perf_counter() - begin
         self._wait()
         cache = (redis_seconds(self._urls[1]) - redis_before) * 1e6
-        done, hits, statements, own, database = (a - b for a, b in zip(self._sum(), before, strict=True))
+        since = [now - then for now, then in zip(self._sum(), before, strict=True)]
+        done, hits, statements, own, database, writes, writing, committing = since
         return {
             "operations": done / taken,
             "processor": (own + database + cache) / max(1, done),
@@ -217,6 +226,8 @@ class Crowd:
             "database": database / max(1, done),
             "cache": cache / max(1, done),
             "hits": hits / statements if statements else 0.0,
+            "transaction": writing / max(1, writes),
+            "commit()": committing / max(1, writes),
         }
 
     def _sum(self) -> list[int]:
@@ -354,6 +365,11 @@ def _result(
                 "by that of the database": 1 / _ratio(modes, "database", "no cache"),
                 "of the limit": _ratio(modes, "operations", "limit"),
             }
+            required["writing commit of this forum, row slots to no cache, at most"] = {
+                "required": REQUIRED_COMMIT,
+                "measured": _ratio(modes, "commit()", "no cache"),
+                "the whole transaction": _ratio(modes, "transaction", "no cache"),
+            }
     for disk, times in commits.items():
         required[f"writing commit on {disk}, with to without, at most"] = {
             "required": REQUIRED_COMMIT,
@@ -373,7 +389,7 @@ def _ratio(modes: Mapping[str, Sequence[Mapping[str, float]]], name: str, other:
 def _table(result: Any) -> str:
     lines = [
         "reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"
-        "  of these application  PostgreSQL  Redis"
+        "  of these application  PostgreSQL  Redis  commit() ms"
     ]
     for workload in result["workloads"]:
         base = workload["modes"]["no cache"]
@@ -382,7 +398,8 @@ def _table(result: Any) -> str:
                 f"{workload['reads']}/{workload['writes']:<9}  {mode:<11}  {row['hits']:9.3f}  "
                 f"{row['operations']:12.0f}  {row['operations'] / base['operations']:10.2f}x  "
                 f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x  "
-                f"{row['application']:20.0f}  {row['database']:10.0f}  {row['cache']:5.0f}"
+                f"{row['application']:20.0f}  {row['database']:10.0f}  {row['cache']:5.0f}  "
+                f"{row['commit()'] / 1000:11.2f}"
             )
     for disk, times in result["commits"].items():
         lines += ["", f"On {disk}:"]
