@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from sqlalchemy import Column, Constraint, Index, MetaData, Table, event, inspect, util
@@ -68,7 +68,6 @@ def declared(metadata: MetaData | None = None) -> object:
 
     What was found out about tables is right as long as it is the one from before.
     """
-    _follow()
     if metadata is not None and metadata not in _heeded:
         _heeded.add(metadata)
     return _declared
@@ -80,13 +79,6 @@ _heeded: weakref.WeakSet[MetaData] = weakref.WeakSet()
 """Of others, which an application may make for each request, nothing is remembered."""
 
 
-@cache
-def _follow() -> None:
-    event.listen(Mapper, "after_mapper_constructed", _forget)
-    for kind in (Table, Column, Constraint, Index):
-        event.listen(kind, "after_parent_attach", _note)
-
-
 def _note(item: SchemaItem, parent: object) -> None:
     metadata = parent.metadata if isinstance(parent, Table) else parent
     if isinstance(metadata, MetaData) and metadata in _heeded:
@@ -96,6 +88,12 @@ def _note(item: SchemaItem, parent: object) -> None:
 def _forget(*_: object) -> None:
     global _declared
     _declared = object()
+
+
+# Now, and not when it is asked for first: that may be in several threads, and listen() is for one alone.
+event.listen(Mapper, "after_mapper_constructed", _forget)
+for _kind in (Table, Column, Constraint, Index):
+    event.listen(_kind, "after_parent_attach", _note)
 
 
 def known_metadata() -> frozenset[MetaData]:

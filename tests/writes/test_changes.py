@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -217,3 +218,21 @@ def test_an_index_that_is_made_within_a_flush(sqlite_engine: Engine) -> None:
         first, second = session.get_one(Coin, 1), session.get_one(Coin, 2)
         first.worth, second.year = 5, 6
     assert library.is_right(coins)
+
+
+def test_nothing_is_listened_to_for_the_first_time_while_threads_ask() -> None:
+    """SQLAlchemy's ``listen()`` is for one thread alone; two that met there failed."""
+    program = """
+from sqlalchemy import Column, Integer, MetaData, Table, event
+
+from querycache import sa_internals
+
+def listen(*arguments, **keywords):
+    raise AssertionError(arguments)
+
+event.listen = listen
+before = sa_internals.declared(metadata := MetaData())
+Table("later", metadata, Column("id", Integer, primary_key=True))
+assert sa_internals.declared() is not before
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
