@@ -77,5 +77,5 @@ def test_workload(postgresql_url: str, redis_store_url: str) -> None:
     assert {mode for mode in modes if not modes[mode]["hits"]} == {"no cache"}
     assert all(mode["transaction"] > mode["commit()"] > 0 for mode in modes.values())
     assert len(answer["commits"]) == 2
-    assert all(len(times) == 9 and min(times.values()) > 0 for times in answer["commits"].values())
+    assert all(len(times) == 12 and min(times.values()) > 0 for times in answer["commits"].values())
     assert all(required.keys() >= {"required", "measured"} for required in answer["required"].values())
