@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 __all__ = ["Pool"]
 
@@ -40,7 +41,8 @@ class Pool(Generic[T]):
     def _start(self) -> None:
         self._pid = os.getpid()
         self._idle: list[T] = []
-        self._made = 0
+        # A signal may stop whoever has taken one, at any moment: what nobody holds any more leaves its place by itself.
+        self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._waiting = 0
         self._given_back = threading.Condition()
 
@@ -70,9 +72,9 @@ class Pool(Generic[T]):
                         return self._idle.pop()
                     except IndexError:
                         pass
-                    if self._made < self._size:
+                    if len(self._made) < self._size:
                         made = self._make()
-                        self._made += 1
+                        self._made.add(made)
                         return made
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._given_back.wait(left):
