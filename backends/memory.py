@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getsizeof
 from typing import Any
 
-from cachetools import LRUCache
-
 from querycache import versions
 from querycache.backends.url import parse_options, size, split_arguments, without_password
 from querycache.errors import ConfigurationError
@@ -30,12 +28,8 @@ _DEFAULT_MAX_BYTES = 256 * 2**20
 # dictionaries that hold it. Measured on the resident set of a process in which entries come and go, so with
 # what the dictionaries keep free and the allocator loses. That differs with the sizes and numbers of entries;
 # with these values the process grows by at most 5 % more than the bound.
-_ENTRY_OVERHEAD = 440
+_ENTRY_OVERHEAD = 300
 _COUNTER_OVERHEAD = 165
-
-
-def _entry_size(item: tuple[bytes, float | None, int]) -> int:
-    return item[2]
 
 
 class MemoryBackend(StoreBackend):
@@ -59,7 +53,9 @@ class MemoryBackend(StoreBackend):
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: LRUCache[str, tuple[bytes, float | None, int]] = LRUCache(self.max_bytes, _entry_size)
+        # Payload, deadline, and bytes taken. Both dictionaries: least recently used first.
+        self._entries: OrderedDict[str, tuple[bytes, float | None, int]] = OrderedDict()
+        self._entry_bytes = 0
         self._counters: OrderedDict[str, int] = OrderedDict()
         self._counter_bytes = 0
 
@@ -67,7 +63,7 @@ class MemoryBackend(StoreBackend):
     def used_bytes(self) -> int:
         """What entries and tag versions take now."""
         with self._lock:
-            return int(self._entries.currsize) + self._counter_bytes
+            return self._entry_bytes + self._counter_bytes
 
     # -- entries --------------------------------------------------------------------------------------------
 
@@ -81,33 +77,32 @@ class MemoryBackend(StoreBackend):
                 if version is not None:
                     self._counters.move_to_end(counter)
                 found.append(version)
-            if key is None:
-                return None, found
-            try:
-                item = self._entries[key]
-            except KeyError:
+            item = None if key is None else self._entries.get(key)
+            if key is None or item is None:
                 return None, found
             payload, deadline, _ = item
             if deadline is not None and deadline <= self._clock():
-                del self._entries[key]
+                self._drop(key)
                 return None, found
+            self._entries.move_to_end(key)
             return payload, found
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
         taken = getsizeof(payload) + getsizeof(key) + _ENTRY_OVERHEAD
         deadline = None if ttl is None else self._clock() + ttl
         with self._lock:
+            self._drop(key)
             if taken + self._counter_bytes > self.max_bytes:
-                self._entries.pop(key, None)
                 return False
             self._entries[key] = (payload, deadline, taken)
+            self._entry_bytes += taken
             self._make_room()
             return True
 
     def remove(self, keys: Iterable[str]) -> None:
         with self._lock:
             for key in keys:
-                self._entries.pop(key, None)
+                self._drop(key)
 
     # -- counters -------------------------------------------------------------------------------------------
 
@@ -175,8 +170,14 @@ class MemoryBackend(StoreBackend):
     def close(self) -> None:
         with self._lock:
             self._entries.clear()
+            self._entry_bytes = 0
             self._counters.clear()
             self._counter_bytes = 0
+
+    def _drop(self, key: str) -> None:
+        item = self._entries.pop(key, None)
+        if item is not None:
+            self._entry_bytes -= item[2]
 
     def _put(self, counter: str, version: int) -> None:
         if counter not in self._counters:
@@ -198,5 +199,6 @@ class MemoryBackend(StoreBackend):
                 self._counters[counter] = version
 
     def _make_room(self) -> None:
-        while self._entries and self._entries.currsize + self._counter_bytes > self.max_bytes:
-            self._entries.popitem()
+        while self._entries and self._entry_bytes + self._counter_bytes > self.max_bytes:
+            _, (_, _, taken) = self._entries.popitem(last=False)
+            self._entry_bytes -= taken

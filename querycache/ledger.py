@@ -37,7 +37,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import compress
 
 import msgspec
@@ -333,13 +333,15 @@ def _seal(payload: bytes, reading: Reading) -> bytes:
 
 
 def _header(tags: tuple[str, ...], found: Sequence[int | None]) -> bytes:
-    names = _joined(tags)
-    return _HEADER.pack(len(tags), len(names)) + struct.pack(f">{len(found)}Q", *found) + names
+    pack, names = _frame(tags)
+    return pack(*found) + names
 
 
 @lru_cache(maxsize=1024)
-def _joined(tags: tuple[str, ...]) -> bytes:
-    return "\0".join(tags).encode("utf-8", "surrogatepass")
+def _frame(tags: tuple[str, ...]) -> tuple[Callable[..., bytes], bytes]:
+    """What packs the versions of tags behind their number and the length of their names, and those names."""
+    names = "\0".join(tags).encode("utf-8", "surrogatepass")
+    return partial(struct.Struct(f"{_HEADER.format}{len(tags)}Q").pack, len(tags), len(names)), names
 
 
 def _open(blob: bytes, tags: tuple[str, ...], found: Sequence[int | None]) -> bytes | None:

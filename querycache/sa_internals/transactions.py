@@ -71,11 +71,10 @@ def connections(session: Session, bind: Engine | Connection | None = None) -> li
     while transaction is not None:
         found += transaction._connections  # by themselves and by their engines
         transaction = transaction._parent
-    return [
-        each
-        for each in dict.fromkeys(found)
-        if isinstance(each, Connection) and not each.closed and not each.invalidated
+    seen = [
+        each for each in found if isinstance(each, Connection) and not each.closed and not each.invalidated
     ]
+    return list(dict.fromkeys(seen)) if len(seen) > 1 else seen
 
 
 def was_given(transaction: Any, connection: Connection) -> bool:
