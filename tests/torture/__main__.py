@@ -32,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--minutes", type=float, default=10.0, help="of work (default 10)")
     parser.add_argument("--reads", type=int, help="stop after so many reads, if that is sooner")
+    parser.add_argument("--at-least", type=int, default=0, help="go on until there are so many reads, too")
     parser.add_argument("--pair", choices=PAIRS, action="append", help="only this one; may be repeated")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=4, help="of each process (default 4)")
@@ -65,7 +66,12 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
     outages = ("available", "refuse")
     budget = options.minutes * 60
     number = 0
-    while (left := budget - total.seconds) >= 1 and not (options.reads and total.reads >= options.reads):
+    while not (options.reads and total.reads >= options.reads):
+        left = budget - total.seconds
+        if left < 1:
+            if total.reads >= options.at_least:
+                break
+            left = ROUND_SECONDS
         turn = number // len(pairs)
         database, store = pairs[number % len(pairs)].split("+")
         on_outage: Any = outages[turn % 2]
