@@ -10,9 +10,9 @@ new for every process of a server: after a restart or a failover every tag is mi
 created anew. Each connection asks for the run id when it is made, so that no command can reach another server
 under a former name.
 
-**Expiry.** Counters live for thirty days after the last write of their tag, or after they were created. An
-expired counter is a lost one: its entries are asked for once more. So tags that nobody uses, and counters of
-former runs, go by themselves, whatever number of names the application makes up.
+**Expiry.** Counters live for thirty days after the last write of their tag, or after they were created (or an hour less:
+a process sees to it once an hour). An expired counter is a lost one: its entries are asked for once more. So tags that
+nobody uses, and counters of former runs, go by themselves, whatever number of names the application makes up.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class RedisBackend(StoreBackend):
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
         # need not stand by.
         if marks:
-            self._post("end", list(marks), _COUNTER_TTL, *[incarnation for incarnation, _ in marks.values()])
+            self._post("end", list(marks), *[incarnation for incarnation, _ in marks.values()])
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)
@@ -471,10 +471,11 @@ class _Names(dict[str, bytes]):
         if not new:
             return [known[counter] for counter in counters]
         planted = str(versions.planted(versions.fresh()))
-        commands: list[Command] = [("SET", self[each], planted, "NX", "EX", _COUNTER_TTL) for each in new]
-        if new[0] == counters[0]:
-            # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire.
-            commands.append(("EXPIRE", self[new[0]], _COUNTER_TTL))
+        commands: list[Command] = []
+        for each in new:
+            # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
+            commands.append(("SET", self[each], planted, "NX", "EX", _COUNTER_TTL))
+            commands.append(("EXPIRE", self[each], _COUNTER_TTL))
         commands += [known.get(counter) or increment(self[counter]) for counter in counters]
         return commands
 
