@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from querycache.errors import CacheUnavailable
+
 __all__ = ["Pool"]
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ class Pool(Generic[T]):
     def take(self) -> T:
         """One for this thread alone; :meth:`give_back` it, whatever happened to it.
 
-        :raises TimeoutError: none became free in time.
+        :raises CacheUnavailable: none became free in time. That is no fault of the server.
         """
         if self._pid != os.getpid():
             inherited = self._idle
@@ -77,8 +79,11 @@ class Pool(Generic[T]):
                         self._made.add(made)
                         return made
                     left = deadline - time.monotonic()
-                    if left <= 0 or not self._given_back.wait(left):
-                        raise TimeoutError(f"none of {self._size} connections became free")
+                    if left <= 0:
+                        raise CacheUnavailable(f"none of {self._size} connections became free")
+                    self._given_back.wait(
+                        left
+                    )  # nobody tells of one that was lost, so it looks once more in any case
             finally:
                 self._waiting -= 1
 

@@ -228,23 +228,20 @@ class RedisBackend(StoreBackend):
             return {}
         names: _Names
 
-        def increments(run: str) -> list[Command]:
+        def marking(run: str) -> list[Command]:
             nonlocal names
             names = self._names(run)
             return names.marking(counters)
 
-        found = self._exchange(increments, essential=True, refusable=True)[-len(counters) :]
+        found = self._exchange(marking, essential=True, refusable=True)[-len(counters) :]
         marks = {
             counter: (incarnation, 0)
             for counter, incarnation in zip(counters, versions.marked(found), strict=True)
             if incarnation is not None
         }
         if len(marks) < len(counters):
-            marks |= self._begin_anew(
-                [counter for counter in counters if counter not in marks]
-                if versions.is_version(found[0])
-                else counters  # without a mark on the witness, somebody may have taken off all others
-            )
+            # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
+            marks |= self._begin_anew([counter for counter in counters if counter not in marks])
         names.met(counters)
         return marks
 
@@ -317,7 +314,7 @@ class RedisBackend(StoreBackend):
 
     def _names(self, run: str) -> _Names:
         known = self._known_names
-        if known.run != run or time.monotonic() > known.old:
+        if known.run != run or time.monotonic() > known.until:
             known = self._known_names = _Names(run)
         return known
 
@@ -446,12 +443,14 @@ class _Names(dict[str, bytes]):
     """What counters are called in one run of the server; for an hour, and not too many of them.
 
     Attributes:
-        increments: for those that this process has marked, so that they are likely to be there, what marks them.
+        until: when they are to be forgotten, by the monotonic clock.
+        increments: for those that this process has marked, so that they are likely to be there, what marks them. They are
+            forgotten when there are too many names, also of those that are only read.
     """
 
     def __init__(self, run: str) -> None:
         self.run = run
-        self.old = time.monotonic() + _NAMES_FOR
+        self.until = time.monotonic() + _NAMES_FOR
         self.increments: dict[str, Command] = {}
 
     def __missing__(self, counter: str) -> bytes:
@@ -480,7 +479,7 @@ class _Names(dict[str, bytes]):
         return commands
 
     def met(self, counters: Sequence[str]) -> None:
-        """They were marked."""
+        """Take for there what was marked."""
         for counter in counters:
             if counter not in self.increments:
                 self.increments[counter] = increment(self[counter])

@@ -143,12 +143,12 @@ class Wire:
 
         :param again: gives what to send then, where the server did not have the script.
         """
+        self._again = again  # before it is sent: a signal may come between
         try:
             self._socket.sendall(hiredis.pack_command(command))
         except BaseException:
             self.close()
             raise
-        self._again = again
 
     def close(self) -> None:
         """Close the connection, if it is open."""
@@ -161,7 +161,9 @@ class Wire:
         again, self._again = self._again, None
         try:
             self._patience.start()
-            reply = self._read()
+            reply = self._reader.gets()
+            if reply is _INCOMPLETE:
+                reply = self._read()
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise

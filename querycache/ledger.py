@@ -241,11 +241,11 @@ class Ledger:
 
     def _tend_witness(self, version: int | None) -> int | None:
         if version is None:
-            version = versions.planted(versions.fresh())
-            if not self.store.swap([(self._witness, None, version)])[0]:
-                # somebody was quicker, or it is what a writer has left of a lost one, who died before it was a version
-                [version] = self.store.settle([self._witness], self._witness)
-        if version is not None and versions.is_provable(version) and self._nothing_was_lost():
+            planted = versions.planted(versions.fresh())
+            if not self.store.swap([(self._witness, None, planted)])[0]:
+                return None
+            version = planted
+        if versions.is_provable(version) and self._nothing_was_lost():
             # Proven after the witness was read, and true only if no writer has touched it since.
             clean = versions.cleared(version, versions.fresh())
             if self.store.swap([(self._witness, version, clean)])[0]:

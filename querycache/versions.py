@@ -51,7 +51,6 @@ __all__ = [
     "incarnation_of",
     "is_clean",
     "is_provable",
-    "is_version",
     "marked",
     "parse",
     "pending_of",
@@ -74,6 +73,7 @@ _FIRST_INCARNATION = 10**7
 _LAST_INCARNATION = 92 * 10**6
 _FIRST_GENERATIONS = 5 * 10**5
 _LEAST = _FIRST_INCARNATION * INCARNATION
+_BEYOND = (_LAST_INCARNATION + 1) * INCARNATION
 _DIGITS = 19
 
 
@@ -99,11 +99,6 @@ def parse(text: bytes) -> int | None:
     return version if _FIRST_INCARNATION <= incarnation_of(version) <= _LAST_INCARNATION else None
 
 
-def is_version(number: object) -> bool:
-    """Whether what a counter holds after an increment is a version, marked or not."""
-    return type(number) is int and number >= _LEAST
-
-
 def is_clean(version: int | None) -> bool:
     """Whether entries may be hit and filled under this version. A missing one (None) is never clean."""
     return version is not None and version % GENERATION == 0
@@ -123,7 +118,7 @@ def marked(numbers: Iterable[object]) -> list[int | None]:
     holds too many marks now."""
     return [
         number // INCARNATION
-        if type(number) is int and number >= _LEAST and 0 < number % QUARANTINE <= MAX_PENDING
+        if type(number) is int and _LEAST <= number < _BEYOND and 0 < number % QUARANTINE <= MAX_PENDING
         else None
         for number in numbers
     ]

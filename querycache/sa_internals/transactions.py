@@ -94,9 +94,9 @@ def checked_out(session: Session, bind: Engine | Connection) -> Connection | Non
 
 
 def is_autocommit(connection: Connection) -> bool:
-    """True if each statement of the connection commits itself, where nobody has said BEGIN to it as a statement."""
+    """True if each statement of the connection commits itself. Where one was BEGIN, few drivers know."""
     driver: Any = connection.connection.dbapi_connection
-    if getattr(driver, "in_transaction", False):  # SQLite's alone knows of that
+    if getattr(driver, "in_transaction", False):  # SQLite's
         return False
     told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
     if told is not None:

@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 
 from querycache.backends.pool import Pool
+from querycache.errors import CacheUnavailable
 
 
 class One:
@@ -40,7 +41,7 @@ def test_the_one_used_last_is_taken_first(pool: Pool[One]) -> None:
 def test_there_are_no_more_than_so_many(closed: list[One]) -> None:
     pool = Pool(One, lambda one: None, 2, 0.01)
     taken = [pool.take(), pool.take()]
-    with pytest.raises(TimeoutError, match="none of 2 connections became free"):
+    with pytest.raises(CacheUnavailable, match="none of 2 connections became free"):
         pool.take()
     assert len(taken) == 2
 
@@ -49,6 +50,14 @@ def test_who_waits_gets_what_is_given_back(pool: Pool[One]) -> None:
     one, two = pool.take(), pool.take()
     threading.Timer(0.05, pool.give_back, [one]).start()
     assert pool.take() is one is not two
+
+
+def test_who_waits_gets_the_place_of_one_that_was_lost() -> None:
+    """Nobody tells of it, but before it is given up it is looked for once more."""
+    pool = Pool(One, lambda one: None, 1, 0.1)
+    held = [pool.take()]
+    threading.Timer(0.02, held.clear).start()
+    pool.take()
 
 
 def test_one_that_nobody_holds_any_more_leaves_its_place() -> None:

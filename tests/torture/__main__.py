@@ -22,6 +22,7 @@ from tests.torture.round import Report, run_round
 from tests.torture.worker import SNAPSHOT_LEVEL
 
 PAIRS = ("postgresql+redis", "postgresql+memcached", "mariadb+redis")
+MINUTES, READS = 10.0, 2_000_000
 ROUND_SECONDS = 33.4
 """In ten minutes every pair meets every isolation level with both answers to an outage, once."""
 MUTANT_SECONDS = 10.0
@@ -30,9 +31,12 @@ MUTANT_SECONDS = 10.0
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.torture", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--minutes", type=float, default=10.0, help="of work (default 10)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"of work (default: {MINUTES:g}, and on until there are {READS:,} reads)",
+    )
     parser.add_argument("--reads", type=int, help="stop after so many reads, if that is sooner")
-    parser.add_argument("--at-least", type=int, default=0, help="go on until there are so many reads, too")
     parser.add_argument("--pair", choices=PAIRS, action="append", help="only this one; may be repeated")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--threads", type=int, default=4, help="of each process (default 4)")
@@ -64,12 +68,14 @@ def _torture(options: argparse.Namespace, servers: Mapping[str, Server]) -> Repo
     # One after the other of every list at once, so that a few rounds meet much.
     levels = ("READ COMMITTED", "READ COMMITTED", SNAPSHOT_LEVEL)
     outages = ("available", "refuse")
-    budget = options.minutes * 60
+    budget = (options.minutes or MINUTES) * 60
+    at_least = 0 if options.minutes else READS
     number = 0
+    report = Report()
     while not (options.reads and total.reads >= options.reads):
         left = budget - total.seconds
         if left < 1:
-            if total.reads >= options.at_least:
+            if total.reads >= at_least or not report.reads:
                 break
             left = ROUND_SECONDS
         turn = number // len(pairs)
@@ -107,7 +113,7 @@ def _find_mutants(options: argparse.Namespace, servers: Mapping[str, Server]) ->
     for name in names:
         begin = time.monotonic()
         total = Report()
-        while not total.illegal and total.seconds < options.minutes * 60:
+        while not total.illegal and total.seconds < (options.minutes or MINUTES) * 60:
             total.add(find(name, servers["postgresql"].url, servers["redis"], options.seed))
         missed += not total.illegal
         _say(
