@@ -81,9 +81,8 @@ class Pool(Generic[T]):
                     left = deadline - time.monotonic()
                     if left <= 0:
                         raise CacheUnavailable(f"none of {self._size} connections became free")
-                    self._given_back.wait(
-                        left
-                    )  # nobody tells of one that was lost, so it looks once more in any case
+                    # Nobody tells of one that was lost, so it looks once more in any case.
+                    self._given_back.wait(left)
             finally:
                 self._waiting -= 1
 
