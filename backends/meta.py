@@ -84,9 +84,8 @@ class _Pieces(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if (
-            self._latest
-        ):  # and not after this piece: what is here is taken, however late this thread comes for it
+        # Of the piece before, and not of this one: what is here is taken, however late this thread comes for it.
+        if self._latest:
             self._patience.received(self._latest)
         self._latest = self._source.recv_into(buffer)
         return self._latest

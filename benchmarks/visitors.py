@@ -138,7 +138,11 @@ def statements() -> dict[str, Any]:
 
 
 class Visitor:
-    """One process of the forum, doing one thing after the other."""
+    """One process of the forum, doing one thing after the other.
+
+    Attributes:
+        committing: seconds that ``commit()`` has taken in :meth:`write` so far.
+    """
 
     def __init__(self, sessions: sessionmaker[Session], size: Size, cached: bool, seed: str) -> None:
         self.random = Random(seed)
