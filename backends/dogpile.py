@@ -44,6 +44,7 @@ class DogpileBackend(StoreBackend):
     """
 
     atomic = False
+    ordered = False
 
     def __init__(self, arguments: Mapping[str, Any], *, clock: Callable[[], float] = time.time) -> None:
         region = arguments.get("region")

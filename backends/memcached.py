@@ -109,6 +109,7 @@ class MemcachedBackend(StoreBackend):
         most = options.get("max_connections", 50)
         self._servers = {address: Server(address, timeout, most) for address in options["servers"]}
         self._ledger = next(iter(self._servers.values()))
+        self.ordered = len(self._servers) == 1
         self._hash = RendezvousHash(list(self._servers), hash_function=_score)
 
     # -- entries --------------------------------------------------------------------------------------------
@@ -117,16 +118,16 @@ class MemcachedBackend(StoreBackend):
         self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
     ) -> tuple[bytes | None, list[int | None]]:
         reads = Pipeline()
-        for counter in counters:
-            reads.add(b"mg %b v" % _encode(counter))
         batches = [(self._ledger, reads)] if counters else []
         if key is not None:
             server = self._server_of(key)
             if not (batches and server is self._ledger):
-                batches.append((server, Pipeline()))
-            batches[-1][1].add(b"mg %b v" % _encode(key))
+                batches.insert(0, (server, Pipeline()))
+            batches[0][1].add(b"mg %b v" % _encode(key))
+        for counter in counters:
+            reads.add(b"mg %b v" % _encode(counter))
         replies = [reply for batch in converse(batches, meanwhile=meanwhile) for reply in batch]
-        payload = replies.pop().value if key is not None else None
+        payload = replies.pop(0).value if key is not None else None
         return payload, [_version(reply) for reply in replies]
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:

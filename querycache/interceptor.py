@@ -340,10 +340,10 @@ class Interceptor:
         """Why this session's transaction must not be answered from the cache; empty where it may."""
         ledger = request.region.ledger
         for transaction in request.transactions:
-            if transaction.snapshot is not None and transaction.snapshot.get(ledger) != (
-                reading.witness or -1
-            ):
-                return "snapshot"
+            if transaction.snapshot is not None:
+                snapshot = transaction.snapshot.get(ledger)
+                if snapshot is None or not ledger.shows(snapshot, reading):
+                    return "snapshot"
             if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(
                 reading.tags
             ):

@@ -39,6 +39,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import compress
+from typing import NamedTuple
 
 import msgspec
 
@@ -46,7 +47,7 @@ from querycache import versions
 from querycache.errors import CacheUnavailable
 from querycache.store import Mark, Meanwhile, StoreBackend
 
-__all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading"]
+__all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading", "Snapshot"]
 
 DEFAULT_LEASE = 30.0
 """Seconds. Longer than any COMMIT takes."""
@@ -56,6 +57,17 @@ Marks = Mapping[str, Mark]
 
 _PROOF_INTERVAL = 1.0
 _MOST_WATCHED = 16_384
+_MOST_SEEN = 16_384
+
+
+class Snapshot(NamedTuple):
+    """When a transaction began to see the database as it was at one moment: what :meth:`Ledger.snapshot` gives."""
+
+    number: int
+    """How many there had been in this process."""
+
+    witness: int | None
+    """The version of the witness just before; None where a writer was at work, or the server did not answer."""
 
 
 class Reading(msgspec.Struct, frozen=True):
@@ -146,6 +158,9 @@ class Ledger:
         # For each counter not seen clean: the incarnation it has, and since when.
         self._unclean: dict[str, tuple[int, float]] = {}
         self._next_proof = float("-inf")
+        self._snapshots = 0
+        # For each tag its version, and how many snapshots had begun when it was first seen. Kept once there are any.
+        self._seen: dict[str, tuple[int, int]] | None = None
 
     # -- readers --------------------------------------------------------------------------------------------
 
@@ -203,6 +218,8 @@ class Ledger:
                 payload, fallen, stale = None, _NONE, True
         elif self._unclean and not self._unclean.keys().isdisjoint(asked):
             self._forget(asked)
+        if self._seen is not None:
+            self._remember(self._seen, asked, found)
         return Reading(asked, tuple(found), payload, stale, fallen, witness)
 
     def quiet(self) -> int | None:
@@ -217,6 +234,48 @@ class Ledger:
             return None
         return witness if versions.is_clean(witness) else None
 
+    def snapshot(self) -> Snapshot:
+        """To be called just before a transaction's snapshot of the database begins. One round trip.
+
+        It does not raise: of a server that does not answer less is known later.
+        """
+        with self._lock:
+            self._snapshots += 1
+            number = self._snapshots
+        if self._seen is None:
+            self._seen = {}
+        return Snapshot(number, self.quiet())
+
+    def shows(self, snapshot: Snapshot, reading: Reading) -> bool:
+        """Whether what is valid under a reading is what a snapshot shows: true where nobody has written since it began, or
+        else where none of these tags has changed.
+
+        A version never comes back. So a tag that has the version which this process had seen before the snapshot began was
+        not written in between. Where an entry may be later than the versions that were read with it, one round trip.
+        """
+        if reading.payload is not None and not self.store.ordered:
+            reading = self.lookup(None, reading.tags)
+        if reading.witness is not None and reading.witness == snapshot.witness:
+            return True
+        seen = self._seen or {}
+        return all(
+            version == (known := seen.get(tag, _NEVER_SEEN))[0] and known[1] < snapshot.number
+            for tag, version in zip(reading.tags, reading.versions, strict=True)
+        )
+
+    def _remember(
+        self, seen: dict[str, tuple[int, int]], tags: Iterable[str], found: Iterable[int | None]
+    ) -> None:
+        begun = (
+            self._snapshots
+        )  # after they were read: of those that begin meanwhile it is not known which was first
+        for tag, version in zip(tags, found, strict=True):
+            known = seen.get(tag)
+            if version is not None and versions.is_clean(version) and (known is None or known[0] != version):
+                if len(seen) >= _MOST_SEEN:
+                    seen.clear()
+                seen[tag] = version, begun
+
     def fill(self, entry: str, reading: Reading, payload: bytes, ttl: float | None = None) -> bool:
         """Store an answer that was read from the database after the reading was taken.
 
@@ -228,14 +287,13 @@ class Ledger:
     def _tend(
         self, tags: Sequence[str], found: list[int | None], witness: int | None
     ) -> tuple[list[int | None], int | None]:
-        """Create and clear what can be created and cleared now; give the versions that there are then.
-
-        Of the witness too: it only differs from the one that was read where nobody else has changed it since.
-        """
+        """Create and clear what can be created and cleared now; give the versions that there are then, and that of the
+        witness, which was read after them."""
         witness = self._tend_witness(witness)
         unclean = [tag for tag, version in zip(tags, found, strict=True) if not versions.is_clean(version)]
         if versions.is_clean(witness) or None in found:
-            settled = dict(zip(unclean, self.store.settle(unclean, self._witness), strict=True))
+            *now, witness = self.store.settle([*unclean, self._witness], self._witness)
+            settled = dict(zip(unclean, now, strict=True))
             found = [settled.get(tag, version) for tag, version in zip(tags, found, strict=True)]
         return [self._watch(tag, version) for tag, version in zip(tags, found, strict=True)], witness
 
@@ -325,6 +383,7 @@ class Ledger:
 
 _HEADER = struct.Struct(">HI")
 _NONE: frozenset[str] = frozenset()
+_NEVER_SEEN = (-1, 0)
 
 
 def _seal(payload: bytes, reading: Reading) -> bytes:

@@ -64,6 +64,10 @@ class StoreBackend(BytesBackend, abc.ABC):
     """False where the counter steps below are imitated without atomicity; the promise of the ledger is weaker
     then."""
 
+    ordered: bool = True
+    """False where :meth:`fetch` may read an entry later than the counters, so that it may tell of a commit that these do not
+    show yet."""
+
     shared: bool = True
     """False for what other processes cannot see."""
 
@@ -76,7 +80,8 @@ class StoreBackend(BytesBackend, abc.ABC):
         """Read an entry and counters in one round trip.
 
         :param key: the entry, or None to read counters only.
-        :param counters: read one after the other in this order, or all at once.
+        :param counters: read one after the other in this order, or all at once; not before the entry, if this is
+            :attr:`ordered`.
         :param meanwhile: is called, if there is a server to wait for, while it has not answered yet.
         :returns: the entry (None if it is missing or has expired), and a version for each counter (None if
             missing).

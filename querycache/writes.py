@@ -36,7 +36,7 @@ from querycache.changes import WrittenTable, changes_of
 from querycache.dependencies import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
-from querycache.ledger import Ledger
+from querycache.ledger import Ledger, Snapshot
 from querycache.options import names
 from querycache.phases import Marking, Phases
 from querycache.regions import Regions
@@ -76,15 +76,15 @@ class Transaction:
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         flushes: those flushes, by the ``hash_key`` of their Session.
         marking: what phase one has done.
-        snapshot: for each ledger the version of its witness when the transaction's snapshot of the database
-            began; None where each statement sees what is committed.
+        snapshot: for each ledger when the transaction's snapshot of the database began, None where that is not known; None
+            where each statement sees what is committed.
     """
 
     tags: set[str] = field(default_factory=set)
     unresolved: dict[int, dict[tuple[Table, str | None], FlushedRows]] = field(default_factory=dict)
     flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
     marking: Marking = field(default_factory=Marking)
-    snapshot: dict[Ledger, int | None] | None = None
+    snapshot: dict[Ledger, Snapshot | None] | None = None
 
     @property
     def wrote(self) -> bool:
@@ -454,7 +454,9 @@ class Writes:
         if connection.info.get(self._isolation_key):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         elif self._takes_snapshots(connection):
-            self._ensure(connection).snapshot = {ledger: ledger.quiet() for ledger in self._regions.ledgers}
+            self._ensure(connection).snapshot = {
+                ledger: ledger.snapshot() for ledger in self._regions.ledgers
+            }
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":

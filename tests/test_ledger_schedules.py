@@ -5,13 +5,15 @@ The model in `test_ledger_model.py` is exhaustive, but it is a model. Here the c
 is a greenlet with a ledger of its own, which yields before every single command that reaches the server, so
 that all others may come between, keys may be lost, time may pass, and it may be killed. The memcached backend
 runs over a server of sixty lines in this file. What is checked is the same: a lookup that begins after a
-COMMIT has taken effect is not answered with data from before it.
+COMMIT has taken effect is not answered with data from before it; and one of a transaction that has a snapshot of the
+database is answered with what that shows, neither older nor newer.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -82,6 +84,8 @@ class Pausing:
 
     def __getattr__(self, name: str) -> Any:
         step = getattr(self._store, name)
+        if not callable(step):
+            return step
 
         def paused(*arguments: Any) -> Any:
             self._run.pause()
@@ -103,18 +107,23 @@ class Run:
         self.committed = dict.fromkeys(TAGS, 0)
         self.at_work: dict[greenlet, float] = {}
         self.doomed: set[greenlet] = set()
-        self.hits = self.parts = self.fills = 0
+        self.hits = self.parts = self.fills = self.shown = 0
         self.main = getcurrent()
         self.processes: list[greenlet] = []
         self.store: Any = None
         self.lose: Callable[[], None] = lambda: None
 
-    def start(self, role: Callable[[Ledger], None]) -> greenlet:
-        return greenlet(lambda: role(Ledger(self.store, "witness", lease=LEASE, clock=lambda: self.now)))
+    def start(self, role: Callable[[Ledger], None], ledger: Ledger | None = None) -> greenlet:
+        return greenlet(lambda: role(ledger or self.ledger()))
+
+    def ledger(self) -> Ledger:
+        return Ledger(self.store, "witness", lease=LEASE, clock=lambda: self.now)
 
     def go(self, steps: int) -> Run:
+        threads = self.ledger()
         self.processes = [
-            self.start(role) for role in (self.write, self.write, self.read, self.read, self.read)
+            *(self.start(role) for role in (self.write, self.write, self.read, self.read)),
+            *(self.start(role, threads) for role in (self.read, self.read_snapshot, self.read_snapshot)),
         ]
         try:
             for _ in range(steps):
@@ -213,20 +222,44 @@ class Run:
                 self.pause()
                 self.fills += ledger.fill(entry, reading, payload)
 
+    def read_snapshot(self, ledger: Ledger) -> None:
+        while True:
+            self.pause()
+            snapshot = ledger.snapshot()
+            self.pause()
+            view = dict(self.committed)
+            for _ in range(self.random.randint(1, 6)):
+                self.pause()
+                tags = list(TAGS) if self.random.random() < 0.5 else ["a"]
+                entry = "entry-" + "-".join(tags)
+                reading = ledger.lookup(entry, tags)
+                if not ledger.shows(snapshot, reading):
+                    continue
+                if reading.payload is not None:
+                    found = [int(number) for number in reading.payload.split(b",")]
+                    for tag, have in zip(tags, found, strict=True):
+                        if tag not in reading.fallen and have != view[tag]:
+                            raise Stale(f"{entry}: {tag} is {have}, the snapshot shows {view}")
+                    self.shown += reading.witness != snapshot.witness
+                elif reading.fillable:
+                    self.fills += ledger.fill(entry, reading, b",".join(b"%d" % view[tag] for tag in tags))
 
-def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
+
+def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch, servers: Sequence[str] = ("nowhere",)) -> Run:
     run = Run(seed)
     server = FakeMemcached()
 
     def converse(
         batches: Sequence[tuple[Any, Pipeline]], essential: bool = False, meanwhile: object = None
     ) -> list[list[Reply]]:
-        answers: list[list[Reply]] = []
-        for _, pipeline in batches:
-            answers.append([])
+        answers: list[list[Reply]] = [[] for _ in batches]
+        # servers work side by side
+        for (_, pipeline), replies in run.random.sample(
+            list(zip(batches, answers, strict=True)), len(batches)
+        ):
             for command in pipeline._commands:
                 run.pause()
-                answers[-1].append(server.execute(command))
+                replies.append(server.execute(command))
         run.live_or_die()
         return answers
 
@@ -237,7 +270,7 @@ def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     monkeypatch.setattr(memcached, "converse", converse)
     run.lose = lose
-    run.store = MemcachedBackend({"servers": ["nowhere"]})
+    run.store = MemcachedBackend({"servers": list(servers)})
     monkeypatch.setattr(run.store, "lost_nothing_for", lambda seconds: run.now > seconds and not server.lost)
     return run
 
@@ -256,7 +289,11 @@ def on_memory(seed: int, monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-STORES = {"memcached": on_memcached, "memory": on_memory}
+STORES = {
+    "memcached": on_memcached,
+    "several memcached": partial(on_memcached, servers=["nowhere", "elsewhere", "anywhere"]),
+    "memory": on_memory,
+}
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -266,6 +303,7 @@ def test_no_schedule_gives_a_stale_hit(store: str, monkeypatch: pytest.MonkeyPat
     assert sum(run.fills for run in runs) > 1_000
     assert sum(run.hits for run in runs) > 2_000
     assert sum(run.parts for run in runs) > 100
+    assert sum(run.shown for run in runs) > 100
 
 
 def end_unmarks_whatever_it_finds(version: int, incarnation: int) -> int:
@@ -299,6 +337,31 @@ def test_keeping_what_has_fallen_gives_a_stale_hit(monkeypatch: pytest.MonkeyPat
     with pytest.raises(Stale):
         for seed in range(400):
             on_memcached(seed, monkeypatch).go(STEPS)
+
+
+def remember_all_as_long_known(self: Ledger, seen: Any, tags: Any, found: Any) -> None:
+    seen.update((tag, (version, 0)) for tag, version in zip(tags, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [("shows", lambda *arguments: True), ("_remember", remember_all_as_long_known)],
+)
+def test_trusting_what_came_after_a_snapshot_gives_a_wrong_hit(
+    step: str, broken: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger, step, broken)
+    with pytest.raises(Stale):
+        for seed in range(400):
+            on_memcached(seed, monkeypatch).go(STEPS)
+
+
+def test_an_entry_that_is_read_after_its_versions_gives_a_wrong_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stale):
+        for seed in range(400):
+            run = STORES["several memcached"](seed, monkeypatch)
+            run.store.ordered = True
+            run.go(STEPS)
 
 
 def test_a_lease_shorter_than_a_commit_gives_a_stale_hit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -481,6 +481,57 @@ def test_E10_a_snapshot_that_nobody_has_written_since_hits_and_fills(postgresql_
         assert library.outcome(PRICES, session) == "miss fill"
 
 
+@pytest.mark.parametrize("store", ["redis", "memcached"])
+def test_E10_a_snapshot_is_answered_with_what_was_not_written_since(
+    request: pytest.FixtureRequest, store: str, postgresql_engine: Engine
+) -> None:
+    library = Library(postgresql_engine, request.getfixturevalue(f"{store}_store_url"))
+    with repeatable_read(library) as session:
+        session.execute(text("SELECT 1"))  # from now on it is remembered which versions were seen
+    library.fill(AUTHORS, point(1), point(2))
+    with repeatable_read(library) as old:
+        old.execute(text("SELECT 1"))
+        library.write(RAISE_PRICE)
+        library.fill(PRICES, point(2))  # by others, and later
+        assert library.outcome(AUTHORS, old) == "hit"
+        assert library.outcome(PRICES, old) == library.outcome(point(2), old) == "bypass snapshot"
+        library.cache.invalidate(tables=["author"])
+        library.ask(AUTHORS)
+        assert library.outcome(AUTHORS, old) == "bypass snapshot"
+    assert library.is_right(point(2))
+
+
+class SettlesLate(MemoryBackend):
+    """Others may come between a lookup that finds no versions and the next step, which creates them."""
+
+    between: Callable[[], object] = staticmethod(lambda: None)
+
+    def settle(self, counters: list[str], witness: str) -> list[int | None]:
+        self.between()
+        return super().settle(counters, witness)
+
+
+def test_E10_versions_that_are_made_after_a_commit(postgresql_engine: Engine) -> None:
+    """The snapshot is from before it, and so was the witness that was read with the missing versions."""
+    register_backend("tests.settles_late", __name__, "SettlesLate")
+    library = Library(postgresql_engine, store={"default": {"backend": "tests.settles_late"}})
+    library.fill(AUTHORS)
+    with repeatable_read(library) as old:
+        old.execute(text("SELECT count(*) FROM tag"))  # the snapshot is taken
+
+        [ledger] = library.cache._regions.ledgers
+        for counter in ledger.store._counters.keys() - {ledger._witness}:  # type: ignore[attr-defined]
+            del ledger.store._counters[counter]  # type: ignore[attr-defined]
+
+        def between() -> None:
+            SettlesLate.between = staticmethod(lambda: None)
+            library.write(RAISE_PRICE)
+
+        with mock.patch.object(SettlesLate, "between", staticmethod(between)):
+            library.ask(point(2), old)
+    assert library.is_right(point(2)), "filled from an old snapshot"
+
+
 def test_E10_a_transaction_of_sqlite_begun_by_hand(tmp_path: Path) -> None:
     engine = create_engine(f"sqlite:///{tmp_path / 'wal.db'}")
 
