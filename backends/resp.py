@@ -37,13 +37,17 @@ def _refusal(message: str) -> redis.ResponseError:
     return kind(message)
 
 
-def _watch(socket: Any) -> Callable[[], object]:
+def _watch(socket: Any) -> Callable[[], list[Any]]:
     """What tells, without waiting, whether anything can be read from a socket."""
     if hasattr(select, "poll"):
         poll = select.poll()
-        poll.register(socket, select.POLLIN)
+        poll.register(socket, select.POLLIN | _CLOSED)
         return partial(poll.poll, 0)
     return lambda: select.select([socket], [], [], 0)[0]  # on Windows
+
+
+_CLOSED: int = getattr(select, "POLLRDHUP", 0)
+"""Tells that the other side has closed, also where there is something to read; 0 where nothing does (on Linux it does)."""
 
 
 class _WithSocket:
@@ -89,7 +93,7 @@ class Wire:
         self._introduce = introduce
         self._socket: Any = None
         self._reader: Any = None
-        self._has_data: Callable[[], object] = bool
+        self._has_data: Callable[[], list[Any]] = list
         self._again: Callable[[], Command] | None = None
         self._patience = Patience(connection.socket_timeout)
 
@@ -97,9 +101,11 @@ class Wire:
         """Make sure that the server is there and nothing is left to read, as far as shows without asking it."""
         if self._socket is not None:
             try:
-                if self._again is not None:
-                    self._finish()
-                if not self._has_data():  # otherwise the server has closed it
+                if not _CLOSED:
+                    self._settle()
+                found = self._has_data()
+                # What has come is the reply to what was posted, or else the server has closed it.
+                if not found or (self._again is not None and found[0][1] == select.POLLIN):
                     return
             except (redis.RedisError, OSError):
                 pass
@@ -128,6 +134,8 @@ class Wire:
             self._socket.sendall(b"".join(packed))
             if meanwhile is not None:
                 meanwhile()
+            if self._again is not None:
+                self._settle()  # that reply comes first
             self._patience.start()
             replies = []
             for _ in commands:
@@ -138,11 +146,13 @@ class Wire:
             self.close()
             raise
 
-    def post(self, command: tuple[Any, ...], again: Callable[[], Command]) -> None:
+    def post(self, command: Command, again: Callable[[], Command]) -> None:
         """Send a command, and leave its reply to be read when the wire is used next.
 
         :param again: gives what to send then, where the server did not have the script.
         """
+        while self._again is not None:
+            self._settle()
         self._again = again  # before it is sent: a signal may come between
         try:
             self._socket.sendall(hiredis.pack_command(command))
@@ -153,12 +163,14 @@ class Wire:
     def close(self) -> None:
         """Close the connection, if it is open."""
         self._socket = self._reader = self._again = None
-        self._has_data = bool  # lets go of the socket
+        self._has_data = list  # lets go of the socket
         self._connection.disconnect()
 
-    def _finish(self) -> None:
-        """Read the reply to what was posted."""
+    def _settle(self) -> None:
+        """Read the reply to what was posted, if anything was."""
         again, self._again = self._again, None
+        if again is None:
+            return
         try:
             self._patience.start()
             reply = self._reader.gets()
@@ -167,9 +179,9 @@ class Wire:
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
-        # Where the server refused it, the marks of the writer stay, and heal as those of one that died.
-        if again is not None and isinstance(reply, redis.exceptions.NoScriptError):
-            self.converse([again()])
+        # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
+        if isinstance(reply, redis.exceptions.NoScriptError):
+            self.post(again(), again)
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""
