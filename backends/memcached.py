@@ -192,6 +192,8 @@ class MemcachedBackend(StoreBackend):
         # The CAS value of the mark says whether anybody was here since; what is there is asked for in the
         # same round trip, for the case that somebody was.
         tries = {counter: (cas or _NO_CAS, versions.GENERATION - 1) for counter, (_, cas) in marks.items()}
+        witness = next(iter(tries), "")
+        tries |= {witness: tries.pop(witness)} if tries else {}  # last
         for _ in range(_ROUNDS):
             if not tries:
                 return

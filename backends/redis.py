@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ try:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from querycache.backends.resp import CONNECTIONS, Command, Wire, increment
+    from querycache.backends.resp import CONNECTIONS, INCREMENT, Command, Wire, evaluate, word
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -234,31 +234,40 @@ class RedisBackend(StoreBackend):
             return names.marking(counters)
 
         found = self._exchange(marking, essential=True, refusable=True)[-len(counters) :]
-        marks = {
-            counter: (incarnation, 0)
-            for counter, incarnation in zip(counters, versions.marked(found), strict=True)
-            if incarnation is not None
-        }
-        if len(marks) < len(counters):
+        incarnations = versions.marked(found)
+        if None in incarnations:
             # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
-            marks |= self._begin_anew([counter for counter in counters if counter not in marks])
-        names.met(counters)
-        return marks
+            pairs = zip(counters, incarnations, strict=True)
+            anew = iter(self._begin_anew([counter for counter, incarnation in pairs if incarnation is None]))
+            incarnations = [next(anew) if each is None else each for each in incarnations]
+        names.meet(counters)
+        return {
+            counter: (incarnation, 0) for counter, incarnation in zip(counters, incarnations, strict=True)
+        }
 
-    def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
+    def _begin_anew(self, counters: Sequence[str]) -> list[int]:
         """Mark counters that were lost since they were met, hold something else, or have no room for more marks."""
         arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, _COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
-            return {counter: (int(text), 0) for counter, text in zip(counters, reply, strict=True)}
+            return list(map(int, reply))
         except (TypeError, ValueError) as error:
             raise self._unreadable() from error
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         # Not waited for: until the server has done it the marks keep everybody out, and whoever has committed
         # need not stand by.
-        if marks:
-            self._post("end", list(marks), *[incarnation for incarnation, _ in marks.values()])
+        if not marks:
+            return
+        incarnations = "".join([str(incarnation) for incarnation, _ in marks.values()]).encode()
+
+        def post(wire: Wire) -> None:
+            keys = self._names(wire.run).packed(marks)
+            script = _script("end")
+            call = evaluate("EVALSHA", script.sha, keys, incarnations)
+            wire.post(call, lambda: evaluate("EVAL", script.source, keys, incarnations))
+
+        self._speak(post, essential=True)
 
     def bump(self, counters: Sequence[str]) -> None:
         self._run("bump", counters, _COUNTER_TTL, essential=True)
@@ -352,15 +361,6 @@ class RedisBackend(StoreBackend):
     def _unreadable(self) -> CacheUnavailable:
         return CacheUnavailable(f"{self._name} answers what nobody has asked for")
 
-    def _post(self, name: str, counters: Sequence[str], *arguments: object) -> None:
-        """Have a script run, and leave its reply to whoever uses the connection next."""
-
-        def post(wire: Wire) -> None:
-            call = _call(_script(name), self._names(wire.run).of(counters), arguments)
-            wire.post(call, partial(_in_full, call, name))
-
-        self._speak(post, essential=True)
-
     def _exchange(
         self,
         build: Callable[[str], list[Command]],
@@ -444,45 +444,49 @@ class _Names(dict[str, bytes]):
 
     Attributes:
         until: when they are to be forgotten, by the monotonic clock.
-        increments: for those that this process has marked, so that they are likely to be there, what marks them. They are
-            forgotten when there are too many names, also of those that are only read.
+        met: those that this process has marked, so that they are likely to be there, packed. They are forgotten when there
+            are too many names, also of those that are only read.
     """
 
     def __init__(self, run: str) -> None:
         self.run = run
         self.until = time.monotonic() + _NAMES_FOR
-        self.increments: dict[str, Command] = {}
+        self.met: dict[str, bytes] = {}
 
     def __missing__(self, counter: str) -> bytes:
         if len(self) >= _MOST_NAMES:
             self.clear()
-            self.increments = {}
+            self.met = {}
         name = self[counter] = _encode(f"{counter}@{self.run}")
         return name
 
-    def of(self, counters: Sequence[str]) -> list[bytes]:
+    def of(self, counters: Iterable[str]) -> list[bytes]:
         return [self[counter] for counter in counters]
+
+    def packed(self, counters: Iterable[str]) -> list[bytes]:
+        """The same as words of a command."""
+        known = self.met
+        return [known.get(counter) or word(self[counter]) for counter in counters]
 
     def marking(self, counters: Sequence[str]) -> list[Command]:
         """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
-        known = self.increments
-        new = [counter for counter in counters if counter not in known]
+        increments: list[Command] = [INCREMENT + packed for packed in self.packed(counters)]
+        new = [counter for counter in counters if counter not in self.met]
         if not new:
-            return [known[counter] for counter in counters]
+            return increments
         planted = str(versions.planted(versions.fresh()))
         commands: list[Command] = []
         for each in new:
             # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
             commands.append(("SET", self[each], planted, "NX", "EX", _COUNTER_TTL))
             commands.append(("EXPIRE", self[each], _COUNTER_TTL))
-        commands += [known.get(counter) or increment(self[counter]) for counter in counters]
-        return commands
+        return commands + increments
 
-    def met(self, counters: Sequence[str]) -> None:
+    def meet(self, counters: Sequence[str]) -> None:
         """Take for there what was marked."""
         for counter in counters:
-            if counter not in self.increments:
-                self.increments[counter] = increment(self[counter])
+            if counter not in self.met:
+                self.met[counter] = word(self[counter])
 
 
 _NAMES_FOR = 3600.0

@@ -17,7 +17,7 @@ import redis
 
 from querycache.backends.patience import Patience
 
-__all__ = ["CONNECTIONS", "Command", "Wire", "increment"]
+__all__ = ["CONNECTIONS", "INCREMENT", "Command", "Wire", "evaluate", "word"]
 
 Command = tuple[Any, ...] | bytes
 """The words of a command, texts and bytes; or a whole command as it is sent."""
@@ -26,9 +26,25 @@ _CHUNK = 2**16
 _INCOMPLETE = object()
 
 
-def increment(key: bytes) -> Command:
-    """INCR. A commit sends a dozen, and the client's packer takes three times as long for them."""
-    return b"*2\r\n$4\r\nINCR\r\n$%d\r\n%b\r\n" % (len(key), key)
+# A commit sends two dozen words that are mostly known, and the client's packer takes three times as long for them.
+
+
+def word(text: bytes) -> bytes:
+    """A word of a command as it is sent."""
+    return b"$%d\r\n%b\r\n" % (len(text), text)
+
+
+INCREMENT = b"*2\r\n" + word(b"INCR")
+"""INCR; the :func:`word` of its key is to follow."""
+
+
+def evaluate(verb: str, script: str, keys: Sequence[bytes], argument: bytes) -> bytes:
+    """EVALSHA or EVAL as it is sent.
+
+    :param keys: as words.
+    """
+    head = verb.encode(), script.encode(), b"%d" % len(keys)
+    return b"*%d\r\n%b%b%b" % (len(keys) + 4, b"".join(map(word, head)), b"".join(keys), word(argument))
 
 
 def _refusal(message: str) -> redis.ResponseError:
@@ -94,7 +110,7 @@ class Wire:
         self._socket: Any = None
         self._reader: Any = None
         self._has_data: Callable[[], list[Any]] = list
-        self._again: Callable[[], Command] | None = None
+        self._again: Callable[[], bytes] | None = None
         self._patience = Patience(connection.socket_timeout)
 
     def open(self) -> None:
@@ -146,7 +162,7 @@ class Wire:
             self.close()
             raise
 
-    def post(self, command: Command, again: Callable[[], Command]) -> None:
+    def post(self, command: bytes, again: Callable[[], bytes]) -> None:
         """Send a command, and leave its reply to be read when the wire is used next.
 
         :param again: gives what to send then, where the server did not have the script.
@@ -155,7 +171,7 @@ class Wire:
             self._settle()
         self._again = again  # before it is sent: a signal may come between
         try:
-            self._socket.sendall(hiredis.pack_command(command))
+            self._socket.sendall(command)
         except BaseException:
             self.close()
             raise

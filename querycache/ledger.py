@@ -366,9 +366,7 @@ class Ledger:
         One round trip (memcached: more where other writers are at the same tags).
         """
         if marks:
-            in_order = dict(marks)
-            in_order[self._witness] = in_order.pop(self._witness)  # last
-            self.store.end(in_order)
+            self.store.end(marks)
 
     def bump(self, tags: Iterable[str]) -> None:
         """Invalidate by hand, outside any transaction: everything that depends on one of the tags is invalid.

@@ -111,7 +111,9 @@ class StoreBackend(BytesBackend, abc.ABC):
 
     @abc.abstractmethod
     def end(self, marks: Mapping[str, Mark]) -> None:
-        """Take the step :func:`~querycache.versions.ended` on each counter that is present, in this order.
+        """Take the step :func:`~querycache.versions.ended` on each counter that is present, on the witness last.
+
+        :param marks: what :meth:`begin` gave, the witness first.
 
         Where a counter is contended and the store has no atomic step for it, further round trips are taken.
         May return before the server has done it: until then the marks are there.

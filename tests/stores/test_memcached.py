@@ -177,6 +177,23 @@ class TestMemcached(StoreContract, ServerContract):
         assert trips(lambda: store.end(marks)) == 2  # contended
         store.close()
 
+    def test_the_witness_is_marked_first_and_unmarked_last(
+        self, memcached_store_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = MemcachedBackend({"url": memcached_store_url})
+        sent: list[bytes] = []
+        step = MemcachedBackend._step
+
+        def watched(self: Any, steps: meta.Pipeline, **arguments: Any) -> Any:
+            sent.extend(command.split()[1] for command in steps._commands if command.startswith(b"ma "))
+            return step(self, steps, **arguments)
+
+        monkeypatch.setattr(MemcachedBackend, "_step", watched)
+        witness, one, two = names = fresh_names(3)
+        store.end(store.begin(names))
+        assert sent == [name.encode() for name in (witness, one, two, one, two, witness)]
+        store.close()
+
     # --- Several servers --------------------------------------------------------------------------
 
     @pytest.fixture

@@ -1206,7 +1206,7 @@ class EndsInParts(MemoryBackend):
     between: Callable[[], object] = staticmethod(lambda: None)
 
     def end(self, marks: Mapping[str, Mark]) -> None:
-        *tags, witness = marks.items()
+        witness, *tags = marks.items()
         super().end(dict(tags))
         self.between()
         super().end(dict([witness]))
