@@ -211,11 +211,13 @@ class Ledger:
                     fallen = _NONE
         stale = blob is not None and payload is None
         if (payload is None or fallen) and not all(map(versions.is_clean, found)):
-            before = found
+            before = found, witness
             found, witness = self._tend(asked, found, witness)
-            if fallen and found != before:
+            if fallen and found != before[0]:
                 # versions from after the entry was read: what is found under them may be later than what it still tells
                 payload, fallen, stale = None, _NONE, True
+            elif fallen:
+                witness = before[1]  # as it was when the entry was read
         elif self._unclean and not self._unclean.keys().isdisjoint(asked):
             self._forget(asked)
         if self._seen is not None:
@@ -254,7 +256,10 @@ class Ledger:
         not written in between. Where an entry may be later than the versions that were read with it, one round trip.
         """
         if reading.payload is not None and not self.store.ordered:
-            reading = self.lookup(None, reading.tags)
+            try:
+                reading = self.lookup(None, reading.tags)
+            except CacheUnavailable:
+                return False
         if reading.witness is not None and reading.witness == snapshot.witness:
             return True
         seen = self._seen or {}

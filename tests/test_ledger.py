@@ -240,6 +240,29 @@ def test_D2_invalidation_is_seen_by_every_process(ledger: Ledger, other: Ledger,
         assert each.lookup("entry", ["a", "b"]).stale
 
 
+class LooksTwice(MemoryBackend):
+    """May read an entry after its versions, and does not answer when it is asked for these again."""
+
+    ordered = False
+    answers = True
+
+    def fetch(self, key: str | None, *arguments: Any) -> tuple[bytes | None, list[int | None]]:
+        if key is None and not self.answers:
+            raise CacheUnavailable("gone")
+        return super().fetch(key, *arguments)
+
+
+def test_what_cannot_be_confirmed_is_not_what_a_snapshot_shows() -> None:
+    store = LooksTwice({})
+    ledger = Ledger(store, WITNESS)
+    filled(ledger)
+    snapshot = ledger.snapshot()
+    reading = ledger.lookup("entry", ["a", "b"])
+    assert ledger.shows(snapshot, reading)
+    store.answers = False
+    assert not ledger.shows(snapshot, reading)
+
+
 def test_the_witness_is_marked_first() -> None:
     spy: Any = Spy(MemoryBackend({}))
     ledger = Ledger(spy, WITNESS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import accumulate
 from random import Random
 from typing import Any
 
@@ -201,11 +202,11 @@ SHAPES: dict[str, tuple[Shape, int, int]] = {
 """For each shape: the function, the number of its arguments, and of a hundred reads how many are of it."""
 
 _NAMES = list(SHAPES)
-_WEIGHTS = [weight for _, _, weight in SHAPES.values()]
+_UP_TO = list(accumulate(weight for _, _, weight in SHAPES.values()))
 
 
 def choose(random: Random) -> tuple[str, Shape, int]:
     """A shape and its argument, small arguments more often."""
-    [name] = random.choices(_NAMES, _WEIGHTS)
+    [name] = random.choices(_NAMES, cum_weights=_UP_TO)
     shape, arguments, _ = SHAPES[name]
     return name, shape, int(random.random() ** 3 * arguments)

@@ -16,12 +16,16 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psycopg  # noqa: F401 -- and others that each process would import, and now finds there
+import pymysql  # noqa: F401
 import redis
 from sqlalchemy import create_engine, event, insert
 from sqlalchemy.engine import Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, configure_mappers, sessionmaker
 
+import querycache.backends.memcached
+import querycache.backends.redis  # noqa: F401
 from querycache import QueryCache
 from querycache.errors import CacheUnavailable
 from querycache.phases import Consistency, OnOutage
@@ -41,6 +45,8 @@ __all__ = [
     "connect",
     "main",
 ]
+
+configure_mappers()
 
 BEFORE_COMMIT = 1
 AFTER_COMMIT = 2
@@ -138,8 +144,8 @@ class _Worker:
             thread.start()
         self.order[2] = 1
         history = History(self.settings.directory / f"{self.settings.number:04}-stats")
-        while any(thread.is_alive() for thread in threads):
-            time.sleep(0.2)
+        while alive := [thread for thread in threads if thread.is_alive()]:
+            alive[0].join(1.0)
             stats = self.cache.stats()
             history.add(
                 Stats(
