@@ -234,23 +234,24 @@ class RedisBackend(StoreBackend):
             return names.marking(counters)
 
         found = self._exchange(marking, essential=True, refusable=True)[-len(counters) :]
-        incarnations = versions.marked(found)
-        if None in incarnations:
-            # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
-            pairs = zip(counters, incarnations, strict=True)
-            anew = iter(self._begin_anew([counter for counter, incarnation in pairs if incarnation is None]))
-            incarnations = [next(anew) if each is None else each for each in incarnations]
-        names.meet(counters)
-        return {
-            counter: (incarnation, 0) for counter, incarnation in zip(counters, incarnations, strict=True)
+        marks = {
+            counter: (incarnation, 0)
+            for counter, incarnation in zip(counters, versions.marked(found), strict=True)
+            if incarnation is not None
         }
+        if len(marks) < len(counters):
+            # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
+            anew = self._begin_anew([counter for counter in counters if counter not in marks])
+            marks = {counter: marks.get(counter) or anew[counter] for counter in counters}
+        names.meet(counters)
+        return marks
 
-    def _begin_anew(self, counters: Sequence[str]) -> list[int]:
+    def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
         """Mark counters that were lost since they were met, hold something else, or have no room for more marks."""
         arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, _COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
-            return list(map(int, reply))
+            return {counter: (int(text), 0) for counter, text in zip(counters, reply, strict=True)}
         except (TypeError, ValueError) as error:
             raise self._unreadable() from error
 
