@@ -128,6 +128,7 @@ class Workers:
         order[1] = point
         process.join(3.0)
         order[1] = 0
+        process.join(0.5)  # it may be about to, as who has flushed before COMMIT is
         if process.exitcode is None:
             return False
         self._bury(number)
@@ -153,9 +154,10 @@ class Workers:
             self.buried[number] = now()
         self._start()
 
-    def ended(self) -> list[int]:
-        """Those that ended although nobody told them to."""
-        return [number for number, (process, _) in self._running.items() if process.exitcode is not None]
+    def ended(self) -> dict[int, int]:
+        """Those that ended although nobody told them to, with their exit codes."""
+        codes = {number: process.exitcode for number, (process, _) in self._running.items()}
+        return {number: code for number, code in codes.items() if code is not None}
 
     def stop(self) -> None:
         for _, order in self._running.values():
@@ -237,11 +239,14 @@ def run_round(
             if time.monotonic() > next_fault:
                 faults.inject()
                 next_fault = time.monotonic() + faults.pause(every)
+        ended = workers.ended()
         workers.stop()
         took = time.monotonic() - start
         # Empty and without a history, so that the next round on it need not begin with a quarantine.
         store.restart()
         report = _judge(directory, workers, database)
+        if ended:  # and not for an exception, which that would have told
+            raise AssertionError(f"workers ended, and nobody had told them to: exit codes {ended}")
         report.seconds = took
         report.faults = faults.injected
         if report.illegal:
