@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from sqlalchemy import (
     Alias,
@@ -76,26 +76,23 @@ class Declarations:
         sources: for a view, table or function, the tables that its content is made from.
         slots: number of slots a tracked column is divided into.
         temporary: names of temporary tables and views that this process has made; each connection has its own.
+        digest: 16 bytes that are the same in every process that has declared the same. Triggers of denormalized columns are
+            not in it: which of them a process knows is a matter of what it imports.
+        of_triggers: the number of dependencies that triggers make, as far as this process knows.
     """
 
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
     slots: int = DEFAULT_SLOTS
     temporary: set[str] = field(default_factory=set)
-    _digest: bytes | None = None
+    digest: bytes = field(init=False)
 
-    def digest(self) -> bytes:
-        """16 bytes that are the same in every process that has declared the same.
+    of_triggers: ClassVar[int] = 0
 
-        Triggers of denormalized columns are not in it: which of them a process knows is a matter of what it imports.
-        """
-        if self._digest is None:
-            self._digest = digest(map(canonical, (self.sources, self.slots)), size=16)
-        return self._digest
+    def __post_init__(self) -> None:
+        self._change()
 
-    @property
-    def of_triggers(self) -> int:
-        """The number of dependencies that triggers make, as far as this process knows."""
-        return sum(map(len, _by_triggers.values())) if _by_triggers else 0
+    def _change(self) -> None:
+        self.digest = digest(map(canonical, (self.sources, self.slots)), size=16)
 
     def depends(self, name: str, on: Iterable[str]) -> None:
         """Note that what ``name`` gives changes when one of the tables in ``on`` is written.
@@ -105,7 +102,7 @@ class Declarations:
         for spelling in _spellings(name.lower()):
             known = self.sources.get(spelling, frozenset())
             self.sources[spelling] = known | {each.lower() for each in on}
-        self._digest = None
+        self._change()
 
     def made_from(self, names: Iterable[str]) -> set[str]:
         """All that the names are made from, step by step; with a name itself only if it is made from itself."""
@@ -137,6 +134,7 @@ def written_by_triggers(table: Table, on: Iterable[Table]) -> None:
     labels = {label for each in on for label in reader_labels(None, each.name)}
     name = table.name.lower()
     _by_triggers[name] = _by_triggers.get(name, frozenset()) | labels
+    Declarations.of_triggers = sum(map(len, _by_triggers.values()))
 
 
 # --- reading -----------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 from sqlalchemy.engine import Result
 from sqlalchemy.orm import ORMExecuteState, Session
@@ -85,13 +85,13 @@ class _Load:
     later: bool = False
     borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
-    _token: Token[object] | None = None
+    _token: Token[object] = field(init=False)
 
     def __enter__(self) -> None:
         self._token = _around.set(self)
 
     def __exit__(self, *exc_info: object) -> None:
-        _around.reset(cast("Token[object]", self._token))
+        _around.reset(self._token)
 
     def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
         """Ask the database, freeze what it returns, and load that."""
@@ -294,7 +294,7 @@ class Interceptor:
         region, options = request.region, request.options
         lookup = region.lookup(request.key, request.tag_keys, options.exact, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
-        if reading is not None:
+        if request.transactions and reading is not None:
             distrust = self._distrust(request, reading)
             if distrust:
                 self._leave(region, options, distrust)

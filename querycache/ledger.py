@@ -391,12 +391,8 @@ _NEVER_SEEN = (-1, 0)
 
 def _seal(payload: bytes, reading: Reading) -> bytes:
     """An entry as it is stored: number of tags, length of their names, versions, names, payload."""
-    return _header(reading.tags, reading.versions) + payload
-
-
-def _header(tags: tuple[str, ...], found: Sequence[int | None]) -> bytes:
-    pack, names = _frame(tags)
-    return pack(*found) + names
+    pack, names = _frame(reading.tags)
+    return pack(*reading.versions) + names + payload
 
 
 @lru_cache(maxsize=1024)
@@ -410,7 +406,8 @@ def _open(blob: bytes, tags: tuple[str, ...], found: Sequence[int | None]) -> by
     """The payload of an entry that was stored under just these versions: the usual case, and the quickest."""
     if None in found:
         return None
-    header = _header(tags, found)
+    pack, names = _frame(tags)
+    header = pack(*found) + names
     return blob[len(header) :] if blob.startswith(header) else None
 
 

@@ -188,10 +188,34 @@ class Requests:
         Raises:
             Refused: no cache can answer this statement.
         """
+        if options.mode == "bypass":
+            raise Refused("mode")
+        self._refuse(state)
+        session = state.session
         try:
-            return self._request(state, region, options)
+            prepared = sa_internals.prepare(Invocation.take(state))
+            plan = prepared.plan
+            bind = prepared.invocation.bind
+            if isinstance(bind, Connection) and bind.closed:
+                raise Refused("connection closed")  # the execution will raise it
+            self._writes.watch_bind(bind)
+            scope = "" if self._scope is None else canonical(self._scope(session))
+            # For a statement that is executed again and again, all of this follows from its plan.
+            memo = (self, region, options, scope, self._declared.digest, self._declared.of_triggers)
+            derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
+            if derived is None:
+                derived = _remember(plan, memo, self._derive(region, options, plan, scope))
         except (UnkeyableValue, Unpreparable) as refusal:
             raise Refused(str(refusal)) from refusal
+        self._refuse_temporary(plan)
+        transactions = self._writes.transactions(session, bind, before_lookup=True)
+        request = Request(region, options, prepared, *derived, scope, transactions)
+        if self._writes.phases.owes(region.ledger):
+            raise Refused("unavailable")
+        for transaction in transactions:
+            if transaction.hides(request.tags):
+                raise Refused("own write")
+        return request
 
     def completion(self, state: ORMExecuteState, options: CacheOptions) -> Completion:
         """The same for a statement that completes the objects of one that was made with these options.
@@ -207,7 +231,7 @@ class Requests:
             self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(plan.compiled)
             # what follows from the plan alone is remembered by it, as for _request()
-            memo = ("completion", self, options, self._declared.digest(), self._declared.of_triggers)
+            memo = ("completion", self, options, self._declared.digest, self._declared.of_triggers)
             mark: bytes | None = plan.memo.get(memo)
             if mark is None:
                 self._refuse_content(analysis, plan, options)
@@ -237,33 +261,6 @@ class Requests:
         common = region.tag_keys(sorted(tags.difference(*own.values())))
         keys = {key: region.tag_keys(each) for key, each in own.items()}
         return ByKey(family.digest(), place, common, keys)
-
-    def _request(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
-        if options.mode == "bypass":
-            raise Refused("mode")
-        self._refuse(state)
-        session = state.session
-        prepared = sa_internals.prepare(Invocation.take(state))
-        plan = prepared.plan
-        bind = prepared.invocation.bind
-        if isinstance(bind, Connection) and bind.closed:
-            raise Refused("connection closed")  # the execution will raise it
-        self._writes.watch_bind(bind)
-        scope = "" if self._scope is None else canonical(self._scope(session))
-        # For a statement that is executed again and again, all of this follows from its plan.
-        memo = (self, region, options, scope, self._declared.digest(), self._declared.of_triggers)
-        derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
-        if derived is None:
-            derived = _remember(plan, memo, self._derive(region, options, plan, scope))
-        self._refuse_temporary(plan)
-        transactions = self._writes.transactions(session, bind, before_lookup=True)
-        request = Request(region, options, prepared, *derived, scope, transactions)
-        if self._writes.phases.owes(region.ledger):
-            raise Refused("unavailable")
-        for transaction in transactions:
-            if transaction.hides(request.tags):
-                raise Refused("own write")
-        return request
 
     def _derive(
         self, region: Region, options: CacheOptions, plan: Plan, scope: str
@@ -344,7 +341,7 @@ class Requests:
             raise Refused("temporary table")
 
     def _key(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str) -> str:
-        declared = self._declared.digest()
+        declared = self._declared.digest
         if options.exact:
             schemas = canonical(dict(plan.schema_translate_map))
             identity = bind_identity(plan.engine)
@@ -357,7 +354,7 @@ class Requests:
         self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis, scope: str
     ) -> blake2b:
         """All of a key but the parameters, which is the same for a statement that is built anew for each execution."""
-        declared = self._declared.digest()
+        declared = self._declared.digest
         memo = (self, region, options, scope, plan.engine, plan.sql, declared)
         begun: blake2b | None = plan.shared_memo.get(memo)
         if begun is None:

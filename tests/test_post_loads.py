@@ -559,6 +559,7 @@ def test_what_was_stored_by_who_did_not_know_of_a_trigger(
     _, unknowing = attached(engine, store)
     family(unknowing)
     monkeypatch.setattr(dependencies, "_by_triggers", {})
+    monkeypatch.setattr(dependencies.Declarations, "of_triggers", 0)
     dependencies.written_by_triggers(Toy.__table__, [Place.__table__])  # type: ignore[arg-type]
     cache, factory = attached(engine, store)
     with cache.recording() as events:
