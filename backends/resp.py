@@ -196,8 +196,8 @@ class Wire:
             self.close()
             raise
         # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
-        if isinstance(reply, redis.exceptions.NoScriptError):
-            self.post(again(), again)
+        if again is not bytes and isinstance(reply, redis.exceptions.NoScriptError):
+            self.post(again(), bytes)  # which is not refused for that
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""

@@ -198,7 +198,8 @@ class Requests:
             bind = prepared.invocation.bind
             if isinstance(bind, Connection) and bind.closed:
                 raise Refused("connection closed")  # the execution will raise it
-            self._writes.watch_bind(bind)
+            if self._writes.watch_bind(bind) and "isolation_level" not in plan.options:
+                raise Refused("serializable")
             scope = "" if self._scope is None else canonical(self._scope(session))
             # For a statement that is executed again and again, all of this follows from its plan.
             memo = (self, region, options, scope, self._declared.digest, self._declared.of_triggers)
@@ -319,6 +320,11 @@ class Requests:
         for name in _DATABASE_ONLY.intersection(plan.options):  # of the connection or the engine
             if plan.options[name]:
                 raise Refused(name)
+        if (
+            str(plan.options.get("isolation_level")).upper() == "SERIALIZABLE"
+            and plan.engine.dialect.name != "sqlite"
+        ):
+            raise Refused("serializable")  # the database wants to know what is read
         if analysis.locks:
             raise Refused("for update")
         if analysis.writes:

@@ -47,6 +47,8 @@ from querycache.textual import TextStatement, commits, first_word, read_text, te
 __all__ = ["Transaction", "Writes"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
+_PERHAPS = "perhaps"
+"""Said of a transaction that was begun by hand, and then given a statement that may have committed it."""
 
 
 @dataclass(slots=True)
@@ -58,12 +60,14 @@ class _Known:
         settled: True once it is found out what its transactions see.
         old_views: True where they may keep an old view of the database for more than a statement.
         told: True where its driver may be told of isolation levels by itself.
+        serializable: True if its transactions are SERIALIZABLE unless they are told otherwise.
     """
 
     watched: bool = False
     settled: bool = False
     old_views: bool = False
     told: bool = False
+    serializable: bool = False
 
 
 @dataclass(slots=True)
@@ -134,15 +138,22 @@ class Writes:
     def _known(self, dialect: Dialect) -> _Known:
         found: _Known | None = dialect.__dict__.get(self._info_key)
         if found is None:
-            found = dialect.__dict__.setdefault(self._info_key, _Known(told=sa_internals.is_told(dialect)))
+            known = _Known(
+                told=sa_internals.is_told(dialect), serializable=sa_internals.is_serializable(dialect)
+            )
+            found = dialect.__dict__.setdefault(self._info_key, known)
         return found
 
-    def watch_bind(self, bind: Engine | Connection) -> None:
-        """The same for what a Session is about to ask. A connection that was given may have written unseen."""
-        if self._known(bind.dialect).watched:
-            return
-        if self.watch(bind.engine) and isinstance(bind, Connection) and bind.in_transaction():
+    def watch_bind(self, bind: Engine | Connection) -> bool:
+        """The same for what a Session is about to ask. A connection that was given may have written unseen.
+
+        Returns True if its transactions are SERIALIZABLE unless they are told otherwise.
+        """
+        known = self._known(bind.dialect)
+        first = not known.watched and self.watch(bind.engine)
+        if first and isinstance(bind, Connection) and bind.in_transaction():
             self._began_unseen(bind, given=True)
+        return known.serializable
 
     def _began_unseen(self, connection: Connection, given: bool) -> None:
         if self._takes_snapshots(connection):
@@ -181,6 +192,8 @@ class Writes:
         for connection in sa_internals.connections(session, bind):
             if connection.dialect.name == "sqlite":
                 self._notice_old_view(connection, before_lookup)
+            else:
+                self._notice_begun(connection)
             transaction = self._of(connection.info)
             if transaction is not None:
                 if transaction.unresolved and not sa_internals.is_flushing(session):
@@ -205,6 +218,18 @@ class Writes:
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
             if begun:
                 self._expect_old_views(connection.dialect)
+
+    def _notice_begun(self, connection: Connection) -> None:
+        """See whether something that nobody has told of has begun a transaction with a snapshot, as a raw cursor may."""
+        if self._of(connection.info) is not None:
+            return
+        known = self._known(connection.dialect)
+        if not known.settled:
+            self._settle(connection.dialect)
+        asked = known.old_views or "isolation_level" in connection.get_execution_options()
+        if asked and self._takes_snapshots(connection) and sa_internals.has_begun(connection):
+            self.watch(connection.engine)
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
 
     def note(self, session: Session, tags: Iterable[str]) -> None:
         """Make tags part of what a Session's transaction writes: they change when it commits.
@@ -281,18 +306,23 @@ class Writes:
     def executed(self, context: Any) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
-        if first_word(context.statement) not in ("begin", "start"):
-            connection.info.pop(self._begun_key, None)
-        transaction = self._of(connection.info)
+        info, word = connection.info, first_word(context.statement)
+        if word in _ENDING:
+            info.pop(self._begun_key, None)
+        elif self._begun_key in info and word not in ("begin", "start"):
+            info[self._begun_key] = _PERHAPS
+            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+        transaction = self._of(info)
         if transaction is not None:
             self.phases.two(transaction.marking)
-            if sa_internals.is_autocommit(connection):
-                del connection.info[self._info_key]
+            if self._begun_key not in info and sa_internals.is_autocommit(connection):
+                del info[self._info_key]
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
     def _is_autocommit(self, connection: Connection) -> bool:
-        """True if each statement commits itself: where the connection is set so, and nobody has said BEGIN or SAVEPOINT."""
-        return self._begun_key not in connection.info and sa_internals.is_autocommit(connection)
+        """True if each statement commits itself, or may: where the connection is set so, and nobody has said BEGIN."""
+        begun = connection.info.get(self._begun_key)
+        return (begun is None or begun == _PERHAPS) and sa_internals.is_autocommit(connection)
 
     def _is_committing(self, connection: Connection) -> bool:
         transaction = self._of(connection.info)
@@ -437,6 +467,7 @@ class Writes:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
             self._expect_old_views(dialect)
+        self._known(dialect).serializable = sa_internals.is_serializable(dialect)
         self._known(dialect).settled = True  # only now: other threads go by it
 
     def _expect_old_views(self, dialect: Dialect) -> None:
@@ -451,9 +482,12 @@ class Writes:
         transaction = self._of(connection.info)
         if transaction is not None and transaction.snapshot is not None:
             return  # not the first
-        if connection.info.get(self._isolation_key):
+        if not self._takes_snapshots(connection) and not connection.info.get(self._isolation_key):
+            return
+        # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example.
+        if connection.info.get(self._isolation_key) or sa_internals.has_begun(connection):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-        elif self._takes_snapshots(connection):
+        else:
             self._ensure(connection).snapshot = {
                 ledger: ledger.snapshot() for ledger in self._regions.ledgers
             }
@@ -505,6 +539,7 @@ def _told(sql: str, context: Any) -> TextStatement | None:
     return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
 
 
+_ENDING = frozenset({"abort", "commit", "end", "rollback"})
 _DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
 

@@ -175,6 +175,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_proxied": lambda live: live.engine.execution_options(a=1),
     "_refresh_state": load_options_of,
     "_remaining_events": lambda live: live.states[0],
+    "_result": lambda live: import_module("pymysql").Connection(defer_connect=True),
     "_result_columns": lambda live: live.contexts["SELECT"].compiled,
     "_rowcount": lambda live: live.contexts["SELECT"],
     "_setup_result_proxy": lambda live: live.contexts["SELECT"],

@@ -19,11 +19,13 @@ __all__ = [
     "connections",
     "default_isolation_level",
     "driver_isolation_level",
+    "has_begun",
     "has_open_statement",
     "in_transaction",
     "info_of",
     "is_autocommit",
     "is_initializing",
+    "is_serializable",
     "is_told",
     "isolation_level",
     "may_block",
@@ -106,7 +108,8 @@ def is_autocommit(connection: Connection) -> bool:
 
 def default_isolation_level(dialect: Any) -> str | None:
     """The isolation level that the engine asks for, or else the database's own; in capitals and with spaces."""
-    level = dialect._on_connect_isolation_level or dialect.default_isolation_level
+    # what the database does by itself is known from the first connection on
+    level = dialect._on_connect_isolation_level or getattr(dialect, "default_isolation_level", None)
     return level.replace("_", " ").upper() if level else None
 
 
@@ -129,6 +132,11 @@ def isolation_level(connection: Connection, begun: bool = False) -> str | None:
         level = connection.dialect.default_isolation_level  # as the database has told at the first connection
         return level.replace("_", " ").upper() if level else None
     return level
+
+
+def is_serializable(dialect: Dialect) -> bool:
+    """True if transactions of a dialect are SERIALIZABLE unless they are told otherwise; SQLite's are in their own way."""
+    return dialect.name != "sqlite" and default_isolation_level(dialect) == "SERIALIZABLE"
 
 
 def is_told(dialect: Dialect) -> bool:
@@ -169,6 +177,22 @@ def in_transaction(connection: Connection) -> bool:
     Most other drivers do not tell.
     """
     return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+
+def has_begun(connection: Connection) -> bool:
+    """True if the driver tells of an open transaction, whoever has begun it, be it a raw cursor. Some do not tell."""
+    driver: Any = connection.connection.driver_connection
+    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    if status is not None:  # of psycopg and psycopg2; 0 is "idle"
+        return bool(status != 0)
+    flags = getattr(driver, "server_status", None)
+    if isinstance(
+        flags, int
+    ):  # of PyMySQL, which notes them after what writes; what was read last, until the end
+        result = getattr(driver, "_result", None)
+        return bool(flags & 1) or getattr(result, "description", None) is not None
+    told = getattr(driver, "is_in_transaction", None)  # of asyncpg
+    return bool(told() if callable(told) else getattr(driver, "in_transaction", False))
 
 
 def has_open_statement(connection: Connection) -> bool:

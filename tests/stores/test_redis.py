@@ -369,6 +369,20 @@ class TestRedis(StoreContract, ServerContract):
         assert version_in(store, "tag") == marked + versions.GENERATION - 1
         store.close()
 
+    def test_a_server_that_knows_no_script_at_all_is_not_told_for_ever(
+        self, redis_store_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = RedisBackend({"url": redis_store_url})
+        first, second = store.begin(["one"]), store.begin(["two"])
+        refused = redis.exceptions.NoScriptError("NOSCRIPT No matching script.")
+        with monkeypatch.context() as patch:
+            read = resp.Wire._read
+            patch.setattr(resp.Wire, "_read", lambda self: (read(self), refused)[1])
+            store.end(first)
+            store.end(second)
+        store.ping()
+        store.close()
+
     def test_an_end_that_is_refused_leaves_the_marks_and_disturbs_nobody(self, private_redis: Server) -> None:
         store = RedisBackend({"url": private_redis.url})
         marks = store.begin(["tag"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column, sessionmaker
 
 from querycache import QueryCache
 from tests.writes.library import Author, Book
@@ -263,6 +264,132 @@ def test_what_is_written_once_autocommit_is_off_is_known_at_the_commit(on_mariad
         connection.exec_driver_sql("COMMIT")
         check(on_mariadb)
         connection.exec_driver_sql("SET autocommit = 1")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SET @a = 1",
+        "CREATE TEMPORARY TABLE passing (a INTEGER)",
+        "DROP TEMPORARY TABLE IF EXISTS passing",
+        "CREATE TABLE IF NOT EXISTS book (a INTEGER)",
+    ],
+)
+def test_a_transaction_begun_by_hand_may_go_on_after_what_may_commit(
+    on_mariadb: Library, statement: str
+) -> None:
+    """All but the last do not commit."""
+    on_mariadb.fill(*EACH)
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("START TRANSACTION")
+        connection.execute(PRICES).all()
+        connection.exec_driver_sql(statement)
+        on_mariadb.write(update(BOOK).where(BOOK.c.id == 3).values(price=97))
+        for each in EACH:
+            with on_mariadb.sessions(bind=connection) as session:
+                assert on_mariadb.ask(each, session) == list(map(tuple, connection.execute(each)))
+        connection.execute(update(BOOK).where(BOOK.c.id == 1).values(price=98))
+        on_mariadb.fill(*EACH)
+        connection.exec_driver_sql("COMMIT")
+        check(on_mariadb)
+
+
+def raw(connection: Any) -> None:
+    """Read something where SQLAlchemy does not see it."""
+    cursor = connection.cursor()
+    cursor.execute("SELECT count(*) FROM tag")
+    cursor.fetchall()
+    cursor.close()
+
+
+def by_a_cursor(engine: Engine) -> Connection:
+    connection = engine.connect()
+    raw(connection.connection)
+    return connection
+
+
+def at_checkout(engine: Engine) -> Connection:
+    event.listen(engine, "checkout", lambda connection, record, proxy: raw(connection))
+    return engine.connect()
+
+
+def at_begin(engine: Engine) -> Connection:
+    event.listen(engine, "begin", lambda connection: raw(connection.connection))
+    connection = engine.connect()
+    connection.begin()
+    return connection
+
+
+@pytest.mark.parametrize("begin", [by_a_cursor, at_checkout, at_begin])
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_snapshot_that_began_where_nobody_saw_it(
+    request: pytest.FixtureRequest, database: str, begin: Callable[[Engine], Connection], known: bool
+) -> None:
+    given: Engine = request.getfixturevalue(f"{database}_engine")
+    library = Library(given)
+    engine = create_engine(given.url, isolation_level="REPEATABLE READ")
+    library.cache.attach(engine)
+    if known:  # other transactions of the engine were seen
+        with library.sessions(bind=engine) as session:
+            session.execute(text("SELECT 1"))
+    with begin(engine) as connection:
+        old = library.database(point(3))
+        library.write(update(BOOK).values(price=97))
+        with library.sessions(bind=connection) as session:
+            assert library.outcome(point(3), session) == "bypass snapshot"  # and stores nothing
+            library.fill(point(3))
+            assert library.ask(point(3), session) == old != library.database(point(3))
+    check(library)
+    engine.dispose()
+
+
+def test_transactions_that_went_on_before_the_cache_was_attached(postgresql_engine: Engine) -> None:
+    other = Library(postgresql_engine)
+    engine = create_engine(postgresql_engine.url, isolation_level="REPEATABLE READ")
+    cache = QueryCache("memory://", lease=0.01)
+    with engine.connect() as one, engine.connect() as two:
+        old = one.execute(PRICES).all()
+        two.execute(PRICES).all()
+        sessions = sessionmaker(engine)
+        cache.attach(sessions)
+        other.write(update(BOOK).values(price=97))
+        for connection in (one, two):
+            with sessions(bind=connection) as session, cache.recording() as events:
+                assert session.execute(PRICES, execution_options={"cache_key": True}).all() == old
+            assert [each.outcome for each in events] == ["bypass"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("way", ["engine", "engine option", "connection", "server"])
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_what_is_serializable_is_asked_of_the_database(
+    request: pytest.FixtureRequest, database: str, way: str
+) -> None:
+    """It must see what is read, to refuse what others write beside it."""
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    library.fill(*EACH)
+    bind: Any = library.engine
+    if way == "engine":
+        bind = create_engine(bind.url, isolation_level="SERIALIZABLE")
+    elif way == "server" and database == "postgresql":
+        bind = create_engine(
+            bind.url, connect_args={"options": "-c default_transaction_isolation=serializable"}
+        )
+        bind.connect().close()
+    else:
+        bind = bind.execution_options(isolation_level="SERIALIZABLE")
+    library.cache.attach(bind)
+    if way == "connection":
+        bind = bind.connect()
+    for _ in range(2):
+        with library.sessions(bind=bind) as session:
+            for statement in EACH:
+                assert library.outcome(statement, session) == "bypass serializable"
+    if way == "connection":
+        bind.close()
+    elif way != "engine option":
+        bind.dispose()
 
 
 def test_a_snapshot_of_somebody_else(on_postgresql: Library) -> None:

@@ -501,6 +501,20 @@ def test_E10_a_snapshot_is_answered_with_what_was_not_written_since(
     assert library.is_right(point(2))
 
 
+def test_E10_what_is_answered_before_the_snapshot_begins_is_current(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    library.fill(AUTHORS, point(2))
+    with repeatable_read(library) as session:
+        assert library.outcome(AUTHORS, session) == "hit"  # the database knows nothing of it
+        library.write(RAISE_PRICE)
+        library.fill(point(2))
+        assert library.ask(point(2), session) == library.database(point(2))
+        session.execute(text("SELECT 1"))
+        library.write(update(Book).where(Book.id == 2).values(price=78))
+        library.fill(point(2))
+        assert library.outcome(point(2), session) == "bypass snapshot"
+
+
 class SettlesLate(MemoryBackend):
     """Others may come between a lookup that finds no versions and the next step, which creates them."""
 
