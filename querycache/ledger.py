@@ -271,9 +271,8 @@ class Ledger:
     def _remember(
         self, seen: dict[str, tuple[int, int]], tags: Iterable[str], found: Iterable[int | None]
     ) -> None:
-        begun = (
-            self._snapshots
-        )  # after they were read: of those that begin meanwhile it is not known which was first
+        # after they were read: of a snapshot that begins meanwhile it is not known which was first
+        begun = self._snapshots
         for tag, version in zip(tags, found, strict=True):
             known = seen.get(tag)
             if version is not None and versions.is_clean(version) and (known is None or known[0] != version):

@@ -225,10 +225,10 @@ class Writes:
             return
         known = self._known(connection.dialect)
         if not known.settled:
+            self.watch(connection.engine)
             self._settle(connection.dialect)
         asked = known.old_views or "isolation_level" in connection.get_execution_options()
         if asked and self._takes_snapshots(connection) and sa_internals.has_begun(connection):
-            self.watch(connection.engine)
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
 
     def note(self, session: Session, tags: Iterable[str]) -> None:

@@ -186,9 +186,8 @@ def has_begun(connection: Connection) -> bool:
     if status is not None:  # of psycopg and psycopg2; 0 is "idle"
         return bool(status != 0)
     flags = getattr(driver, "server_status", None)
-    if isinstance(
-        flags, int
-    ):  # of PyMySQL, which notes them after what writes; what was read last, until the end
+    if isinstance(flags, int):
+        # of PyMySQL, which takes them from what writes; but what was read last it holds until the transaction ends
         result = getattr(driver, "_result", None)
         return bool(flags & 1) or getattr(result, "description", None) is not None
     told = getattr(driver, "is_in_transaction", None)  # of asyncpg
