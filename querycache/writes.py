@@ -139,7 +139,8 @@ class Writes:
         found: _Known | None = dialect.__dict__.get(self._info_key)
         if found is None:
             known = _Known(
-                told=sa_internals.is_told(dialect), serializable=sa_internals.is_serializable(dialect)
+                told=sa_internals.is_told(dialect),
+                serializable=sa_internals.is_serializable_by_default(dialect),
             )
             found = dialect.__dict__.setdefault(self._info_key, known)
         return found
@@ -467,7 +468,7 @@ class Writes:
         """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
         if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
             self._expect_old_views(dialect)
-        self._known(dialect).serializable = sa_internals.is_serializable(dialect)
+        self._known(dialect).serializable = sa_internals.is_serializable_by_default(dialect)
         self._known(dialect).settled = True  # only now: other threads go by it
 
     def _expect_old_views(self, dialect: Dialect) -> None:
@@ -482,15 +483,18 @@ class Writes:
         transaction = self._of(connection.info)
         if transaction is not None and transaction.snapshot is not None:
             return  # not the first
-        if not self._takes_snapshots(connection) and not connection.info.get(self._isolation_key):
+        set_by_text = self._isolation_key in connection.info
+        if not set_by_text and not self._takes_snapshots(connection):
             return
-        # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example.
-        if connection.info.get(self._isolation_key) or sa_internals.has_begun(connection):
+        # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example; and where
+        # it is SERIALIZABLE, whatever it was told, the database must see what is read.
+        if set_by_text or sa_internals.has_begun(connection) or sa_internals.is_serializable(connection):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         else:
-            self._ensure(connection).snapshot = {
+            snapshot: dict[Ledger, Snapshot | None] = {
                 ledger: ledger.snapshot() for ledger in self._regions.ledgers
             }
+            self._ensure(connection).snapshot = snapshot
 
     def _takes_snapshots(self, connection: Connection) -> bool:
         if connection.dialect.name == "sqlite":

@@ -26,6 +26,7 @@ __all__ = [
     "is_autocommit",
     "is_initializing",
     "is_serializable",
+    "is_serializable_by_default",
     "is_told",
     "isolation_level",
     "may_block",
@@ -134,8 +135,13 @@ def isolation_level(connection: Connection, begun: bool = False) -> str | None:
     return level
 
 
-def is_serializable(dialect: Dialect) -> bool:
-    """True if transactions of a dialect are SERIALIZABLE unless they are told otherwise; SQLite's are in their own way."""
+def is_serializable(connection: Connection) -> bool:
+    """True if a connection's transactions are SERIALIZABLE; SQLite's are in their own way."""
+    return connection.dialect.name != "sqlite" and isolation_level(connection) == "SERIALIZABLE"
+
+
+def is_serializable_by_default(dialect: Dialect) -> bool:
+    """True if those of a dialect are, unless they are told otherwise."""
     return dialect.name != "sqlite" and default_isolation_level(dialect) == "SERIALIZABLE"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import (
     Column,
@@ -264,6 +265,30 @@ def test_what_is_written_once_autocommit_is_off_is_known_at_the_commit(on_mariad
         connection.exec_driver_sql("COMMIT")
         check(on_mariadb)
         connection.exec_driver_sql("SET autocommit = 1")
+
+
+def test_a_driver_that_was_told_to_be_serializable(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EACH)
+    engine = create_engine(on_postgresql.engine.url)
+    on_postgresql.cache.attach(engine)
+
+    def tell(connection: Any, record: object) -> None:
+        connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+
+    event.listen(engine, "connect", tell)
+    with on_postgresql.sessions(bind=engine) as session:
+        session.execute(text("SELECT 1"))
+        for statement in EACH:
+            assert on_postgresql.outcome(statement, session) == "bypass snapshot"
+    engine.dispose()
+
+
+def test_a_transaction_of_a_session_that_is_serializable(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.sessions() as session:
+        session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        assert on_postgresql.outcome(point(1), session) == "bypass serializable"
+    assert on_postgresql.outcome(point(1)) == "hit"
 
 
 @pytest.mark.parametrize(
