@@ -151,10 +151,16 @@ class Writes:
         Returns True if its transactions are SERIALIZABLE unless they are told otherwise.
         """
         known = self._known(bind.dialect)
-        first = not known.watched and self.watch(bind.engine)
-        if first and isinstance(bind, Connection) and bind.in_transaction():
-            self._began_unseen(bind, given=True)
+        if not known.watched:
+            if isinstance(bind, Connection):
+                self._watch_connection(bind)
+            else:
+                self.watch(bind)
         return known.serializable
+
+    def _watch_connection(self, connection: Connection) -> None:
+        if self.watch(connection.engine) and connection.in_transaction():
+            self._began_unseen(connection, given=True)
 
     def _began_unseen(self, connection: Connection, given: bool) -> None:
         if self._takes_snapshots(connection):
@@ -215,18 +221,19 @@ class Writes:
             return
         begun = before_lookup and sa_internals.in_transaction(connection)
         if begun or sa_internals.has_open_statement(connection):
-            self.watch(connection.engine)
+            self._watch_connection(connection)
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
             if begun:
                 self._expect_old_views(connection.dialect)
 
     def _notice_begun(self, connection: Connection) -> None:
         """See whether something that nobody has told of has begun a transaction with a snapshot, as a raw cursor may."""
+        known = self._known(connection.dialect)
+        if not known.watched:
+            self._watch_connection(connection)
         if self._of(connection.info) is not None:
             return
-        known = self._known(connection.dialect)
         if not known.settled:
-            self.watch(connection.engine)
             self._settle(connection.dialect)
         asked = known.old_views or "isolation_level" in connection.get_execution_options()
         if asked and self._takes_snapshots(connection) and sa_internals.has_begun(connection):
@@ -308,7 +315,7 @@ class Writes:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
         info, word = connection.info, first_word(context.statement)
-        if word in _ENDING:
+        if word in _ENDING or (self._begun_key in info and sa_internals.has_ended(connection)):
             info.pop(self._begun_key, None)
         elif self._begun_key in info and word not in ("begin", "start"):
             info[self._begun_key] = _PERHAPS
@@ -488,7 +495,10 @@ class Writes:
             return
         # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example; and where
         # it is SERIALIZABLE, whatever it was told, the database must see what is read.
-        if set_by_text or sa_internals.has_begun(connection) or sa_internals.is_serializable(connection):
+        unseen = sa_internals.has_begun(connection) and not isinstance(
+            connection.get_transaction(), TwoPhaseTransaction
+        )  # which says BEGIN by itself
+        if set_by_text or unseen or sa_internals.is_serializable(connection):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         else:
             snapshot: dict[Ledger, Snapshot | None] = {

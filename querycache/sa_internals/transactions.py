@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -20,6 +21,7 @@ __all__ = [
     "default_isolation_level",
     "driver_isolation_level",
     "has_begun",
+    "has_ended",
     "has_open_statement",
     "in_transaction",
     "info_of",
@@ -192,12 +194,23 @@ def has_begun(connection: Connection) -> bool:
     if status is not None:  # of psycopg and psycopg2; 0 is "idle"
         return bool(status != 0)
     flags = getattr(driver, "server_status", None)
-    if isinstance(flags, int):
-        # of PyMySQL, which takes them from what writes; but what was read last it holds until the transaction ends
-        result = getattr(driver, "_result", None)
-        return bool(flags & 1) or getattr(result, "description", None) is not None
+    if isinstance(flags, int):  # of PyMySQL, which takes them from all but what returns rows
+        result: Any = getattr(driver, "_result", None)
+        if flags & 1 or getattr(result, "description", None) is None:
+            return bool(flags & 1)
+        if result.unbuffered_active or not type(driver).__module__.startswith("pymysql"):
+            return True
+        with suppress(Exception):
+            driver.ping(reconnect=False)  # rows of what was no table begin nothing
+        return bool(driver.server_status & 1)
     told = getattr(driver, "is_in_transaction", None)  # of asyncpg
     return bool(told() if callable(told) else getattr(driver, "in_transaction", False))
+
+
+def has_ended(connection: Connection) -> bool:
+    """True if the driver tells that no transaction is open, just after a statement that may have committed it."""
+    flags = getattr(connection.connection.driver_connection, "server_status", None)
+    return isinstance(flags, int) and not flags & 1
 
 
 def has_open_statement(connection: Connection) -> bool:

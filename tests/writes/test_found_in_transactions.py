@@ -267,6 +267,69 @@ def test_what_is_written_once_autocommit_is_off_is_known_at_the_commit(on_mariad
         connection.exec_driver_sql("SET autocommit = 1")
 
 
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_given_connection_of_a_further_bind_that_nobody_has_watched(
+    request: pytest.FixtureRequest, database: str, commits: bool
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    sessions = sessionmaker()
+    QueryCache("memory://", lease=0.01).attach(sessions)
+    unseen = create_engine(library.engine.url)
+    cached = {"cache_key": True}
+    for _ in range(5 if commits else 0):  # with a store that has its lease behind it
+        with sessions(bind=library.engine) as session:
+            session.execute(PRICES, execution_options=cached).all()
+        time.sleep(0.02)
+    with unseen.connect() as connection:
+        connection.execute(update(BOOK).values(price=97))
+        with sessions(binds={Author: library.engine, Book: connection}) as session:
+            session.execute(select(Author.name), execution_options=cached).all()
+            for _ in range(3):
+                assert {price for _, price in session.execute(PRICES, execution_options=cached)} == {97}
+                time.sleep(0.02)
+        (connection.commit if commits else connection.rollback)()
+    with sessions(bind=library.engine) as session:
+        assert session.execute(PRICES, execution_options=cached).all() == library.database(PRICES)
+    unseen.dispose()
+
+
+def test_two_phases_are_answered_as_one(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    engine = library.engine.execution_options(isolation_level="REPEATABLE READ")
+    for outcome in ("miss fill", "hit"):
+        with library.sessions(bind=engine, twophase=True) as session:
+            session.execute(text("SELECT 1"))
+            assert library.outcome(PRICES, session) == outcome
+
+
+def test_a_ping_by_hand_begins_no_snapshot(mariadb_engine: Engine) -> None:
+    library = Library(mariadb_engine)
+    engine = create_engine(mariadb_engine.url)
+    library.cache.attach(engine)
+
+    def ping(connection: Any, *rest: object) -> None:
+        connection.cursor().execute("SELECT 1")
+
+    event.listen(engine, "checkout", ping)
+    for outcome in ("miss fill", "hit"):
+        with library.sessions(bind=engine) as session:
+            session.execute(text("SELECT 1"))
+            assert library.outcome(PRICES, session) == outcome
+    engine.dispose()
+
+
+def test_a_transaction_begun_by_hand_that_the_driver_knows_to_be_over(on_mariadb: Library) -> None:
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("START TRANSACTION")
+        connection.execute(update(BOOK).values(price=97))
+        connection.exec_driver_sql("DROP TABLE IF EXISTS nobody_has_this")  # commits
+        on_mariadb.fill(PRICES)
+        connection.exec_driver_sql("DELETE FROM tag WHERE id = 99")
+        assert on_mariadb.outcome(PRICES) == "hit"
+        check(on_mariadb)
+
+
 def test_a_driver_that_was_told_to_be_serializable(on_postgresql: Library) -> None:
     on_postgresql.fill(*EACH)
     engine = create_engine(on_postgresql.engine.url)
