@@ -495,9 +495,8 @@ class Writes:
             return
         # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example; and where
         # it is SERIALIZABLE, whatever it was told, the database must see what is read.
-        unseen = sa_internals.has_begun(connection) and not isinstance(
-            connection.get_transaction(), TwoPhaseTransaction
-        )  # which says BEGIN by itself
+        two_phase = isinstance(connection.get_transaction(), TwoPhaseTransaction)  # says BEGIN by itself
+        unseen = not two_phase and sa_internals.has_begun(connection)
         if set_by_text or unseen or sa_internals.is_serializable(connection):
             self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -200,8 +199,10 @@ def has_begun(connection: Connection) -> bool:
             return bool(flags & 1)
         if result.unbuffered_active or not type(driver).__module__.startswith("pymysql"):
             return True
-        with suppress(Exception):
+        try:
             driver.ping(reconnect=False)  # rows of what was no table begin nothing
+        except connection.dialect.loaded_dbapi.Error:
+            return True  # of a lost connection nothing is known; the statement will say so
         return bool(driver.server_status & 1)
     told = getattr(driver, "is_in_transaction", None)  # of asyncpg
     return bool(told() if callable(told) else getattr(driver, "in_transaction", False))
