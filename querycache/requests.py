@@ -25,7 +25,8 @@ from querycache.regions import Region
 from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
 from querycache.tables import declared_tags
 from querycache.tags import EVERYTHING, key_tag, region_tag, statement_tag, user_tag
-from querycache.writes import Transaction, Writes
+from querycache.transactions import Transaction
+from querycache.writes import Writes
 
 __all__ = ["ByKey", "Completion", "Refresh", "Refused", "Request", "Requests"]
 

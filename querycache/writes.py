@@ -23,7 +23,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import Table
@@ -36,67 +35,15 @@ from querycache.changes import WrittenTable, changes_of
 from querycache.dependencies import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
-from querycache.ledger import Ledger, Snapshot
 from querycache.options import names
-from querycache.phases import Marking, Phases
+from querycache.phases import Phases
 from querycache.regions import Regions
 from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
+from querycache.transactions import Transaction, Transactions
 
-__all__ = ["Transaction", "Writes"]
-
-_SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
-_PERHAPS = "perhaps"
-"""Said of a transaction that was begun by hand, and then given a statement that may have committed it."""
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of a dialect, which holds this itself: it is to be forgotten with its engine.
-
-    Attributes:
-        watched: whether statements are noticed.
-        settled: True once it is found out what its transactions see.
-        old_views: True where they may keep an old view of the database for more than a statement.
-        told: True where its driver may be told of isolation levels by itself.
-        serializable: True if its transactions are SERIALIZABLE unless they are told otherwise.
-    """
-
-    watched: bool = False
-    settled: bool = False
-    old_views: bool = False
-    told: bool = False
-    serializable: bool = False
-
-
-@dataclass(slots=True)
-class Transaction:
-    """What one database connection has written since its transaction began.
-
-    Attributes:
-        tags: the tags that are changed.
-        unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
-            and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
-        flushes: those flushes, by the ``hash_key`` of their Session.
-        marking: what phase one has done.
-        snapshot: for each ledger when the transaction's snapshot of the database began, None where that is not known; None
-            where each statement sees what is committed.
-    """
-
-    tags: set[str] = field(default_factory=set)
-    unresolved: dict[int, dict[tuple[Table, str | None], FlushedRows]] = field(default_factory=dict)
-    flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
-    marking: Marking = field(default_factory=Marking)
-    snapshot: dict[Ledger, Snapshot | None] | None = None
-
-    @property
-    def wrote(self) -> bool:
-        return bool(self.tags or self.unresolved)
-
-    def hides(self, tags: Iterable[str]) -> bool:
-        """True if an answer that depends on these tags could lack what this transaction has written."""
-        return bool(self.unresolved) or EVERYTHING in self.tags or not self.tags.isdisjoint(tags)
+__all__ = ["Writes"]
 
 
 class Writes:
@@ -109,13 +56,9 @@ class Writes:
     """
 
     def __init__(self, regions: Regions, declared: Declarations, phases: Phases) -> None:
-        self._regions = regions
         self._declared = declared
         self.phases = phases
-        self._info_key = f"querycache:{id(self)}"
-        self._isolation_key = f"{self._info_key}:isolation"
-        self._savepoint_key = f"{self._info_key}:savepoint"
-        self._begun_key = f"{self._info_key}:begun"
+        self._transactions = Transactions(regions)
         self._lock = threading.Lock()
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -123,7 +66,7 @@ class Writes:
 
     def watch(self, engine: Engine) -> bool:
         """Note what is written through an engine from now on. Returns False where that was done already."""
-        known = self._known(engine.dialect)
+        known = self._transactions.known(engine.dialect)
         if known.watched:
             return False
         with self._lock:
@@ -135,22 +78,12 @@ class Writes:
             known.watched = True
             return True
 
-    def _known(self, dialect: Dialect) -> _Known:
-        found: _Known | None = dialect.__dict__.get(self._info_key)
-        if found is None:
-            known = _Known(
-                told=sa_internals.is_told(dialect),
-                serializable=sa_internals.is_serializable_by_default(dialect),
-            )
-            found = dialect.__dict__.setdefault(self._info_key, known)
-        return found
-
     def watch_bind(self, bind: Engine | Connection) -> bool:
         """The same for what a Session is about to ask. A connection that was given may have written unseen.
 
         Returns True if its transactions are SERIALIZABLE unless they are told otherwise.
         """
-        known = self._known(bind.dialect)
+        known = self._transactions.known(bind.dialect)
         if not known.watched:
             if isinstance(bind, Connection):
                 self._watch_connection(bind)
@@ -160,12 +93,7 @@ class Writes:
 
     def _watch_connection(self, connection: Connection) -> None:
         if self.watch(connection.engine) and connection.in_transaction():
-            self._began_unseen(connection, given=True)
-
-    def _began_unseen(self, connection: Connection, given: bool) -> None:
-        if self._takes_snapshots(connection):
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-        if given:
+            self._transactions.began_unseen(connection)
             self._note(connection, [EVERYTHING])
 
     def unwatch(self) -> None:
@@ -173,7 +101,7 @@ class Writes:
         with self._lock:
             for engine in self._watched:
                 sa_internals.untap(engine, self)
-                self._known(engine.dialect).watched = False
+                self._transactions.known(engine.dialect).watched = False
             self._watched.clear()
 
     def session_listeners(self) -> Mapping[str, Any]:
@@ -197,47 +125,15 @@ class Writes:
         """
         found = []
         for connection in sa_internals.connections(session, bind):
-            if connection.dialect.name == "sqlite":
-                self._notice_old_view(connection, before_lookup)
-            else:
-                self._notice_begun(connection)
-            transaction = self._of(connection.info)
+            if not self._transactions.known(connection.dialect).watched:
+                self._watch_connection(connection)
+            transaction = self._transactions.look_at(connection, before_lookup)
             if transaction is not None:
                 if transaction.unresolved and not sa_internals.is_flushing(session):
                     # its flush has failed, so nobody will tell of the rows
                     self._resolve(transaction, session.hash_key)
                 found.append(transaction)
         return found
-
-    def _notice_old_view(self, connection: Connection, before_lookup: bool) -> None:
-        """See whether SQLite shows the database as it was: in a transaction begun by hand, or beside an open result.
-
-        Its driver begins no transaction before a SELECT; applications that do make it so that each of their transactions
-        has a snapshot, and this is the first time that it shows. In WAL mode a statement keeps its snapshot until it is
-        read to its end, and shares it with all others of its connection, even after that has gone back to its pool.
-        """
-        transaction = self._of(connection.info)
-        if transaction is not None and (transaction.snapshot is not None or transaction.wrote):
-            return
-        begun = before_lookup and sa_internals.in_transaction(connection)
-        if begun or sa_internals.has_open_statement(connection):
-            self._watch_connection(connection)
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-            if begun:
-                self._expect_old_views(connection.dialect)
-
-    def _notice_begun(self, connection: Connection) -> None:
-        """See whether something that nobody has told of has begun a transaction with a snapshot, as a raw cursor may."""
-        known = self._known(connection.dialect)
-        if not known.watched:
-            self._watch_connection(connection)
-        if self._of(connection.info) is not None:
-            return
-        if not known.settled:
-            self._settle(connection.dialect)
-        asked = known.old_views or "isolation_level" in connection.get_execution_options()
-        if asked and self._takes_snapshots(connection) and sa_internals.has_begun(connection):
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
 
     def note(self, session: Session, tags: Iterable[str]) -> None:
         """Make tags part of what a Session's transaction writes: they change when it commits.
@@ -265,25 +161,28 @@ class Writes:
         Returns True where it commits itself, and :meth:`executed` is to follow.
         """
         dialect = context.dialect
-        known = self._known(dialect)
+        known = self._transactions.known(dialect)
         if not known.settled:
             if sa_internals.is_initializing(context.root_connection):
                 return False
-            self._settle(dialect)
-        if known.old_views or "isolation_level" in context.execution_options:
-            self._before_snapshot(context.root_connection)
-        compiled = context.compiled
+            self._transactions.settle(dialect)
         connection: Connection = context.root_connection
+        if known.old_views or "isolation_level" in context.execution_options:
+            self._transactions.before_statement(connection)
+        compiled = context.compiled
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
             text = _told(sql, context) or read_text(sql, dialect.name)
             if name := temporary_table(sql):
                 self._declared.temporary.add(name)
-            self._note_begin(connection, text)
+            if text.begins:
+                self._transactions.begin_by_hand(connection)
+            elif text.rolls_back:
+                self._transactions.roll_back_by_hand(connection)
             if text.commits and self._is_committing(connection):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
-            if self._ends_savepoint(connection, first_word(sql)):
+            if self._transactions.ends_savepoint(connection, first_word(sql)):
                 self.commit(connection.info, dialect)
                 return True
         elif context.isddl:
@@ -294,7 +193,7 @@ class Writes:
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
         elif word := sa_internals.savepoint_word(compiled.statement):
-            if self._ends_savepoint(connection, word):
+            if self._transactions.ends_savepoint(connection, word):
                 self.commit(connection.info, dialect)
                 return True
             if dialect.name != "sqlite":
@@ -306,7 +205,7 @@ class Writes:
         else:
             # the application's own kind of statement: what it renders is all that is known of it
             wrote = self._note_text(connection, read_text(sql, dialect.name))
-        if wrote and (self._is_autocommit(connection) or _commits_itself(connection, sql)):
+        if wrote and (self._transactions.is_autocommit(connection) or _commits_itself(connection, sql)):
             self.commit(connection.info, dialect)
             return True
         return False
@@ -314,26 +213,16 @@ class Writes:
     def executed(self, context: Any) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
-        info, word = connection.info, first_word(context.statement)
-        if word in _ENDING or (self._begun_key in info and sa_internals.has_ended(connection)):
-            info.pop(self._begun_key, None)
-        elif self._begun_key in info and word not in ("begin", "start"):
-            info[self._begun_key] = _PERHAPS
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-        transaction = self._of(info)
+        self._transactions.committed_itself(connection, first_word(context.statement))
+        transaction = self._transactions.of(connection.info)
         if transaction is not None:
             self.phases.two(transaction.marking)
-            if self._begun_key not in info and sa_internals.is_autocommit(connection):
-                del info[self._info_key]
+            if not self._transactions.may_go_on(connection):
+                self._transactions.forget(connection.info)
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
-    def _is_autocommit(self, connection: Connection) -> bool:
-        """True if each statement commits itself, or may: where the connection is set so, and nobody has said BEGIN."""
-        begun = connection.info.get(self._begun_key)
-        return (begun is None or begun == _PERHAPS) and sa_internals.is_autocommit(connection)
-
     def _is_committing(self, connection: Connection) -> bool:
-        transaction = self._of(connection.info)
+        transaction = self._transactions.of(connection.info)
         return (transaction is not None and transaction.marking.tags is not None) or isinstance(
             connection.get_transaction(), TwoPhaseTransaction
         )
@@ -345,7 +234,7 @@ class Writes:
         changes = changes_of(context)
         if not changes:
             return False
-        transaction = self._ensure(connection)
+        transaction = self._transactions.ensure(connection.info)
         transaction.tags |= changes.tags
         flush = sa_internals.flush_of(context) if changes.tables else None
         for written in changes.tables:
@@ -388,24 +277,9 @@ class Writes:
         else:
             self._note(connection, [EVERYTHING])
 
-    def _note_begin(self, connection: Connection, text: TextStatement) -> None:
-        """Remember whether a transaction was begun by hand."""
-        if text.begins:
-            connection.info[self._begun_key] = True
-            if self._takes_snapshots(connection):
-                # perhaps at once, and in autocommit mode unlike other transactions
-                self._expect_old_views(connection.dialect)
-                self._before_snapshot(connection)
-        elif text.rolls_back:
-            connection.info.pop(self._begun_key, None)
-
     def _note_text(self, connection: Connection, text: TextStatement) -> bool:
         if text.isolates:
-            # nobody knows from now on what this transaction sees, or all of this connection
-            if text.isolates == "session":
-                connection.info[self._isolation_key] = True
-            self._expect_old_views(connection.dialect)
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
+            self._transactions.isolate(connection, text.isolates)
         if not text.understood:
             self._note(connection, [EVERYTHING])
         default = connection.dialect.default_schema_name
@@ -416,40 +290,29 @@ class Writes:
         return bool(text.writes) or not text.understood
 
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:
-        transaction = self._ensure(connection)
+        transaction = self._transactions.ensure(connection.info)
         transaction.tags.update(tags)
-
-    def _of(self, info: Mapping[Any, Any]) -> Transaction | None:
-        found: Transaction | None = info.get(self._info_key)
-        return found
-
-    def _ensure(self, connection: Connection) -> Transaction:
-        info = connection.info
-        transaction = self._of(info)
-        if transaction is None:
-            transaction = info[self._info_key] = Transaction()
-        return transaction
 
     # --- the unit of work ------------------------------------------------------------------------------
 
     def _after_begin(self, session: Session, transaction: Any, connection: Connection) -> None:
         dialect = connection.dialect
-        known: _Known | None = dialect.__dict__.get(self._info_key)
-        if known is None or not known.watched:
-            known = self._known(dialect)
-            if self.watch(connection.engine):
-                self._began_unseen(connection, sa_internals.was_given(transaction, connection))
+        known = self._transactions.known(dialect)
+        if not known.watched and self.watch(connection.engine):
+            self._transactions.began_unseen(connection)
+            if sa_internals.was_given(transaction, connection):
+                self._note(connection, [EVERYTHING])
         if sa_internals.has_listeners(dialect):
             unseen = sa_internals.heed_others(dialect)
             if unseen and sa_internals.was_given(transaction, connection):
                 self._note(connection, [EVERYTHING])
-        if known.told and sa_internals.driver_isolation_level(connection) in _SNAPSHOTS:
-            self._expect_old_views(dialect)
+        if known.told:
+            self._transactions.ask_driver(connection)
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         hash_key = session.hash_key
         for connection in sa_internals.connections(session):
-            transaction = self._of(connection.info)
+            transaction = self._transactions.of(connection.info)
             if transaction is None or not (expected := transaction.unresolved.get(hash_key)):
                 continue
             if transaction.flushes[hash_key]() is context:
@@ -471,56 +334,9 @@ class Writes:
 
     # --- the end of a transaction ------------------------------------------------------------------------
 
-    def _settle(self, dialect: Dialect) -> None:
-        """Find out, once, whether transactions of a dialect have snapshots unless they are told otherwise."""
-        if dialect.name != "sqlite" and sa_internals.default_isolation_level(dialect) in _SNAPSHOTS:
-            self._expect_old_views(dialect)
-        self._known(dialect).serializable = sa_internals.is_serializable_by_default(dialect)
-        self._known(dialect).settled = True  # only now: other threads go by it
-
-    def _expect_old_views(self, dialect: Dialect) -> None:
-        """Find out what a transaction of this dialect sees whenever one begins."""
-        known = self._known(dialect)
-        if not known.old_views:
-            sa_internals.tell_of_reading(dialect)
-            known.old_views = True  # only now: other threads go by it
-
-    def _before_snapshot(self, connection: Connection) -> None:
-        """What a transaction sees of the database is settled by its first statement: remember what was there before."""
-        transaction = self._of(connection.info)
-        if transaction is not None and transaction.snapshot is not None:
-            return  # not the first
-        set_by_text = self._isolation_key in connection.info
-        if not set_by_text and not self._takes_snapshots(connection):
-            return
-        # Nobody knows when the snapshot began of a transaction that was begun unseen, by a raw cursor for example; and where
-        # it is SERIALIZABLE, whatever it was told, the database must see what is read.
-        two_phase = isinstance(connection.get_transaction(), TwoPhaseTransaction)  # says BEGIN by itself
-        unseen = not two_phase and sa_internals.has_begun(connection)
-        if set_by_text or unseen or sa_internals.is_serializable(connection):
-            self._ensure(connection).snapshot = dict.fromkeys(self._regions.ledgers)
-        else:
-            snapshot: dict[Ledger, Snapshot | None] = {
-                ledger: ledger.snapshot() for ledger in self._regions.ledgers
-            }
-            self._ensure(connection).snapshot = snapshot
-
-    def _takes_snapshots(self, connection: Connection) -> bool:
-        if connection.dialect.name == "sqlite":
-            return self._known(connection.dialect).old_views
-        return sa_internals.isolation_level(connection, self._begun_key in connection.info) in _SNAPSHOTS
-
-    def _ends_savepoint(self, connection: Connection, word: str) -> bool:
-        """True where SQLite may be about to commit: a savepoint outside of a transaction begins one."""
-        if connection.dialect.name != "sqlite":
-            return False
-        if word == "savepoint" and not sa_internals.in_transaction(connection):
-            connection.info[self._savepoint_key] = True
-        return word == "release" and self._savepoint_key in connection.info
-
     def unseen(self, info: dict[Any, Any]) -> None:
         """Statements may have run that :meth:`executing` was not told of."""
-        info.setdefault(self._info_key, Transaction()).tags.add(EVERYTHING)
+        self._transactions.ensure(info).tags.add(EVERYTHING)
 
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None:
         """COMMIT, or PREPARE of a two-phase transaction, is about to be sent; :meth:`end` follows it.
@@ -528,7 +344,7 @@ class Writes:
         Raises:
             CacheUnavailable: a cache server cannot be told, and commits are refused then.
         """
-        transaction = self._of(info)
+        transaction = self._transactions.of(info)
         if transaction is not None and transaction.wrote:
             for session in list(transaction.unresolved):
                 self._resolve(transaction, session)  # nobody will tell of the rows any more: the whole tables
@@ -536,9 +352,7 @@ class Writes:
 
     def end(self, info: dict[Any, Any]) -> None:
         """A transaction has ended: committed, or failed to, or rolled back."""
-        info.pop(self._savepoint_key, None)
-        info.pop(self._begun_key, None)
-        transaction: Transaction | None = info.pop(self._info_key, None)
+        transaction = self._transactions.end(info)
         if transaction is not None:
             self.phases.two(transaction.marking)
 
@@ -552,7 +366,6 @@ def _told(sql: str, context: Any) -> TextStatement | None:
     return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
 
 
-_ENDING = frozenset({"abort", "commit", "end", "rollback"})
 _DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
 

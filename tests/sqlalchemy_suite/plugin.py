@@ -41,7 +41,8 @@ from querycache.phases import Phases
 from querycache.regions import Region, Regions
 from querycache.requests import Refused, Request, Requests
 from querycache.sa_internals import Prepared
-from querycache.writes import Transaction, Writes
+from querycache.transactions import Transaction
+from querycache.writes import Writes
 from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, PROPERTY
 
 # with a TTL, so that answers are stored that change by themselves

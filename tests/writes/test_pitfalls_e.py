@@ -61,6 +61,7 @@ from querycache.changes import changes_of
 from querycache.errors import CacheUnavailable
 from querycache.flushed import FlushedRows
 from querycache.store import Mark
+from querycache.transactions import Transactions
 from querycache.writes import Writes
 from tests.servers import Server
 from tests.writes.library import (
@@ -386,7 +387,7 @@ def test_E8_a_commit_whose_outcome_is_unknown(library: Library) -> None:
     def only_after_success(self: Writes, info: dict[Any, Any]) -> None:
         if sys.exc_info()[0] is None:
             end(self, info)
-        info.pop(self._info_key, None)
+        self._transactions.end(info)
 
     with naive(Writes, "end", only_after_success):
         check_unknown_outcome(Library(library.engine, consistency="commit"))
@@ -452,7 +453,7 @@ def test_E10_an_old_snapshot_neither_fills_nor_is_answered(
     check_snapshot(library, repeatable_read)
     with library.engine.begin() as connection:
         fill_library(connection)
-    with naive(Writes, "_takes_snapshots", lambda self, connection: False):
+    with naive(Transactions, "takes_snapshots", lambda self, connection: False):
         check_snapshot(Library(library.engine), repeatable_read)
 
 
@@ -1187,9 +1188,9 @@ def test_E10_two_first_transactions_at_once(mariadb_engine: Engine) -> None:
     library = Library(mariadb_engine)
     other = create_engine(mariadb_engine.url)
     library.cache.attach(other)
-    expect, reached, go_on = Writes._expect_old_views, threading.Event(), threading.Event()
+    expect, reached, go_on = Transactions.expect_old_views, threading.Event(), threading.Event()
 
-    def slowly(self: Writes, dialect: Any) -> None:
+    def slowly(self: Transactions, dialect: Any) -> None:
         if threading.current_thread() is first and not reached.is_set():
             reached.set()
             go_on.wait(10)
@@ -1197,7 +1198,7 @@ def test_E10_two_first_transactions_at_once(mariadb_engine: Engine) -> None:
 
     first = threading.Thread(target=lambda: Session(other).execute(select(Book.id)).all())
     try:
-        with mock.patch.object(Writes, "_expect_old_views", slowly):
+        with mock.patch.object(Transactions, "expect_old_views", slowly):
             first.start()
             assert reached.wait(10)
             late = sessionmaker(other)
