@@ -6,9 +6,13 @@ A table of the default schema is named with it or without. What the default sche
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +25,7 @@ from sqlalchemy import (
     Table,
     column,
     create_engine,
+    event,
     select,
     text,
     update,
@@ -357,3 +362,103 @@ def test_views_are_declared_under_any_name(
     total = sqlalchemy_table("total", column("n"), schema=reader)
     write = transaction(place.factory, update(Unnamed).values(weight=Unnamed.weight + 1))
     assert not stale_after(place.cache, place.factory, select(total.c.n), write)
+
+
+# --- what is outside of the promise, and the remedy of the README's table ------------------------------------
+
+
+@pytest.mark.parametrize(("writer", "stale"), [("shelf", False), ("cupboard", True)])
+def test_a_file_of_sqlite_under_two_names(tmp_path: Path, writer: str, stale: bool) -> None:
+    """Under one name everywhere nothing is missed. Under two it is another table, as the README says."""
+
+    def engine_of(name: str) -> Engine:
+        engine = create_engine("sqlite://")
+        event.listen(
+            engine, "connect", lambda raw, _: raw.execute(f"ATTACH DATABASE '{tmp_path}/pots' AS {name}")
+        )
+        return engine
+
+    def table_of(name: str) -> Table:
+        columns = Column("id", Integer, primary_key=True), Column("weight", Integer)
+        return Table("pot", MetaData(), *columns, schema=name)
+
+    read = table_of("shelf")
+    reading, writing = engine_of("shelf"), engine_of(writer)
+    with reading.begin() as connection:
+        read.create(connection)
+        connection.execute(read.insert(), {"id": 1, "weight": 0})
+    factory = sessionmaker(reading)
+    cache = QueryCache("memory://").attach(factory).attach(writing)
+
+    def write() -> None:
+        with writing.begin() as connection:
+            connection.execute(update(table_of(writer)).values(weight=1))
+
+    assert stale_after(cache, factory, select(read.c.weight), write) is stale
+    for each in (reading, writing):
+        each.dispose()
+
+
+_WRITER = """
+import sys
+
+from sqlalchemy import ForeignKey, create_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from querycache import QueryCache
+
+database, store, declared = sys.argv[1:]
+
+class Base(DeclarativeBase):
+    pass
+
+class Shelf(Base):
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+class Jar(Base):
+    __tablename__ = "jar"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    shelf: Mapped[int] = mapped_column(*[ForeignKey("shelf.id")] if declared == "alike" else [])
+
+engine = create_engine(database)
+QueryCache(store, namespace="declared", lease=0.1).attach(engine).attach(Session)
+with Session(engine) as session:
+    session.get_one(Jar, 1).shelf = 2
+    session.commit()
+"""
+
+
+@pytest.mark.parametrize(("declared", "stale"), [("alike", False), ("without its foreign key", True)])
+def test_two_processes_that_declare_a_table(
+    sqlite_engine: Engine, redis_store_url: str, declared: str, stale: bool
+) -> None:
+    """Alike, nothing is missed. Where the writer does not know the column, the reader's rows are not, as the README says."""
+    metadata = MetaData()
+    shelf = Table("shelf", metadata, Column("id", Integer, primary_key=True))
+    jar = Table(
+        "jar",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("shelf", ForeignKey(shelf.c.id)),
+    )
+    metadata.create_all(sqlite_engine)
+    with sqlite_engine.begin() as connection:
+        connection.execute(shelf.insert(), [{"id": 1}, {"id": 2}])
+        connection.execute(jar.insert(), {"id": 1, "shelf": 1})
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache(redis_store_url, namespace="declared", lease=0.1).attach(factory)
+    statement = select(jar.c.id).where(jar.c.shelf == 1)
+    for _ in range(200):  # a store that may have lost its versions stores nothing for a lease
+        with factory() as session:
+            session.execute(statement.execution_options(cache_key=True)).all()
+            if cache.explain(session, statement.execution_options(cache_key=True)).stored:
+                break
+        time.sleep(0.01)
+    url = sqlite_engine.url.render_as_string(hide_password=False)
+
+    def write() -> None:
+        command = [sys.executable, "-c", _WRITER, url, redis_store_url, declared]
+        subprocess.run(command, check=True, timeout=60)
+
+    assert stale_after(cache, factory, statement, write) is stale
