@@ -59,7 +59,8 @@ class Phases:
         self._consistency = consistency
         self._on_outage = on_outage
         self._lock = threading.Lock()
-        self._owed: dict[Ledger, set[str]] = {}
+        # By tag, for the commit that owes it last: what is owed anew while it is paid is owed still.
+        self._owed: dict[Ledger, dict[str, object]] = {}
 
     def one(self, marking: Marking, tags: set[str]) -> None:
         """Phase one, before COMMIT: mark those tags that are not marked yet.
@@ -103,7 +104,7 @@ class Phases:
         for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
             if ledger in unmarked:
                 with self._lock:
-                    self._owed.setdefault(ledger, set()).update(keys)
+                    self._owed.setdefault(ledger, {}).update(dict.fromkeys(keys, object()))
                 if self.owes(ledger):
                     self._telemetry.emit("error", "", "", "unavailable at commit")
 
@@ -111,15 +112,20 @@ class Phases:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
         if not self._owed:
             return False
-        tags = self._owed.get(ledger)
-        if tags is None:
+        with self._lock:
+            owed = dict(self._owed.get(ledger, {}))
+        if not owed:
             return False
         try:
-            ledger.bump(sorted(tags))
+            ledger.bump(sorted(owed))
         except CacheUnavailable:
             return True
         with self._lock:
-            left = self._owed.get(ledger, set()) - tags
+            left = {
+                tag: commit
+                for tag, commit in self._owed.get(ledger, {}).items()
+                if commit is not owed.get(tag)
+            }
             if left:
                 self._owed[ledger] = left
             else:
