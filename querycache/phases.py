@@ -89,13 +89,21 @@ class Phases:
                 raise
             marking.unmarked.append(ledger)
 
-    def two(self, marking: Marking) -> None:
-        """Phase two, after COMMIT: new versions for what phase one was to mark, and the marks taken off."""
+    def two(self, marking: Marking, certain: bool = True) -> None:
+        """Phase two, after COMMIT: new versions for what phase one was to mark, and the marks taken off.
+
+        Args:
+            marking: what phase one has done.
+            certain: False where the COMMIT may be under way still. Then the marks stay, and heal as those of a writer that
+                died.
+        """
         if marking.tags is None:
             return
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
         marking.marks, marking.unmarked, marking.tags = [], [], None
         for ledger, marks_there in marks:
+            if not certain and ledger.store.atomic:  # or else nothing was marked
+                continue
             try:
                 ledger.end(marks_there)
             except CacheUnavailable:

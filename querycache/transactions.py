@@ -59,6 +59,7 @@ class Transaction:
 
     Attributes:
         tags: the tags that are changed.
+        named: those of them that the application has named itself.
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
             and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
         flushes: those flushes, by the ``hash_key`` of their Session.
@@ -68,6 +69,7 @@ class Transaction:
     """
 
     tags: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
     unresolved: dict[int, dict[tuple[Table, str | None], FlushedRows]] = field(default_factory=dict)
     flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
     marking: Marking = field(default_factory=Marking)
@@ -144,11 +146,16 @@ class Transactions:
     def committed_itself(self, connection: Connection, word: str) -> None:
         """A statement has run, or failed, that commits itself, with this first word."""
         info = connection.info
-        if word in _ENDING or (self._begun_key in info and sa_internals.has_ended(connection)):
+        is_open = sa_internals.tells_open(connection)
+        if is_open is False or (is_open is None and word in _ENDING):
             info.pop(self._begun_key, None)
-        elif self._begun_key in info and word not in ("begin", "start"):
+        elif is_open is None and self._begun_key in info and word not in ("begin", "start"):
             info[self._begun_key] = _PERHAPS
             self.see_unknown(connection)
+        elif is_open and sa_internals.is_autocommit(connection) and info.get(self._begun_key) is not True:
+            # by one of several statements in a text, or by COMMIT AND CHAIN
+            info[self._begun_key] = True
+            self.began_unseen(connection)
 
     def may_go_on(self, connection: Connection) -> bool:
         """True if after a statement that commits itself the transaction may be open still."""

@@ -141,17 +141,21 @@ class Writes:
         Raises:
             ConfigurationError: the Session has several databases, and is connected to none of them yet.
         """
-        connection = next(iter(sa_internals.connections(session)), None)
-        if connection is None:
+        connections = sa_internals.connections(session)
+        if not connections:
             try:
-                connection = session.connection()
+                connections = [session.connection()]
             except (UnboundExecutionError, AssertionError) as error:
                 raise ConfigurationError(
                     f"session={session!r}: it is connected to no database yet, and does not say to which it belongs; call "
                     "session.connection(bind_arguments=…) before"
                 ) from error
-        self.watch(connection.engine)
-        self._note(connection, tags)
+        named = set(tags)
+        for connection in connections:  # of several databases: which one it is about, nobody has said
+            self.watch(connection.engine)
+            transaction = self._transactions.ensure(connection.info)
+            transaction.named |= named
+            transaction.tags |= named
 
     # --- statements ----------------------------------------------------------------------------------
 
@@ -179,7 +183,7 @@ class Writes:
                 self._transactions.begin_by_hand(connection)
             elif text.rolls_back:
                 self._transactions.roll_back_by_hand(connection)
-            if text.commits and self._is_committing(connection):
+            if text.commits and self._is_committing(connection, sql):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
             if self._transactions.ends_savepoint(connection, first_word(sql)):
@@ -210,22 +214,26 @@ class Writes:
             return True
         return False
 
-    def executed(self, context: Any) -> None:
+    def executed(self, context: Any, outcome: sa_internals.Outcome) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
         self._transactions.committed_itself(connection, first_word(context.statement))
         transaction = self._transactions.of(connection.info)
         if transaction is not None:
-            self.phases.two(transaction.marking)
+            self.phases.two(transaction.marking, certain=outcome != "unknown")
             if not self._transactions.may_go_on(connection):
                 self._transactions.forget(connection.info)
+                if transaction.named:  # which change at the Session's commit, in autocommit mode, too
+                    named = self._transactions.ensure(connection.info)
+                    named.named, named.tags = transaction.named, set(transaction.named)
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
-    def _is_committing(self, connection: Connection) -> bool:
+    def _is_committing(self, connection: Connection, sql: str) -> bool:
         transaction = self._transactions.of(connection.info)
-        return (transaction is not None and transaction.marking.tags is not None) or isinstance(
-            connection.get_transaction(), TwoPhaseTransaction
-        )
+        if transaction is not None and transaction.marking.tags is not None:
+            return True
+        two_phase = isinstance(connection.get_transaction(), TwoPhaseTransaction)
+        return two_phase and (first_word(sql) == "xa" or "prepared" in sql.lower())
 
     def _note_dml(self, connection: Connection, context: Any) -> bool:
         """Note what a statement and its CTEs write. Returns False if that is nothing."""
@@ -350,11 +358,11 @@ class Writes:
                 self._resolve(transaction, session)  # nobody will tell of the rows any more: the whole tables
             self.phases.one(transaction.marking, transaction.tags)
 
-    def end(self, info: dict[Any, Any]) -> None:
-        """A transaction has ended: committed, or failed to, or rolled back."""
-        transaction = self._transactions.end(info)
+    def end(self, info: dict[Any, Any], outcome: sa_internals.Outcome) -> None:
+        """A transaction has ended: committed, or failed to, or rolled back. Or it was to, and is open still."""
+        transaction = self._transactions.of(info) if outcome == "open" else self._transactions.end(info)
         if transaction is not None:
-            self.phases.two(transaction.marking)
+            self.phases.two(transaction.marking, certain=outcome != "unknown")
 
 
 def _told(sql: str, context: Any) -> TextStatement | None:

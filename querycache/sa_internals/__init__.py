@@ -17,6 +17,7 @@ private name of SQLAlchemy.
 """
 
 from querycache.sa_internals.dialect import (
+    Outcome,
     ask_for,
     driver_settings,
     has_listeners,
@@ -60,7 +61,6 @@ from querycache.sa_internals.transactions import (
     default_isolation_level,
     driver_isolation_level,
     has_begun,
-    has_ended,
     has_open_statement,
     in_transaction,
     is_autocommit,
@@ -72,6 +72,7 @@ from querycache.sa_internals.transactions import (
     may_block,
     reads_uncommitted,
     root_engine,
+    tells_open,
     was_given,
 )
 from querycache.sa_internals.writing import (
@@ -106,6 +107,7 @@ __all__ = [
     "UNKNOWN",
     "Held",
     "Invocation",
+    "Outcome",
     "Plan",
     "Prepared",
     "StatementOption",
@@ -131,7 +133,6 @@ __all__ = [
     "flushed",
     "given_options",
     "has_begun",
-    "has_ended",
     "has_listeners",
     "has_open_statement",
     "heed_others",
@@ -178,6 +179,7 @@ __all__ = [
     "tables_of",
     "tap",
     "tell_of_reading",
+    "tells_open",
     "unflushed",
     "untap",
     "was_given",

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from sqlalchemy import Column, Table, event
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.cursor import _NO_CURSOR_DML
+from sqlalchemy.exc import DBAPIError
 
 from querycache.errors import CacheUnavailable
 from querycache.sa_internals.transactions import info_of
 
 __all__ = [
+    "Outcome",
     "Row",
     "Tap",
     "ask_for",
@@ -36,18 +38,23 @@ __all__ = [
 Row = Sequence[object]
 
 
+Outcome = Literal["over", "open", "unknown"]
+"""What has become of a transaction that was to end: it did, as far as shows; it is open still; or the server may be at it
+still, as where the connection was lost meanwhile."""
+
+
 class Tap(Protocol):
     """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
 
     def executing(self, sql: str, context: Any) -> bool: ...
 
-    def executed(self, context: Any) -> None: ...
+    def executed(self, context: Any, outcome: Outcome) -> None: ...
 
     def unseen(self, info: dict[Any, Any]) -> None: ...
 
     def commit(self, info: dict[Any, Any], dialect: Dialect) -> None: ...
 
-    def end(self, info: dict[Any, Any]) -> None: ...
+    def end(self, info: dict[Any, Any], outcome: Outcome) -> None: ...
 
 
 @dataclass(slots=True)
@@ -187,14 +194,13 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
         if ending is None and asked is None:
             return run(cursor, sql, parameters, context)
         try:
-            if asked is None or not one_set or hasattr(context, _SENT):
-                return run(cursor, sql, parameters, context)
-            run(cursor, sql + asked.returning(context), parameters, context)
-            asked.give(cursor, context)
+            with nullcontext() if ending is None else _executed(ending, context):
+                if asked is None or not one_set or hasattr(context, _SENT):
+                    return run(cursor, sql, parameters, context)
+                run(cursor, sql + asked.returning(context), parameters, context)
+                asked.give(cursor, context)
         finally:
             setattr(context, _ASKED, None)
-            for each in ending or ():
-                each.executed(context)
 
     return (
         (lambda cursor, sql, context=None: execute(cursor, sql, None, context)) if no_parameters else execute
@@ -212,11 +218,8 @@ def _execution_event(name: str) -> Callable[..., bool | None]:
         ending = _tell(taps, name, sql, rest[0], context)
         if ending is None:
             return None
-        try:
+        with _executed(ending, context):
             getattr(context.dialect, name)(cursor, sql, *rest)
-        finally:
-            for each in ending:
-                each.executed(context)
         return True
 
     return execute
@@ -304,10 +307,56 @@ def ask_for(
         asked.takers.append(returned)
 
 
+@dataclass(slots=True)
+class _Ending:
+    """Around what ends a transaction: tells the taps what has become of it, whatever happens.
+
+    Attributes:
+        tell: what is called for each tap.
+        connection: of the driver, or its stand-in.
+    """
+
+    taps: Sequence[Tap]
+    tell: Callable[[Tap, Outcome], None]
+    dialect: Dialect
+    connection: Any
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        outcome = _outcome(self.dialect, self.connection, error)
+        for each in self.taps:
+            self.tell(each, outcome)
+
+
+def _executed(taps: Sequence[Tap], context: Any) -> _Ending:
+    """The same around a statement that commits itself."""
+    connection = context.root_connection.connection
+    return _Ending(taps, lambda tap, outcome: tap.executed(context, outcome), context.dialect, connection)
+
+
+def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> Outcome:
+    if error is not None:
+        if isinstance(
+            error, DBAPIError
+        ):  # of a statement, by which the dialect ends transactions in two phases
+            answered = not error.connection_invalidated
+        else:
+            answered = isinstance(error, dialect.loaded_dbapi.Error)
+            answered = answered and not dialect.is_disconnect(error, connection, None)
+        if not answered:
+            return "unknown"
+    # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
+    is_open = dialect.name == "sqlite" and getattr(connection, "in_transaction", False)
+    return "open" if is_open else "over"
+
+
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
     def commit(connection: Any, *args: Any, **kwargs: Any) -> Any:
         info = info_of(connection)
-        if info is not None and heed_others(dialect):
+        # Of a transaction that was prepared before nobody knows what it has written.
+        if info is not None and (heed_others(dialect) or "recover" in kwargs):
             for each in taps.listeners:
                 each.unseen(info)
         if not info:
@@ -322,13 +371,10 @@ def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Calla
                     _give_up(connection)
                 finally:
                     for every in taps.listeners:
-                        every.end(info)
+                        every.end(info, "over")
                 raise
-        try:
+        with _Ending(taps.listeners, lambda tap, outcome: tap.end(info, outcome), dialect, connection):
             return run(connection, *args, **kwargs)
-        finally:
-            for each in taps.listeners:
-                each.end(info)
 
     return commit
 
@@ -357,11 +403,8 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
                     each.commit(info, dialect)
         if not info:
             return run(connection, *args, **kwargs)
-        try:
+        with _Ending(taps.listeners, lambda tap, outcome: tap.end(info, outcome), dialect, connection):
             return run(connection, *args, **kwargs)
-        finally:
-            for each in taps.listeners:
-                each.end(info)
 
     return rollback
 

@@ -20,7 +20,6 @@ __all__ = [
     "default_isolation_level",
     "driver_isolation_level",
     "has_begun",
-    "has_ended",
     "has_open_statement",
     "in_transaction",
     "info_of",
@@ -33,6 +32,7 @@ __all__ = [
     "may_block",
     "reads_uncommitted",
     "root_engine",
+    "tells_open",
     "was_given",
 ]
 
@@ -208,10 +208,20 @@ def has_begun(connection: Connection) -> bool:
     return bool(told() if callable(told) else getattr(driver, "in_transaction", False))
 
 
-def has_ended(connection: Connection) -> bool:
-    """True if the driver tells that no transaction is open, just after a statement that may have committed it."""
-    flags = getattr(connection.connection.driver_connection, "server_status", None)
-    return isinstance(flags, int) and not flags & 1
+def tells_open(connection: Connection) -> bool | None:
+    """Whether the driver tells that a transaction is open, just after a statement; None where it does not tell."""
+    driver: Any = connection.connection.driver_connection
+    status = getattr(getattr(driver, "info", None), "transaction_status", None)
+    if (
+        status is not None
+    ):  # of psycopg and psycopg2: idle, a statement is under way, in one, in one that failed
+        return {0: False, 2: True, 3: True}.get(int(status))
+    flags = getattr(driver, "server_status", None)
+    if isinstance(flags, int):  # of PyMySQL, which takes them from all but what returns rows
+        return bool(flags & 1)
+    told = getattr(driver, "is_in_transaction", None)  # of asyncpg
+    found: bool | None = told() if callable(told) else getattr(driver, "in_transaction", None)
+    return found
 
 
 def has_open_statement(connection: Connection) -> bool:

@@ -6,7 +6,6 @@ A *naive way* is the same check with one protection taken out: it must fail then
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 import uuid
@@ -191,7 +190,7 @@ def test_E1_what_was_written_before_a_savepoint_is_not_forgotten(postgresql_engi
 
         def forget(session: Session) -> None:
             for connection in sa_internals.connections(session):
-                self.end(connection.info)
+                self.end(connection.info, "over")
 
         return {**listeners(self), "after_commit": forget}
 
@@ -384,9 +383,9 @@ def test_E8_a_commit_whose_outcome_is_unknown(library: Library) -> None:
 
     end = Writes.end
 
-    def only_after_success(self: Writes, info: dict[Any, Any]) -> None:
-        if sys.exc_info()[0] is None:
-            end(self, info)
+    def only_after_success(self: Writes, info: dict[Any, Any], outcome: sa_internals.Outcome) -> None:
+        if outcome == "over":
+            end(self, info, outcome)
         self._transactions.end(info)
 
     with naive(Writes, "end", only_after_success):

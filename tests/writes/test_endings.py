@@ -1,0 +1,325 @@
+"""What becomes of a transaction that was to end: it did, it is open still, or nobody knows."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, ForeignKey, create_engine, insert, select, text, update
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
+from sqlalchemy.pool import StaticPool
+
+from querycache import QueryCache
+from querycache.sa_internals import dialect as dialects
+from tests.writes.library import Author, Book
+from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, naive
+
+UP = "UPDATE book SET price = price + 1"
+
+
+class Tree(DeclarativeBase):
+    pass
+
+
+class Parent(Tree):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Child(Tree):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent: Mapped[int] = mapped_column(ForeignKey("parent.id", deferrable=True, initially="DEFERRED"))
+
+
+def lose(connection: Connection, after: float) -> threading.Thread:
+    """Have the network of a connection of PostgreSQL break in a while."""
+    number = os.dup(connection.connection.driver_connection.fileno())  # type: ignore[union-attr]
+
+    def shut() -> None:
+        time.sleep(after)
+        with socket.socket(fileno=number) as wire:
+            wire.shutdown(socket.SHUT_RDWR)
+
+    thread = threading.Thread(target=shut)
+    thread.start()
+    return thread
+
+
+def wait_for(library: Library, price: int) -> None:
+    """Until the database has done what it was asked to."""
+    deadline = time.monotonic() + 20
+    while library.database(select(Book.price).where(Book.id == 2)) != [(price,)]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def as_if_over(*_: object) -> str:
+    return "over"
+
+
+# --- the server may be at it still ---------------------------------------------------------------------------
+
+
+def check_commit_that_goes_on(library: Library) -> None:
+    library.write(update(Book).values(price=1))
+    library.fill(PRICES)
+    with library.sessions() as session:
+        session.execute(RAISE_PRICE)
+        thread = lose(session.connection(), 0.1)
+        with pytest.raises(DBAPIError):
+            session.commit()
+        thread.join()
+    library.ask(PRICES)
+    library.ask(PRICES)  # a hit, where somebody takes the COMMIT for over
+    wait_for(library, 77)
+    assert library.is_right(PRICES)
+
+
+def test_a_commit_that_goes_on_when_its_connection_is_lost(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    with postgresql_engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN PERFORM pg_sleep(CASE WHEN NEW.price = 77 THEN 1 ELSE 0 END); RETURN NULL; END $$"
+        )
+        connection.exec_driver_sql(
+            "CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON book DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION slowly()"
+        )
+    check_commit_that_goes_on(library)
+    with naive(dialects, "_outcome", as_if_over):
+        check_commit_that_goes_on(Library(postgresql_engine))
+
+
+def check_statement_that_goes_on(library: Library, gives_up: Engine) -> None:
+    library.cache.attach(gives_up)
+    library.fill(PRICES)
+    with library.engine.connect() as holder:
+        holder.execute(select(Book.id).with_for_update()).all()
+        with gives_up.connect() as connection:
+            if gives_up.dialect.name == "postgresql":
+                lose(connection, 0.3)
+            with pytest.raises(DBAPIError):
+                connection.execute(RAISE_PRICE)
+        library.ask(PRICES)
+        library.ask(PRICES)
+    wait_for(library, 77)
+    assert library.is_right(PRICES)
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_a_statement_that_goes_on_when_its_client_has_given_up(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    engine: Engine = request.getfixturevalue(f"{database}_engine")
+    arguments: dict[str, Any] = {"connect_args": {"read_timeout": 1}} if database == "mariadb" else {}
+    gives_up = create_engine(engine.url, isolation_level="AUTOCOMMIT", **arguments)
+    check_statement_that_goes_on(Library(engine), gives_up)
+    with engine.begin() as connection:
+        connection.execute(update(Book).values(price=1))
+    with naive(dialects, "_outcome", as_if_over):
+        check_statement_that_goes_on(Library(engine), gives_up)
+    gives_up.dispose()
+
+
+def test_after_a_lease_such_a_commit_is_taken_for_over(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine, lease=0.2)
+    library.fill(PRICES)
+
+    def lost(real: Any, connection: Any) -> None:
+        real(connection)
+        raise OSError("lost")
+
+    with library.sessions() as session:
+        session.execute(RAISE_PRICE)
+        with library.committing(lost), pytest.raises(OSError, match="lost"):
+            session.commit()
+    assert library.ask(PRICES) == library.database(PRICES)
+    deadline = time.monotonic() + 20
+    while library.outcome(PRICES) != "hit":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert library.is_right(PRICES)
+
+
+def test_what_was_prepared_before_is_committed_by_a_process_that_knows_nothing_of_it(
+    postgresql_engine: Engine,
+) -> None:
+    library = Library(postgresql_engine, lease=0.1)
+    with postgresql_engine.connect() as connection:
+        transaction = connection.begin_twophase("lost")
+        connection.execute(RAISE_PRICE)
+        transaction.prepare()
+        connection.invalidate()
+    deadline = time.monotonic() + 20
+    while library.outcome(PRICES) != "hit":  # the marks have healed
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with postgresql_engine.connect() as connection:
+        connection.commit_prepared("lost", recover=True)
+    assert library.database(select(Book.price).where(Book.id == 2)) == [(77,)]
+    assert library.is_right(PRICES)
+
+
+# --- it is open still ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tree(sqlite_engine: Engine) -> Any:
+    Tree.metadata.create_all(sqlite_engine)
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache("memory://").attach(factory)
+    with factory.begin() as session:
+        session.add(Parent(id=1))
+    return sqlite_engine, cache, factory
+
+
+def ask(factory: Any) -> list[int]:
+    with factory() as session:
+        return list(session.scalars(select(Child.id).execution_options(cache_key=True)))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_sqlite_does_not_end_a_transaction_that_it_cannot_commit(tree: Any, joined: bool) -> None:
+    """And SQLAlchemy does not roll back after it, so that the next COMMIT commits it."""
+    engine, _, factory = tree
+
+    def write(connection: Connection, statement: Any) -> None:
+        if joined:
+            with factory(bind=connection, join_transaction_mode="control_fully") as session:
+                session.execute(statement)
+                session.commit()
+        else:
+            connection.execute(statement)
+            connection.commit()
+
+    with engine.connect() as connection:
+        with pytest.raises(IntegrityError):
+            write(connection, insert(Child).values(id=1, parent=9))
+        connection.rollback()
+        assert ask(factory) == ask(factory) == []
+        write(connection, insert(Parent).values(id=9))
+    assert ask(factory) == [1]
+
+
+def test_what_sqlite_could_not_commit_is_not_stored() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA foreign_keys = ON")
+    Tree.metadata.create_all(engine)
+    factory = sessionmaker(engine)
+    QueryCache("memory://").attach(factory)
+    session = factory()
+    session.execute(insert(Child).values(id=1, parent=9))
+    with pytest.raises(IntegrityError):
+        session.commit()
+    ask(factory)  # on the same connection, to which the row is there
+    session.rollback()
+    assert ask(factory) == []
+    engine.dispose()
+
+
+ON_BOTH = [
+    ["BEGIN", UP, "COMMIT AND CHAIN", UP, "?", "COMMIT"],
+    ["BEGIN", UP, "ROLLBACK AND CHAIN", UP, "?", "COMMIT"],
+]
+BY_TEXT = {
+    "postgresql": [
+        *ON_BOTH,
+        [f"BEGIN; {UP}", "?", "COMMIT"],
+        [f"{UP}; BEGIN; {UP}", "?", "COMMIT"],
+        ["BEGIN", UP, f"COMMIT; BEGIN; {UP}", "?", "COMMIT"],
+        ["SELECT 1; BEGIN", UP, "?", "COMMIT"],
+        ["BEGIN; SAVEPOINT x", UP, "?", "RELEASE x", "?", "COMMIT"],
+        ["BEGIN", UP, "ABORT AND CHAIN", UP, "?", "END"],
+    ],
+    "mariadb": [
+        *ON_BOTH,
+        [
+            "SET completion_type = 1",
+            "BEGIN",
+            UP,
+            "COMMIT",
+            UP,
+            "?",
+            "COMMIT",
+            "SET completion_type = 0",
+            "COMMIT",
+        ],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("database", "steps"), [(database, steps) for database, each in BY_TEXT.items() for steps in each]
+)
+def test_a_transaction_that_a_text_has_left_open_in_autocommit_mode(
+    request: pytest.FixtureRequest, database: str, steps: list[str]
+) -> None:
+    """At each "?" somebody reads what is committed so far, and stores it."""
+    engine = request.getfixturevalue(f"{database}_engine")
+    library = Library(engine)
+    library.fill(PRICES)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for step in steps:
+            if step == "?":
+                library.ask(PRICES)
+                library.ask(PRICES)
+            else:
+                connection.exec_driver_sql(step)
+        assert library.is_right(PRICES)
+    assert library.is_right(PRICES)
+
+
+def test_a_commit_by_text_of_what_was_to_be_prepared(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    library.fill(PRICES)
+    with postgresql_engine.connect() as connection:
+        transaction = connection.begin_twophase()
+        connection.execute(RAISE_PRICE)
+        connection.exec_driver_sql("COMMIT")
+        transaction.rollback()
+    assert library.database(select(Book.price).where(Book.id == 2)) == [(77,)]
+    assert library.is_right(PRICES)
+
+
+# --- what is named by hand -----------------------------------------------------------------------------------
+
+
+def test_what_is_named_by_hand_in_autocommit_mode_changes_at_the_commit(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    library.fill(PRICES)
+    autocommit = postgresql_engine.execution_options(isolation_level="AUTOCOMMIT")
+    with library.sessions(bind=autocommit) as session:
+        session.execute(text("SELECT 1"))
+        library.cache.invalidate(tables=["book"], session=session)
+        session.execute(update(Author).values(name="x"))  # commits, and not what was named
+        library.fill(PRICES)
+        session.connection().connection.cursor().execute(UP)  # of which nobody tells
+        session.commit()
+    assert library.is_right(
+        PRICES,
+    )
+    assert library.is_right(AUTHORS)
+
+
+def test_what_is_named_by_hand_is_about_any_of_a_sessions_databases(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    library.fill(PRICES)
+    with (
+        postgresql_engine.connect() as given,
+        library.sessions(binds={Author: given, Book: postgresql_engine}) as session,
+    ):
+        session.execute(select(Author.id))
+        raw = session.connection(bind_arguments={"mapper": Book}).connection
+        raw.cursor().execute(UP)
+        library.cache.invalidate(tables=["book"], session=session)
+        session.commit()
+        given.rollback()
+    assert library.is_right(PRICES)
