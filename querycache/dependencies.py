@@ -48,7 +48,7 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import read_text
+from querycache.textual import locks_rows, read_text
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -304,6 +304,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         # of several the first is taken that can be: a key changes least
         memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.functions |= custom_constructs(rendered)
+        memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):

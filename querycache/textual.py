@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-__all__ = ["TextStatement", "commits", "first_word", "read_text", "temporary_table"]
+__all__ = ["TextStatement", "commits", "first_word", "locks_rows", "read_text", "temporary_table"]
 
 TableName = tuple[str | None, str]
 
@@ -83,6 +83,14 @@ _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
 _FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
 # The level of isolation, somebody else's snapshot, and transactions that nobody begins.
 _ISOLATING = re.compile(r"isolation|\bsnapshot\b|\bautocommit\b", re.IGNORECASE)
+# What may stand between two words; # is a comment of MySQL only, and elsewhere no word follows it.
+_BETWEEN = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)+"
+_LOCKS_ROWS = re.compile(
+    r"\bfor{_}(?:no{_}key{_}|key{_})?(?:update|share)\b|\block{_}in{_}share{_}mode\b".replace(
+        "{_}", _BETWEEN
+    ),
+    re.IGNORECASE | re.DOTALL,
+)
 _SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)
 # Words that MySQL allows before the name of a table, and that a parser takes for the name.
 _MODIFIERS = re.compile(
@@ -189,6 +197,11 @@ def commits(sql: str, dialect: str) -> bool:
     if word in _COMMITTING or _FURTHER_COMMIT.search(sql):
         return True
     return dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING
+
+
+def locks_rows(sql: str) -> bool:
+    """True if a statement may lock the rows that it reads, wherever in it that is said."""
+    return _LOCKS_ROWS.search(sql) is not None
 
 
 def temporary_table(sql: str) -> str:

@@ -306,6 +306,36 @@ def test_A7_the_naive_way_stores_locks(sqlite_forum: Engine) -> None:
     assert seen.nothing, "and so gives a lock that nobody holds"
 
 
+LOCKS = [
+    "FOR UPDATE",
+    "for share",
+    "FOR NO KEY UPDATE SKIP LOCKED",
+    "FOR /* the reader */ KEY  SHARE",
+    "LOCK IN SHARE MODE",
+]
+LOCKED_BY_TEXT: dict[str, Callable[[str], Any]] = {
+    "text": lambda lock: text(f"SELECT id FROM tag {lock}"),
+    "entities from text": lambda lock: select(Tag).from_statement(text(f"SELECT * FROM tag {lock}")),
+    "text with columns": lambda lock: text(f"SELECT id FROM tag {lock}").columns(Tag.id),
+    "suffix": lambda lock: select(Tag).suffix_with(text(lock)),
+    "two suffixes": lambda lock: select(Tag).suffix_with(lock.split()[0]).suffix_with(lock.split(None, 1)[1]),
+    "hint": lambda lock: select(Tag.id).with_statement_hint(lock),
+    "text in FROM": lambda lock: select(text("x.id")).select_from(text(f"(SELECT id FROM tag {lock}) AS x")),
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("make", LOCKED_BY_TEXT.values(), ids=LOCKED_BY_TEXT)
+def test_A7_locks_that_text_takes(
+    make: Callable[[str], Any], lock: str, cache: QueryCache, sessions: Sessions
+) -> None:
+    """Whatever else is said of the text."""
+    with sessions(create_engine("postgresql+psycopg://"))() as db:  # which is not asked
+        for options in ({}, {"cache_ttl": 60, "cache_tables": ["tag"]}):
+            told = cache.explain(db, make(lock).execution_options(cache_key=True, **options))
+            assert told.reason == "for update"
+
+
 @pytest.mark.parametrize("expire", ["expire", "refresh", "commit", "deferred"])
 def test_A7_refreshes_are_asked_of_the_database(expire: str, own_forum: Engine) -> None:
     """Also under a policy, and also where the very row is in the cache."""
