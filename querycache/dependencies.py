@@ -48,7 +48,7 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import locks_rows, read_text
+from querycache.textual import first_word, locks_rows, read_text
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -171,7 +171,7 @@ class Analysis:
         text_tables: tables that these name.
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
-        writes: True where a CTE of it writes.
+        writes: True where a CTE of it writes, or where it is text that is no query.
         key_place: the place of the key among the columns, where each row is there for its key alone.
     """
 
@@ -337,7 +337,13 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
             return super().visit_cast(cast, *args, **kwargs)
 
+        def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes |= _is_no_query(taf.element.text)
+            return super().visit_textual_select(taf, *args, **kwargs)
+
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.stack:  # it is the statement
+                self.analysis.writes |= _is_no_query(textclause.text)
             # as a member of FROM it may be no more than the name of a table
             before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
             self.analysis.texts.append(before + textclause.text)
@@ -380,6 +386,8 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_WORDS_OF_WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
+_READING = frozenset(["select", "table", "values", "with"])
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
 _MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
@@ -415,6 +423,12 @@ _NOT_CALLED = frozenset(
 )
 
 
+def _is_no_query(text: str) -> bool:
+    """True if a whole statement may do more than give rows, as FETCH, EXECUTE and what has RETURNING do; or tells of the
+    server, as SHOW and PRAGMA do."""
+    return first_word(text) not in _READING
+
+
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
@@ -422,15 +436,12 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
             analysis.functions |= {repr(each.lower()) for each in _MOMENT.findall(literal.group())}
         if dialect in ("mysql", "mariadb"):
             analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
-        if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
-            "select",
-            "with",
-            "values",
-            "table",
-        ):
+        if first_word(text) in _READING:
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
             analysis.writes = analysis.writes or bool(statement.writes)
+            if not statement.understood:  # and may be cached nevertheless, where its tables are told
+                analysis.writes |= _WORDS_OF_WRITES.search(text) is not None
             analysis.text_tables |= statement.reads
             analysis.functions |= statement.functions
         elif _WORDS_OF_QUERIES.search(text):
