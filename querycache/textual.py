@@ -52,6 +52,7 @@ _HARMLESS = frozenset(
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 _COMMITTING = frozenset(["commit", "end"])
+_ENDING = _COMMITTING | {"abort", "rollback"}
 # All else commits on MySQL and MariaDB.
 _NOT_COMMITTING = frozenset(
     [
@@ -82,7 +83,24 @@ _WRITING = re.compile(
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
 _FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
 # The level of isolation, somebody else's snapshot, and transactions that nobody begins.
-_ISOLATING = re.compile(r"isolation|\bsnapshot\b|\bautocommit\b", re.IGNORECASE)
+_ISOLATING = re.compile(
+    r"isolation|\bsnapshot\b|\bautocommit\b|\bcompletion_type\b|\bread_uncommitted\b", re.IGNORECASE
+)
+_CHAINS = re.compile(r"\band\s+chain\b", re.IGNORECASE)
+# What may isolate in a text that is not understood: several statements, a procedure, SQL that is made by SQL.
+_MAY_ISOLATE = re.compile(
+    rf"{_ISOLATING.pattern}|{_CHAINS.pattern}|\bset_config\b|\bexecute\s+immediate\b", re.IGNORECASE
+)
+_NO_WORDS = re.compile(
+    r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/""",
+    re.DOTALL,
+)
+# Of several statements, those that begin and end a transaction; with a group for those after which one is open.
+_BEGINS_OR_ENDS = re.compile(
+    r"(?:^|;)\s*(?:(begin\b(?!\s+(?:not|atomic)\b)|start\s+transaction\b|(?:commit|end|rollback|abort)[^;]*\band\s+chain\b)"
+    r"|(?:commit|end|rollback(?!\s+(?:\w+\s+)?to\b)|abort)\b)",
+    re.IGNORECASE,
+)
 # What may stand between two words; # is a comment of MySQL only, and elsewhere no word follows it.
 _BETWEEN = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)+"
 _LOCKS_ROWS = re.compile(
@@ -121,7 +139,7 @@ class TextStatement:
         reads, writes: tables, as (schema or None, name).
         functions: lower-case names of the functions it calls.
         isolates: what it sets the isolation of: its own "transaction", or all that follow in its "session"; or "".
-        begins: True for BEGIN and its like.
+        begins: True for BEGIN and its like, and for several statements after which a transaction is open.
         rolls_back: True for ROLLBACK of a whole transaction.
         commits: True for COMMIT and its like.
     """
@@ -147,6 +165,17 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         sql: the statement.
         dialect: SQLAlchemy's name of the dialect.
     """
+    found = _read(sql, dialect)
+    if found.understood:
+        return found
+    return replace(
+        found,
+        isolates="session" if _MAY_ISOLATE.search(sql) else "",
+        begins=_leaves_open(sql),
+    )
+
+
+def _read(sql: str, dialect: str) -> TextStatement:
     text = sql.strip().rstrip(";").strip()
     bare = _COMMENTS.sub(" ", text).strip()
     first, second = _words(bare)
@@ -154,14 +183,17 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         return _ANYTHING
     if first in _COMMITTING or (first, second) == ("xa", "commit"):
         # what was prepared in another session may be anything, and so may what follows
-        return TextStatement(second not in ("prepared", "commit") and ";" not in text, commits=True)
+        understood = second not in ("prepared", "commit") and ";" not in text
+        return TextStatement(
+            understood, isolates=_isolates(bare, dialect), begins=_chains(bare), commits=True
+        )
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
     if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
         return TextStatement(
             True,
             isolates=_isolates(bare, dialect),
-            begins=first in ("start", "begin"),
+            begins=first in ("start", "begin") or _chains(bare),
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
         )
@@ -178,11 +210,23 @@ def _isolates(bare: str, dialect: str) -> Literal["", "transaction", "session"]:
     """Of which transactions a statement sets what they see, other than by beginning one."""
     first, second = _words(bare)
     begins = first in ("start", "begin") and "isolation" in bare.lower()
-    if not begins and not (first == "set" and _ISOLATING.search(bare)):
+    sets = first in ("pragma", "prepare", "set") and _ISOLATING.search(bare)
+    if not (begins or sets or _chains(bare)):
         return ""
     # of MySQL, SET TRANSACTION is for the next one, whenever that begins
     of_one = dialect == "postgresql" and (begins or second in ("transaction", "local"))
     return "transaction" if of_one else "session"
+
+
+def _chains(bare: str) -> bool:
+    """True if a statement ends a transaction, and begins another that is isolated as the first was."""
+    return _words(bare)[0] in _ENDING and _CHAINS.search(bare) is not None
+
+
+def _leaves_open(sql: str) -> bool:
+    """True if after several statements a transaction is open that one of them has begun."""
+    found = _BEGINS_OR_ENDS.findall(_NO_WORDS.sub(" ", sql))
+    return bool(found and found[-1])
 
 
 def first_word(sql: str) -> str:
