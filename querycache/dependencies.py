@@ -48,7 +48,7 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import first_word, locks_rows, read_text
+from querycache.textual import first_word, is_temporary_schema, locks_rows, read_text, temporary_tables
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -114,6 +114,10 @@ class Declarations:
                 found |= fresh
                 todo.extend(fresh)
         return found
+
+    def note_temporary(self, sql: str, dialect: str) -> None:
+        """Note what a statement makes that each connection has for itself."""
+        self.temporary |= temporary_tables(sql, dialect, self.temporary)
 
     def closure(self, names: Iterable[str]) -> set[str]:
         """The names, and all that they are made from."""
@@ -220,6 +224,12 @@ class Analysis:
     def reads_any(self, names: set[str]) -> bool:
         """True if one of the tables has one of these names, in lower case, whatever its schema."""
         return any(name.lower() in names for _, name in (*self.tables, *self.text_tables))
+
+    def in_temporary_schema(self, plan: Plan) -> bool:
+        """True if one of the tables is said to be the connection's own."""
+        declared = {translated(table, plan.schema_translate_map) for table in self.tables}
+        dialect = plan.engine.dialect.name
+        return any(is_temporary_schema(schema, dialect) for schema, _ in declared | self.text_tables)
 
     def tags(self, plan: Plan, declared: Declarations) -> list[str]:
         """The tags of the tables, for one execution with its parameters and schemas."""

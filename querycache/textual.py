@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Set
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-__all__ = ["TextStatement", "commits", "first_word", "locks_rows", "read_text", "temporary_table"]
+__all__ = [
+    "TextStatement",
+    "commits",
+    "first_word",
+    "is_temporary_schema",
+    "locks_rows",
+    "read_text",
+    "temporary_tables",
+]
 
 TableName = tuple[str | None, str]
 
@@ -115,11 +124,16 @@ _MODIFIERS = re.compile(
     r"^((?:update|delete|insert)\s+)(?:(?:low_priority|high_priority|delayed|quick|ignore)\s+)+",
     re.IGNORECASE,
 )
-_TEMPORARY = re.compile(
-    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?temp(?:orary)?\s+(?:(?:table|view)\s+)?"
-    r"(?:if\s+not\s+exists\s+)?([^\s(;]+)",
+_NAME = r"""(?:[\w$]+|"[^"]*"|`[^`]*`|\[[^\]]*\])"""
+_TABLE = rf"({_NAME}(?:\s*\.\s*{_NAME})*)"
+_NAMES = re.compile(_NAME)
+_TABLES = re.compile(_TABLE)
+_MAKES_TABLE = re.compile(
+    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?(temp(?:orary)?\s+)?"
+    rf"(?:(?:recursive|unlogged|virtual)\s+)?(?:(?:table|view)\s+)?(?:if\s+not\s+exists\s+)?{_TABLE}",
     re.IGNORECASE,
 )
+_NEW_NAME = re.compile(rf"\b(?:rename\s+(?:as|to)|rename|to)\s+{_TABLE}", re.IGNORECASE)
 _PARSED = re.compile(
     r"\(*\s*(select|with|insert|update|delete|merge|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
@@ -248,10 +262,35 @@ def locks_rows(sql: str) -> bool:
     return _LOCKS_ROWS.search(sql) is not None
 
 
-def temporary_table(sql: str) -> str:
-    """The name, in lower case, of the temporary table or view that a statement makes; empty where it makes none."""
-    found = _TEMPORARY.search(_COMMENTS.sub(" ", sql))
-    return found.group(1).rpartition(".")[2].strip('"`[]').lower() if found else ""
+def temporary_tables(sql: str, dialect: str, known: Set[str]) -> set[str]:
+    """The names, in lower case, of the temporary tables and views that a statement makes, or makes of those that are known.
+
+    They may be too many: of what is renamed beside a temporary table, each new name counts.
+    """
+    bare = _COMMENTS.sub(" ", sql)
+    made: set[str] = set()
+
+    def is_temporary(table: str) -> bool:
+        *schema, name = _parts(table)
+        return name in known or name in made or (bool(schema) and is_temporary_schema(schema[-1], dialect))
+
+    made |= {_parts(table)[-1] for word, table in _MAKES_TABLE.findall(bare) if word or is_temporary(table)}
+    if "rename" in bare.lower() and any(map(is_temporary, _TABLES.findall(bare))):
+        made |= {_parts(table)[-1] for table in _NEW_NAME.findall(bare)} - {"table"}
+    return made
+
+
+def is_temporary_schema(schema: str | None, dialect: str) -> bool:
+    """True for the schema of a connection's own tables."""
+    pattern = _TEMPORARY_SCHEMAS.get(dialect)
+    return bool(schema and pattern and re.fullmatch(pattern, schema.lower()))
+
+
+_TEMPORARY_SCHEMAS = {"postgresql": r"pg_temp(_\d+)?", "sqlite": "temp"}
+
+
+def _parts(names: str) -> list[str]:
+    return [each.strip('"`[]').lower() for each in _NAMES.findall(names)]
 
 
 def _words(text: str) -> tuple[str, str]:
