@@ -396,7 +396,6 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
-_WORDS_OF_WRITES = re.compile(r"\b(insert|update|delete|merge)\b", re.IGNORECASE)
 _READING = frozenset(["select", "table", "values", "with"])
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
@@ -450,8 +449,6 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
             analysis.writes = analysis.writes or bool(statement.writes)
-            if not statement.understood:  # and may be cached nevertheless, where its tables are told
-                analysis.writes |= _WORDS_OF_WRITES.search(text) is not None
             analysis.text_tables |= statement.reads
             analysis.functions |= statement.functions
         elif _WORDS_OF_QUERIES.search(text):

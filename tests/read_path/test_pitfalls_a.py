@@ -342,7 +342,6 @@ NO_QUERIES = [
     "/* a */ DELETE FROM tag WHERE id = 1 RETURNING id",
     "INSERT INTO tag (name) VALUES ('new') RETURNING id",
     "WITH gone AS (DELETE FROM tag RETURNING id) SELECT id FROM gone",
-    "WITH gone AS (DELETE FROM tag RETURNING id), x AS (SELECT xmlparse(content '<a/>')) SELECT id FROM gone",
     "FETCH 2 IN numbers",
     "EXECUTE raise_prices",
     "CALL raise_prices()",
