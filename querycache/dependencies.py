@@ -48,7 +48,7 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import read_text
+from querycache.textual import first_word, is_temporary_schema, locks_rows, read_text, temporary_tables
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -115,6 +115,10 @@ class Declarations:
                 todo.extend(fresh)
         return found
 
+    def note_temporary(self, sql: str, dialect: str) -> None:
+        """Note what a statement makes that each connection has for itself."""
+        self.temporary |= temporary_tables(sql, dialect, self.temporary)
+
     def closure(self, names: Iterable[str]) -> set[str]:
         """The names, and all that they are made from."""
         given = {name.lower() for name in names}
@@ -171,7 +175,7 @@ class Analysis:
         text_tables: tables that these name.
         opaque: True where they may read what nobody can tell.
         locks: True for ``FOR UPDATE`` and its like.
-        writes: True where a CTE of it writes.
+        writes: True where a CTE of it writes, or where it is text that is no query.
         key_place: the place of the key among the columns, where each row is there for its key alone.
     """
 
@@ -220,6 +224,12 @@ class Analysis:
     def reads_any(self, names: set[str]) -> bool:
         """True if one of the tables has one of these names, in lower case, whatever its schema."""
         return any(name.lower() in names for _, name in (*self.tables, *self.text_tables))
+
+    def in_temporary_schema(self, plan: Plan) -> bool:
+        """True if one of the tables is said to be the connection's own."""
+        declared = {translated(table, plan.schema_translate_map) for table in self.tables}
+        dialect = plan.engine.dialect.name
+        return any(is_temporary_schema(schema, dialect) for schema, _ in declared | self.text_tables)
 
     def tags(self, plan: Plan, declared: Declarations) -> list[str]:
         """The tags of the tables, for one execution with its parameters and schemas."""
@@ -304,6 +314,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         # of several the first is taken that can be: a key changes least
         memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.functions |= custom_constructs(rendered)
+        memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):
@@ -336,7 +347,13 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
             return super().visit_cast(cast, *args, **kwargs)
 
+        def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes |= _is_no_query(taf.element.text)
+            return super().visit_textual_select(taf, *args, **kwargs)
+
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.stack:  # it is the statement
+                self.analysis.writes |= _is_no_query(textclause.text)
             # as a member of FROM it may be no more than the name of a table
             before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
             self.analysis.texts.append(before + textclause.text)
@@ -379,6 +396,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_READING = frozenset(["select", "table", "values", "with"])
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
 _MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
@@ -414,6 +432,12 @@ _NOT_CALLED = frozenset(
 )
 
 
+def _is_no_query(text: str) -> bool:
+    """True if a whole statement may do more than give rows, as FETCH, EXECUTE and what has RETURNING do; or tells of the
+    server, as SHOW and PRAGMA do."""
+    return first_word(text) not in _READING
+
+
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
@@ -421,12 +445,7 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
             analysis.functions |= {repr(each.lower()) for each in _MOMENT.findall(literal.group())}
         if dialect in ("mysql", "mariadb"):
             analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
-        if text.split(None, 1)[0:1] and text.split(None, 1)[0].lower() in (
-            "select",
-            "with",
-            "values",
-            "table",
-        ):
+        if first_word(text) in _READING:
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
             analysis.writes = analysis.writes or bool(statement.writes)

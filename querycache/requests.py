@@ -330,6 +330,8 @@ class Requests:
             raise Refused("for update")
         if analysis.writes:
             raise Refused("not a select")
+        if analysis.in_temporary_schema(plan):
+            raise Refused("temporary table")
         if options.ttl is not None:
             return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
         unstable = analysis.unstable(plan, self._declared)

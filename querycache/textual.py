@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Set
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-__all__ = ["TextStatement", "commits", "first_word", "read_text", "temporary_table"]
+__all__ = [
+    "TextStatement",
+    "commits",
+    "first_word",
+    "is_temporary_schema",
+    "locks_rows",
+    "read_text",
+    "temporary_tables",
+]
 
 TableName = tuple[str | None, str]
 
@@ -52,6 +61,7 @@ _HARMLESS = frozenset(
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 _COMMITTING = frozenset(["commit", "end"])
+_ENDING = _COMMITTING | {"abort", "rollback"}
 # All else commits on MySQL and MariaDB.
 _NOT_COMMITTING = frozenset(
     [
@@ -82,18 +92,48 @@ _WRITING = re.compile(
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
 _FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
 # The level of isolation, somebody else's snapshot, and transactions that nobody begins.
-_ISOLATING = re.compile(r"isolation|\bsnapshot\b|\bautocommit\b", re.IGNORECASE)
+_ISOLATING = re.compile(
+    r"isolation|\bsnapshot\b|\bautocommit\b|\bcompletion_type\b|\bread_uncommitted\b", re.IGNORECASE
+)
+_CHAINS = re.compile(r"\band\s+chain\b", re.IGNORECASE)
+# What may isolate in a text that is not understood: several statements, a procedure, SQL that is made by SQL.
+_MAY_ISOLATE = re.compile(
+    rf"{_ISOLATING.pattern}|{_CHAINS.pattern}|\bset_config\b|\bexecute\s+immediate\b", re.IGNORECASE
+)
+_NO_WORDS = re.compile(
+    r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/""",
+    re.DOTALL,
+)
+# Of several statements, those that begin and end a transaction; with a group for those after which one is open.
+_BEGINS_OR_ENDS = re.compile(
+    r"(?:^|;)\s*(?:(begin\b(?!\s+(?:not|atomic)\b)|start\s+transaction\b|(?:commit|end|rollback|abort)[^;]*\band\s+chain\b)"
+    r"|(?:commit|end|rollback(?!\s+(?:\w+\s+)?to\b)|abort)\b)",
+    re.IGNORECASE,
+)
+# What may stand between two words; # is a comment of MySQL only, and elsewhere no word follows it.
+_BETWEEN = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)+"
+_LOCKS_ROWS = re.compile(
+    r"\bfor{_}(?:no{_}key{_}|key{_})?(?:update|share)\b|\block{_}in{_}share{_}mode\b".replace(
+        "{_}", _BETWEEN
+    ),
+    re.IGNORECASE | re.DOTALL,
+)
 _SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)
 # Words that MySQL allows before the name of a table, and that a parser takes for the name.
 _MODIFIERS = re.compile(
     r"^((?:update|delete|insert)\s+)(?:(?:low_priority|high_priority|delayed|quick|ignore)\s+)+",
     re.IGNORECASE,
 )
-_TEMPORARY = re.compile(
-    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?temp(?:orary)?\s+(?:(?:table|view)\s+)?"
-    r"(?:if\s+not\s+exists\s+)?([^\s(;]+)",
+_NAME = r"""(?:[\w$]+|"[^"]*"|`[^`]*`|\[[^\]]*\])"""
+_TABLE = rf"({_NAME}(?:\s*\.\s*{_NAME})*)"
+_NAMES = re.compile(_NAME)
+_TABLES = re.compile(_TABLE)
+_MAKES_TABLE = re.compile(
+    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?(temp(?:orary)?\s+)?"
+    rf"(?:(?:recursive|unlogged|virtual)\s+)?(?:(?:table|view)\s+)?(?:if\s+not\s+exists\s+)?{_TABLE}",
     re.IGNORECASE,
 )
+_NEW_NAME = re.compile(rf"\b(?:rename\s+(?:as|to)|rename|to)\s+{_TABLE}", re.IGNORECASE)
 _PARSED = re.compile(
     r"\(*\s*(select|with|insert|update|delete|merge|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
@@ -113,7 +153,7 @@ class TextStatement:
         reads, writes: tables, as (schema or None, name).
         functions: lower-case names of the functions it calls.
         isolates: what it sets the isolation of: its own "transaction", or all that follow in its "session"; or "".
-        begins: True for BEGIN and its like.
+        begins: True for BEGIN and its like, and for several statements after which a transaction is open.
         rolls_back: True for ROLLBACK of a whole transaction.
         commits: True for COMMIT and its like.
     """
@@ -139,6 +179,17 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         sql: the statement.
         dialect: SQLAlchemy's name of the dialect.
     """
+    found = _read(sql, dialect)
+    if found.understood:
+        return found
+    return replace(
+        found,
+        isolates="session" if _MAY_ISOLATE.search(sql) else "",
+        begins=_leaves_open(sql),
+    )
+
+
+def _read(sql: str, dialect: str) -> TextStatement:
     text = sql.strip().rstrip(";").strip()
     bare = _COMMENTS.sub(" ", text).strip()
     first, second = _words(bare)
@@ -146,14 +197,17 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         return _ANYTHING
     if first in _COMMITTING or (first, second) == ("xa", "commit"):
         # what was prepared in another session may be anything, and so may what follows
-        return TextStatement(second not in ("prepared", "commit") and ";" not in text, commits=True)
+        understood = second not in ("prepared", "commit") and ";" not in text
+        return TextStatement(
+            understood, isolates=_isolates(bare, dialect), begins=_chains(bare), commits=True
+        )
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
     if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
         return TextStatement(
             True,
             isolates=_isolates(bare, dialect),
-            begins=first in ("start", "begin"),
+            begins=first in ("start", "begin") or _chains(bare),
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
         )
@@ -170,11 +224,23 @@ def _isolates(bare: str, dialect: str) -> Literal["", "transaction", "session"]:
     """Of which transactions a statement sets what they see, other than by beginning one."""
     first, second = _words(bare)
     begins = first in ("start", "begin") and "isolation" in bare.lower()
-    if not begins and not (first == "set" and _ISOLATING.search(bare)):
+    sets = first in ("pragma", "prepare", "set") and _ISOLATING.search(bare)
+    if not (begins or sets or _chains(bare)):
         return ""
     # of MySQL, SET TRANSACTION is for the next one, whenever that begins
     of_one = dialect == "postgresql" and (begins or second in ("transaction", "local"))
     return "transaction" if of_one else "session"
+
+
+def _chains(bare: str) -> bool:
+    """True if a statement ends a transaction, and begins another that is isolated as the first was."""
+    return _words(bare)[0] in _ENDING and _CHAINS.search(bare) is not None
+
+
+def _leaves_open(sql: str) -> bool:
+    """True if after several statements a transaction is open that one of them has begun."""
+    found = _BEGINS_OR_ENDS.findall(_NO_WORDS.sub(" ", sql))
+    return bool(found and found[-1])
 
 
 def first_word(sql: str) -> str:
@@ -191,10 +257,40 @@ def commits(sql: str, dialect: str) -> bool:
     return dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING
 
 
-def temporary_table(sql: str) -> str:
-    """The name, in lower case, of the temporary table or view that a statement makes; empty where it makes none."""
-    found = _TEMPORARY.search(_COMMENTS.sub(" ", sql))
-    return found.group(1).rpartition(".")[2].strip('"`[]').lower() if found else ""
+def locks_rows(sql: str) -> bool:
+    """True if a statement may lock the rows that it reads, wherever in it that is said."""
+    return _LOCKS_ROWS.search(sql) is not None
+
+
+def temporary_tables(sql: str, dialect: str, known: Set[str]) -> set[str]:
+    """The names, in lower case, of the temporary tables and views that a statement makes, or makes of those that are known.
+
+    They may be too many: of what is renamed beside a temporary table, each new name counts.
+    """
+    bare = _COMMENTS.sub(" ", sql)
+    made: set[str] = set()
+
+    def is_temporary(table: str) -> bool:
+        *schema, name = _parts(table)
+        return name in known or name in made or (bool(schema) and is_temporary_schema(schema[-1], dialect))
+
+    made |= {_parts(table)[-1] for word, table in _MAKES_TABLE.findall(bare) if word or is_temporary(table)}
+    if "rename" in bare.lower() and any(map(is_temporary, _TABLES.findall(bare))):
+        made |= {_parts(table)[-1] for table in _NEW_NAME.findall(bare)} - {"table"}
+    return made
+
+
+def is_temporary_schema(schema: str | None, dialect: str) -> bool:
+    """True for the schema of a connection's own tables."""
+    pattern = _TEMPORARY_SCHEMAS.get(dialect)
+    return bool(schema and pattern and re.fullmatch(pattern, schema.lower()))
+
+
+_TEMPORARY_SCHEMAS = {"postgresql": r"pg_temp(_\d+)?", "sqlite": "temp"}
+
+
+def _parts(names: str) -> list[str]:
+    return [each.strip('"`[]').lower() for each in _NAMES.findall(names)]
 
 
 def _words(text: str) -> tuple[str, str]:

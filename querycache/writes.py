@@ -40,7 +40,7 @@ from querycache.phases import Phases
 from querycache.regions import Regions
 from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
-from querycache.textual import TextStatement, commits, first_word, read_text, temporary_table
+from querycache.textual import TextStatement, commits, first_word, read_text
 from querycache.transactions import Transaction, Transactions
 
 __all__ = ["Writes"]
@@ -177,8 +177,7 @@ class Writes:
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
             text = _told(sql, context) or read_text(sql, dialect.name)
-            if name := temporary_table(sql):
-                self._declared.temporary.add(name)
+            self._declared.note_temporary(sql, dialect.name)
             if text.begins:
                 self._transactions.begin_by_hand(connection)
             elif text.rolls_back:
@@ -191,8 +190,7 @@ class Writes:
                 return True
         elif context.isddl:
             wrote = True
-            if name := temporary_table(sql):
-                self._declared.temporary.add(name)
+            self._declared.note_temporary(sql, dialect.name)
             self._note_ddl(connection, context)
         elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
             wrote = self._note_dml(connection, context)
@@ -208,6 +206,7 @@ class Writes:
             return False
         else:
             # the application's own kind of statement: what it renders is all that is known of it
+            self._declared.note_temporary(sql, dialect.name)
             wrote = self._note_text(connection, read_text(sql, dialect.name))
         if wrote and (self._transactions.is_autocommit(connection) or _commits_itself(connection, sql)):
             self.commit(connection.info, dialect)

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Engine,
     FrozenResult,
     Result,
+    column,
     create_engine,
     event,
     func,
@@ -304,6 +305,96 @@ def test_A7_the_naive_way_stores_locks(sqlite_forum: Engine) -> None:
             db.execute(NEVER["for update"][0], execution_options={"naive_key": 1}).all()
     assert stored
     assert seen.nothing, "and so gives a lock that nobody holds"
+
+
+LOCKS = [
+    "FOR UPDATE",
+    "for share",
+    "FOR NO KEY UPDATE SKIP LOCKED",
+    "FOR /* the reader */ KEY  SHARE",
+    "LOCK IN SHARE MODE",
+]
+LOCKED_BY_TEXT: dict[str, Callable[[str], Any]] = {
+    "text": lambda lock: text(f"SELECT id FROM tag {lock}"),
+    "entities from text": lambda lock: select(Tag).from_statement(text(f"SELECT * FROM tag {lock}")),
+    "text with columns": lambda lock: text(f"SELECT id FROM tag {lock}").columns(Tag.id),
+    "suffix": lambda lock: select(Tag).suffix_with(text(lock)),
+    "two suffixes": lambda lock: select(Tag).suffix_with(lock.split()[0]).suffix_with(lock.split(None, 1)[1]),
+    "hint": lambda lock: select(Tag.id).with_statement_hint(lock),
+    "text in FROM": lambda lock: select(text("x.id")).select_from(text(f"(SELECT id FROM tag {lock}) AS x")),
+}
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+@pytest.mark.parametrize("make", LOCKED_BY_TEXT.values(), ids=LOCKED_BY_TEXT)
+def test_A7_locks_that_text_takes(
+    make: Callable[[str], Any], lock: str, cache: QueryCache, sessions: Sessions
+) -> None:
+    """Whatever else is said of the text."""
+    with sessions(create_engine("postgresql+psycopg://"))() as db:  # which is not asked
+        for options in ({}, {"cache_ttl": 60, "cache_tables": ["tag"]}):
+            told = cache.explain(db, make(lock).execution_options(cache_key=True, **options))
+            assert told.reason == "for update"
+
+
+NO_QUERIES = [
+    "UPDATE tag SET name = name RETURNING id",
+    "/* a */ DELETE FROM tag WHERE id = 1 RETURNING id",
+    "INSERT INTO tag (name) VALUES ('new') RETURNING id",
+    "WITH gone AS (DELETE FROM tag RETURNING id) SELECT id FROM gone",
+    "FETCH 2 IN numbers",
+    "EXECUTE raise_prices",
+    "CALL raise_prices()",
+    "HANDLER tag READ FIRST",
+    "SHOW application_name",
+    "DESCRIBE tag",
+    "PRAGMA user_version",
+    "EXPLAIN SELECT * FROM tag",
+    "EXPLAIN ANALYZE DELETE FROM tag",
+    "",
+]
+WHOLE: dict[str, Callable[[str], Any]] = {
+    "text": text,
+    "columns": lambda sql: text(sql).columns(column("id")),
+    "entities": lambda sql: select(Tag).from_statement(text(sql)),
+    "entities of columns": lambda sql: select(Tag).from_statement(text(sql).columns(Tag.id)),
+    "CTE": lambda sql: select(text(sql).columns(column("id")).cte("x")),
+    "subquery": lambda sql: select(text(sql).columns(column("id")).subquery("x")),
+}
+
+
+@pytest.mark.parametrize("sql", NO_QUERIES)
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
+def test_A7_text_that_is_no_query(
+    make: Callable[[str], Any], sql: str, cache: QueryCache, sessions: Sessions
+) -> None:
+    with sessions(create_engine("postgresql+psycopg://"))() as db:
+        for options in ({}, {"cache_ttl": 60, "cache_tables": ["tag"]}):
+            told = cache.explain(db, make(sql).execution_options(cache_key=True, **options))
+            assert told.reason == "not a select"
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT id FROM tag",
+        "(SELECT id FROM tag) UNION ALL (SELECT id FROM tag)",
+        "-- all of them\nSELECT id FROM tag",
+        "/* all */ WITH x AS (SELECT id FROM tag) SELECT id FROM x",
+    ],
+)
+@pytest.mark.parametrize("make", WHOLE.values(), ids=WHOLE)
+def test_A7_text_that_is_a_query_is_cached(
+    make: Callable[[str], Any], sql: str, cache: QueryCache, sessions: Sessions
+) -> None:
+    with sessions(create_engine("postgresql+psycopg://"))() as db:
+        assert cache.explain(db, make(sql).execution_options(cache_key=True)).cacheable
+
+
+def test_A7_pieces_of_text_are_no_statements(cache: QueryCache, sessions: Sessions) -> None:
+    pieces = select(Tag.id, text("1 AS one")).where(text("name <> 'x'")).order_by(text("id DESC"))
+    with sessions(create_engine("postgresql+psycopg://"))() as db:
+        assert cache.explain(db, pieces.execution_options(cache_key=True)).cacheable
 
 
 @pytest.mark.parametrize("expire", ["expire", "refresh", "commit", "deferred"])

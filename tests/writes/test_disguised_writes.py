@@ -26,9 +26,11 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from querycache.textual import commits, read_text, temporary_table
+from querycache.textual import commits, read_text, temporary_tables
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
@@ -355,19 +357,133 @@ def test_E14_a_temporary_table_is_not_answered_from_that_of_another_connection(
 
 
 @pytest.mark.parametrize(
-    ("sql", "name"),
+    ("sql", "found"),
     [
-        ("CREATE TEMP TABLE IF NOT EXISTS pg_temp.mine (id int)", "mine"),
-        ('create or replace temporary table "Mine"(id int)', "mine"),
-        ("CREATE /* a */ LOCAL TEMPORARY TABLE mine AS SELECT 1", "mine"),
-        ("SELECT 1 INTO TEMP mine", "mine"),
-        ("CREATE TEMP VIEW mine AS SELECT 1", "mine"),
-        ("CREATE TABLE temp_orary (id int)", ""),
-        ("SELECT temp FROM weather", ""),
+        ("CREATE TEMP TABLE IF NOT EXISTS pg_temp.mine (id int)", {"mine"}),
+        ('create or replace temporary table "Mine"(id int)', {"mine"}),
+        ("CREATE /* a */ LOCAL TEMPORARY TABLE mine AS SELECT 1", {"mine"}),
+        ("SELECT 1 INTO TEMP mine", {"mine"}),
+        ("SELECT 1 INTO TEMPORARY TABLE mine", {"mine"}),
+        ("CREATE TEMP VIEW mine AS SELECT 1", {"mine"}),
+        ("CREATE OR REPLACE TEMP RECURSIVE VIEW mine (id) AS SELECT 1", {"mine"}),
+        ("CREATE TEMP TABLE mine (id int); CREATE TEMP TABLE yours (id int)", {"mine", "yours"}),
+        ("BEGIN NOT ATOMIC CREATE TEMPORARY TABLE `a`.`mine` (id int); END", {"mine"}),
+        ("EXECUTE IMMEDIATE 'CREATE TEMPORARY TABLE mine SELECT 1'", {"mine"}),
+        ("DO $$ BEGIN CREATE TEMP TABLE mine AS SELECT 1; END $$", {"mine"}),
+        ("CREATE TABLE pg_temp.mine (id int)", {"mine"}),
+        ('CREATE UNLOGGED TABLE "pg_temp_3" . mine (id int)', {"mine"}),
+        ("SELECT 1 INTO pg_temp.mine", {"mine"}),
+        ("CREATE VIEW pg_temp.mine AS SELECT 1", {"mine"}),
+        ("ALTER TABLE known RENAME TO mine", {"mine"}),
+        ('ALTER VIEW IF EXISTS "known" RENAME TO mine', {"mine"}),
+        ("ALTER TABLE pg_temp.strange RENAME TO mine", {"mine"}),
+        ("RENAME TABLE known TO mine", {"mine"}),
+        ("RENAME TABLE other TO a, known TO mine", {"a", "mine"}),
+        ("ALTER TABLE known ADD COLUMN a int, RENAME AS mine", {"mine"}),
+        ("ALTER TABLE known RENAME mine", {"mine"}),
+        ("CREATE TEMP TABLE a (id int); ALTER TABLE a RENAME TO mine", {"a", "mine"}),
+        ("ALTER TABLE other RENAME TO mine", set()),
+        ("RENAME TABLE other TO mine", set()),
+        ("CREATE TABLE temp_orary (id int)", set()),
+        ("CREATE TABLE temp.mine (id int)", set()),
+        ("SELECT temp FROM weather", set()),
     ],
 )
-def test_E14_names_of_temporary_tables(sql: str, name: str) -> None:
-    assert temporary_table(sql) == name
+def test_E14_names_of_temporary_tables(sql: str, found: set[str]) -> None:
+    assert temporary_tables(sql, "postgresql", {"known"}) == found
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "CREATE TABLE temp.mine (id int)",
+        "CREATE TABLE IF NOT EXISTS [Temp].[mine] (id int)",
+        "CREATE VIRTUAL TABLE temp.mine USING fts5(id)",
+        "ALTER TABLE temp.strange RENAME TO mine",
+    ],
+)
+def test_E14_names_of_temporary_tables_of_sqlite(sql: str) -> None:
+    assert temporary_tables(sql, "sqlite", set()) == {"mine"}
+    assert not temporary_tables(sql, "mysql", set())
+
+
+def test_E14_a_column_is_no_schema() -> None:
+    assert not temporary_tables("ALTER TABLE weather RENAME COLUMN temp TO temperature", "sqlite", set())
+
+
+class CreateAs(Executable, ClauseElement):
+    """As applications write it."""
+
+    inherit_cache = False
+
+
+@compiles(CreateAs)
+def _create_as(element: CreateAs, compiler: Any, **kwargs: Any) -> str:
+    return "CREATE TEMPORARY TABLE book AS SELECT 666 AS id, 666 AS price"
+
+
+SHADOWING: list[tuple[str, list[Any]]] = [
+    ("sqlite", ["CREATE TABLE temp.book AS SELECT 666 AS id, 666 AS price"]),
+    (
+        "sqlite",
+        ["CREATE TEMP TABLE a AS SELECT 666 AS id, 666 AS price", "ALTER TABLE temp.a RENAME TO book"],
+    ),
+    ("postgresql", ["SELECT 666 AS id, 666 AS price INTO pg_temp.book"]),
+    (
+        "postgresql",
+        ["CREATE TEMP TABLE a (b int); CREATE TEMP TABLE book AS SELECT 666 AS id, 666 AS price"],
+    ),
+    ("postgresql", ["CREATE TEMP RECURSIVE VIEW book (id, price) AS SELECT 666, 666"]),
+    ("postgresql", ["CREATE TEMP VIEW a AS SELECT 666 AS id, 666 AS price", "ALTER VIEW a RENAME TO book"]),
+    (
+        "mariadb",
+        [
+            "BEGIN NOT ATOMIC CREATE TEMPORARY TABLE a (b int);"
+            " CREATE TEMPORARY TABLE book SELECT 666 AS id, 666 AS price; END"
+        ],
+    ),
+    ("mariadb", ["CREATE TEMPORARY TABLE a SELECT 666 AS id, 666 AS price", "RENAME TABLE a TO book"]),
+    ("mariadb", [CreateAs()]),
+]
+
+
+@pytest.mark.parametrize(("database", "statements"), SHADOWING)
+def test_E14_a_temporary_table_in_place_of_another(
+    request: pytest.FixtureRequest, database: str, statements: list[Any]
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    library.fill(PRICES)
+    with library.sessions() as session:
+        for each in statements:
+            session.execute(text(each) if isinstance(each, str) else each)
+        session.commit()
+        assert library.ask(PRICES, session) == [(666, 666)]
+        assert library.outcome(PRICES, session) == "bypass temporary table"
+        assert library.ask(PRICES) != [(666, 666)]
+        session.connection().invalidate()
+
+
+@pytest.mark.parametrize(
+    ("database", "schema"), [("sqlite", "temp"), ("postgresql", "pg_temp"), ("sqlite", "told")]
+)
+def test_E14_a_temporary_table_by_its_schema(
+    request: pytest.FixtureRequest, database: str, schema: str
+) -> None:
+    """Also where it was made by somebody else, and where the schema is translated."""
+    engine = request.getfixturevalue(f"{database}_engine")
+    library = Library(engine.execution_options(schema_translate_map={"told": "temp"}))
+    mine = Table("mine", MetaData(), sa_column("id"), schema=schema)
+    with library.sessions() as session:
+        cursor = session.connection().connection.cursor()
+        cursor.execute(f"CREATE TABLE {schema.replace('told', 'temp')}.mine (id INTEGER)")
+        session.execute(insert(mine).values(id=1))
+        session.commit()
+        textual = text(f"SELECT id FROM {schema.replace('told', 'temp')}.mine")
+        for statement in (select(mine), select(mine.alias().c.id), textual):
+            for options in ({}, {"cache_ttl": 60}):
+                outcome = library.outcome(statement.execution_options(**options), session)
+                assert outcome == "bypass temporary table"
+        session.connection().invalidate()
 
 
 # --- the text alone --------------------------------------------------------------------------------------------------

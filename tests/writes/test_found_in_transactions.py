@@ -31,8 +31,10 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column, sessionmaker
+from sqlalchemy.pool import QueuePool
 
 from querycache import QueryCache
+from querycache.textual import read_text
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import PRICES, Library, point
 
@@ -501,6 +503,158 @@ def test_an_isolation_level_that_a_function_sets(on_postgresql: Library, schema:
         old = list(map(tuple, connection.execute(point(1))))
         on_postgresql.write(update(BOOK).values(price=97))
         check_old_view(on_postgresql, connection, old)
+
+
+ISOLATING = [
+    ("postgresql", "SET lock_timeout = 0; SET default_transaction_isolation = 'repeatable read'"),
+    (
+        "postgresql",
+        "SET lock_timeout = 0; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ",
+    ),
+    ("postgresql", "COMMIT; SET default_transaction_isolation = 'repeatable read'"),
+    ("postgresql", "SELECT 1; SET default_transaction_isolation = 'repeatable read'"),
+    (
+        "postgresql",
+        "DO $$ BEGIN PERFORM set_config('default_transaction_isolation', 'repeatable read', false); END $$",
+    ),
+    ("mariadb", "BEGIN NOT ATOMIC SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ; END"),
+    ("mariadb", "EXECUTE IMMEDIATE 'SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ'"),
+    ("mariadb", "EXECUTE IMMEDIATE concat('SET SESSION tx_isol', 'ation = \"REPEATABLE-READ\"')"),
+    ("mariadb", "/*!50000 SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ */"),
+]
+
+
+@pytest.mark.parametrize(("database", "sql"), ISOLATING)
+def test_an_isolation_level_set_among_other_things(
+    request: pytest.FixtureRequest, database: str, sql: str
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    committed = library.engine.execution_options(isolation_level="READ COMMITTED")
+    library.fill(*EACH)
+    with (committed if database == "mariadb" else library.engine).connect() as connection:
+        connection.exec_driver_sql(sql).close()
+        connection.commit()
+        old = list(map(tuple, connection.execute(point(1))))
+        library.write(update(BOOK).values(price=97))
+        check_old_view(library, connection, old)
+        connection.invalidate()
+
+
+def test_a_level_set_by_a_statement_that_was_prepared(on_mariadb: Library) -> None:
+    on_mariadb.fill(*EACH)
+    committed = on_mariadb.engine.execution_options(isolation_level="READ COMMITTED")
+    with committed.connect() as connection:
+        setting = "PREPARE setting FROM 'SET SESSION TRANSACTION ISOLATION LEVEL REPEATABLE READ'"
+        connection.exec_driver_sql(setting)
+        connection.exec_driver_sql("EXECUTE setting")
+        connection.commit()
+        old = list(map(tuple, connection.execute(point(1))))
+        on_mariadb.write(update(BOOK).values(price=97))
+        check_old_view(on_mariadb, connection, old)
+        connection.invalidate()
+
+
+def test_a_transaction_that_begins_as_another_was_isolated(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect() as connection:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+        connection.exec_driver_sql("COMMIT AND CHAIN")
+        old = list(map(tuple, connection.execute(point(1))))
+        on_postgresql.write(update(BOOK).values(price=97))
+        check_old_view(on_postgresql, connection, old)
+        connection.invalidate()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM tag",
+        "COMMIT; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM tag",
+    ],
+)
+def test_a_transaction_begun_among_other_statements(on_postgresql: Library, sql: str) -> None:
+    on_postgresql.fill(*EACH)
+    with on_postgresql.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(sql).close()
+        old = list(map(tuple, connection.execute(point(1))))
+        on_postgresql.write(update(BOOK).values(price=97))
+        check_old_view(on_postgresql, connection, old)
+        connection.invalidate()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["BEGIN"], ["BEGIN", "COMMIT AND CHAIN"], ["SET completion_type = 1", "BEGIN", "COMMIT"]],
+)
+def test_a_transaction_of_mariadb_that_goes_on_in_autocommit_mode(
+    on_mariadb: Library, settings: list[str]
+) -> None:
+    on_mariadb.fill(*EACH)
+    with on_mariadb.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for each in settings:
+            connection.exec_driver_sql(each)
+        old = list(map(tuple, connection.execute(point(1))))
+        on_mariadb.write(update(BOOK).values(price=97))
+        check_old_view(on_mariadb, connection, old)
+        connection.invalidate()
+
+
+@pytest.mark.parametrize(
+    ("sql", "begins"),
+    [
+        ("BEGIN; SELECT 1", True),
+        ("SELECT 1; start\n transaction", True),
+        ("/* a */ COMMIT; -- b\nBEGIN", True),
+        ("BEGIN; UPDATE book SET price = 1; COMMIT AND CHAIN", True),
+        ("BEGIN; UPDATE book SET price = 1; ROLLBACK TO SAVEPOINT a", True),
+        ("BEGIN; UPDATE book SET price = 1; COMMIT", False),
+        ("BEGIN; UPDATE book SET price = 1; ROLLBACK", False),
+        ("UPDATE book SET title = '; BEGIN'; SELECT 1", False),
+        (
+            "CREATE FUNCTION f() RETURNS int AS $$ DECLARE a int; BEGIN RETURN 1; END $$ LANGUAGE plpgsql",
+            False,
+        ),
+        ("BEGIN NOT ATOMIC SELECT 1; SELECT 2; END", False),
+    ],
+)
+def test_several_statements_that_leave_a_transaction_open(sql: str, begins: bool) -> None:
+    assert read_text(sql, "postgresql").begins == begins
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sql"),
+    [
+        ("postgresql", "COMMIT AND NO CHAIN"),
+        ("postgresql", "ROLLBACK TO SAVEPOINT a"),
+        ("postgresql", "SHOW transaction_isolation"),
+        ("postgresql", "SET lock_timeout = 0; SET statement_timeout = 0"),
+        ("postgresql", "CREATE EXTENSION pgcrypto"),
+        ("mysql", "START TRANSACTION"),
+        ("mysql", "CALL close_day()"),
+        ("sqlite", "PRAGMA foreign_keys = ON"),
+    ],
+)
+def test_what_isolates_nothing(dialect: str, sql: str) -> None:
+    assert not read_text(sql, dialect).isolates
+
+
+def test_a_connection_that_reads_what_is_not_committed() -> None:
+    """Set as text, on a database that connections share."""
+    url = "sqlite:///file:shared?mode=memory&cache=shared&uri=true"
+    shared = Library(create_engine(url, poolclass=QueuePool))
+    shared.fill(*EACH)
+    with shared.engine.connect() as writer, shared.sessions() as session:
+        session.execute(text("PRAGMA read_uncommitted = 1"))
+        writer.execute(update(BOOK).values(price=97))
+        shared.cache.invalidate(tables=["book"])
+        for statement in EACH:
+            assert "fill" not in shared.outcome(statement, session)
+        session.rollback()
+        for statement in EACH:
+            assert "fill" not in shared.outcome(statement, session)
+        writer.rollback()
+        check(shared)
+    shared.engine.dispose()
 
 
 @pytest.mark.parametrize(
