@@ -340,16 +340,16 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
     if error is not None:
         if isinstance(
             error, DBAPIError
-        ):  # of a statement, by which the dialect ends transactions in two phases
+        ):  # SQLAlchemy's, of a statement that ends a transaction in two phases
             answered = not error.connection_invalidated
+        elif isinstance(error, dialect.loaded_dbapi.Error):
+            answered = not dialect.is_disconnect(cast("Any", error), connection, None)
         else:
-            answered = isinstance(error, dialect.loaded_dbapi.Error)
-            answered = answered and not dialect.is_disconnect(error, connection, None)
+            answered = False
         if not answered:
             return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
-    is_open = dialect.name == "sqlite" and getattr(connection, "in_transaction", False)
-    return "open" if is_open else "over"
+    return "open" if dialect.name == "sqlite" and getattr(connection, "in_transaction", False) else "over"
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
