@@ -408,6 +408,8 @@ class RedisBackend(StoreBackend):
             finally:
                 self._pool.give_back(wire)
         except (redis.RedisError, OSError) as error:
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                self._pool.clear()  # the master is another now, and behind the same address, maybe
             self._breaker.failed(error)
             raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
 

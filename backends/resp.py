@@ -49,8 +49,17 @@ def evaluate(verb: str, script: str, keys: Sequence[bytes], argument: bytes) -> 
 
 def _refusal(message: str) -> redis.ResponseError:
     """What the server answered to a command that it did not carry out; the first word says why."""
-    kind = redis.exceptions.NoScriptError if message.startswith("NOSCRIPT") else redis.ResponseError
-    return kind(message)
+    if message.startswith("NOSCRIPT"):
+        return redis.exceptions.NoScriptError(message)
+    if "READONLY " in message:  # older servers put it in the middle of what they say of a script
+        return redis.exceptions.ReadOnlyError(message)
+    return redis.ResponseError(message)
+
+
+def _must_be_master(replies: Sequence[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, redis.exceptions.ReadOnlyError):
+            raise reply
 
 
 def _watch(socket: Any) -> Callable[[], list[Any]]:
@@ -95,7 +104,8 @@ CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixC
 class Wire:
     """One connection, open or not. For one thread at a time.
 
-    A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew.
+    A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew. ReadOnlyError is raised
+    where the server is not the master any more.
 
     :param connection: one of :data:`CONNECTIONS`, not connected yet.
     :param introduce: is called with the wire whenever it has been opened.
@@ -123,6 +133,8 @@ class Wire:
                 # What has come is the reply to what was posted, or else the server has closed it.
                 if not found or (self._again is not None and found[0][1] == select.POLLIN):
                     return
+            except redis.exceptions.ReadOnlyError:
+                raise
             except (redis.RedisError, OSError):
                 pass
             self.close()
@@ -157,6 +169,7 @@ class Wire:
             for _ in commands:
                 reply = self._reader.gets()
                 replies.append(self._read() if reply is _INCOMPLETE else reply)
+            _must_be_master(replies)
             return replies
         except BaseException:
             self.close()
@@ -192,6 +205,7 @@ class Wire:
             reply = self._reader.gets()
             if reply is _INCOMPLETE:
                 reply = self._read()
+            _must_be_master([reply])
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
