@@ -211,11 +211,11 @@ class MemcachedBackend(StoreBackend):
             tries = again
         raise CacheUnavailable(f"{self._ledger.name}: {', '.join(tries)} changed {_ROUNDS} times meanwhile")
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         steps = Pipeline()
         for counter in counters:
             steps.add(b"ma %b D%d" % (_encode(counter), versions.GENERATION))
-        self._step(steps, essential=True)
+        self._step(steps, essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         found = self._read_for_change([counter for counter, _, _ in changes])

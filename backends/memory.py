@@ -126,7 +126,7 @@ class MemoryBackend(StoreBackend):
                 if present is not None:
                     self._put(counter, versions.ended(present, incarnation))
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         with self._lock:
             for counter in counters:
                 present = self._counters.get(counter)

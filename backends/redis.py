@@ -270,8 +270,8 @@ class RedisBackend(StoreBackend):
 
         self._speak(post, essential=True)
 
-    def bump(self, counters: Sequence[str]) -> None:
-        self._run("bump", counters, _COUNTER_TTL, essential=True)
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
+        self._run("bump", counters, _COUNTER_TTL, essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         if not changes:

@@ -372,15 +372,17 @@ class Ledger:
         if marks:
             self.store.end(marks)
 
-    def bump(self, tags: Iterable[str]) -> None:
+    def bump(self, tags: Iterable[str], *, essential: bool = True) -> None:
         """Invalidate by hand, outside any transaction: everything that depends on one of the tags is invalid.
 
         The witness first, as for any writer: snapshots from before must show that something was written since. One
         round trip.
+
+        :param essential: try it although the server failed a moment ago.
         """
         counters = list(dict.fromkeys(tags))
         if counters:
-            self.store.bump([self._witness, *counters])
+            self.store.bump([self._witness, *counters], essential=essential)
 
 
 _HEADER = struct.Struct(">HI")

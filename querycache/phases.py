@@ -105,11 +105,15 @@ class Phases:
             if ledger in unmarked:
                 with self._lock:
                     self._owed.setdefault(ledger, {}).update(dict.fromkeys(keys, object()))
-                if self.owes(ledger):
+                if self.owes(ledger, essential=True):
                     self._telemetry.emit("error", "", "", "unavailable at commit")
 
-    def owes(self, ledger: Ledger) -> bool:
-        """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
+    def owes(self, ledger: Ledger, *, essential: bool = False) -> bool:
+        """True while a ledger could not be told of a commit; tells it, if it can be reached now.
+
+        Args:
+            essential: try it although the server failed a moment ago.
+        """
         if not self._owed:
             return False
         with self._lock:
@@ -117,7 +121,7 @@ class Phases:
         if not owed:
             return False
         try:
-            ledger.bump(sorted(owed))
+            ledger.bump(sorted(owed), essential=essential)
         except CacheUnavailable:
             return True
         with self._lock:
