@@ -10,10 +10,10 @@ they are owed, this process takes no answer from it.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
+from querycache import forks
 from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
 from querycache.ledger import Ledger, Marks
@@ -58,7 +58,7 @@ class Phases:
         self._telemetry = telemetry
         self._consistency = consistency
         self._on_outage = on_outage
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         # By tag, for the commit that owes it last: what is owed anew while it is paid is owed still.
         self._owed: dict[Ledger, dict[str, object]] = {}
 
