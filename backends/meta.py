@@ -134,6 +134,8 @@ class _Connection:
             return replies
         self.start()
         rest = memoryview(data)
+        patience = Patience(self._timeout)
+        patience.start()
         self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
         while rest:
             ready = self._selector.select(self._timeout)
@@ -142,7 +144,9 @@ class _Connection:
             if ready[0][1] & selectors.EVENT_READ:
                 replies.append(self.read_reply())
             else:
-                rest = rest[self._socket.send(rest[:_IN_FLIGHT]) :]
+                sent = self._socket.send(rest[:_IN_FLIGHT])
+                patience.received(sent)
+                rest = rest[sent:]
         self._selector.modify(self._socket, selectors.EVENT_READ)
         return replies
 
