@@ -281,7 +281,10 @@ class MemcachedBackend(StoreBackend):
             "slab_reassign_busy_deletes",
         )
         # A server says 2 s as soon as it has started, and counts the ticks of a clock: up to 3 s too many.
-        uptime = int(found.get("uptime", 0)) - 3
+        try:
+            uptime = int(found.get("uptime", 0)) - 3
+        except ValueError as error:
+            raise CacheUnavailable(f"{self._ledger.name} does not tell its uptime as a number") from error
         return uptime >= seconds and all(found.get(name) == "0" for name in losses)
 
     def ping(self) -> None:

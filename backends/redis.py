@@ -302,10 +302,14 @@ class RedisBackend(StoreBackend):
             if type(reply) is not bytes:
                 raise self._unreadable()
             info |= _parse_info(reply)
+        try:
+            uptime = int(info.get("uptime_in_seconds", 0))
+        except ValueError as error:
+            raise self._unreadable() from error
         commands = {name.removeprefix("cmdstat_") for name in info if name.startswith("cmdstat_")}
         return (
             # The uptime is in whole seconds. Former runs are covered by it: their writers are done.
-            int(info.get("uptime_in_seconds", 0)) > seconds + 1
+            uptime > seconds + 1
             and info.get("evicted_keys") == "0"
             # A replica that was promoted has not seen the marks made at the former master.
             and info.get("role") == "master"

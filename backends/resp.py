@@ -146,6 +146,9 @@ class Wire:
             )
             self._has_data = _watch(self._socket)
             self._introduce(self)
+        except TypeError as error:  # of redis-py, which says something first: as below
+            self.close()
+            raise redis.InvalidResponse("a reply that cannot be read") from error
         except BaseException:
             self.close()
             raise
@@ -165,10 +168,7 @@ class Wire:
             if self._again is not None:
                 self._settle()  # that reply comes first
             self._patience.start()
-            replies = []
-            for _ in commands:
-                reply = self._reader.gets()
-                replies.append(self._read() if reply is _INCOMPLETE else reply)
+            replies = [self._reply() for _ in commands]
             _must_be_master(replies)
             return replies
         except BaseException:
@@ -202,9 +202,7 @@ class Wire:
             return
         try:
             self._patience.start()
-            reply = self._reader.gets()
-            if reply is _INCOMPLETE:
-                reply = self._read()
+            reply = self._reply()
             _must_be_master([reply])
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
@@ -212,6 +210,13 @@ class Wire:
         # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
         if again is not bytes and isinstance(reply, redis.exceptions.NoScriptError):
             self.post(again(), bytes)  # which is not refused for that
+
+    def _reply(self) -> Any:
+        try:
+            reply = self._reader.gets()
+            return self._read() if reply is _INCOMPLETE else reply
+        except TypeError as error:  # a map of RESP 3 whose keys are arrays, for example
+            raise redis.InvalidResponse("a reply that cannot be read") from error
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""

@@ -181,6 +181,13 @@ class TestMemcached(StoreContract, ServerContract):
                 store.store("entry", bytes(8 * 2**20))
             assert time.monotonic() - begun < 3
 
+    def test_an_uptime_that_is_no_number_is_a_fault_of_the_server(
+        self, store: MemcachedBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(meta.Server, "statistics", lambda self: {"uptime": "abc"})
+        with pytest.raises(CacheUnavailable):
+            store.lost_nothing_for(1)
+
     # --- Round trips ------------------------------------------------------------------------------
 
     def test_every_step_is_one_round_trip(

@@ -346,6 +346,15 @@ class TestRedis(StoreContract, ServerContract):
                 with pytest.raises(CacheUnavailable):
                     step()
 
+    def test_an_uptime_that_is_no_number_is_a_fault_of_the_server(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            "querycache.backends.redis._parse_info", lambda reply: {"uptime_in_seconds": "abc", "run_id": "1"}
+        )
+        with pytest.raises(CacheUnavailable):
+            store.lost_nothing_for(1)
+
     # --- The end of a writer is not waited for ----------------------------------------------------
 
     def test_the_end_does_not_wait_for_a_server_that_is_slow(self, private_redis: Server) -> None:
