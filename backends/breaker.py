@@ -13,10 +13,10 @@ lookup had a timeout a second ago would leave stale entries behind on a server t
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 
+from querycache import forks
 from querycache.errors import CacheUnavailable
 
 __all__ = ["COOL_DOWN", "CircuitBreaker"]
@@ -37,7 +37,7 @@ class CircuitBreaker:
     def __init__(self, server: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._server = server
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._fault: BaseException | None = None
         self._next_try = 0.0
 

@@ -92,9 +92,9 @@ class DogpileBackend(StoreBackend):
     def end(self, marks: Mapping[str, Mark]) -> None:
         self.bump(list(marks))
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         new = b"%d" % versions.fresh()
-        self._set(dict.fromkeys(counters, new), essential=True)
+        self._set(dict.fromkeys(counters, new), essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         _, found = self.fetch(None, [counter for counter, _, _ in changes])

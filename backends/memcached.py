@@ -211,11 +211,11 @@ class MemcachedBackend(StoreBackend):
             tries = again
         raise CacheUnavailable(f"{self._ledger.name}: {', '.join(tries)} changed {_ROUNDS} times meanwhile")
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         steps = Pipeline()
         for counter in counters:
             steps.add(b"ma %b D%d" % (_encode(counter), versions.GENERATION))
-        self._step(steps, essential=True)
+        self._step(steps, essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         found = self._read_for_change([counter for counter, _, _ in changes])
@@ -281,7 +281,10 @@ class MemcachedBackend(StoreBackend):
             "slab_reassign_busy_deletes",
         )
         # A server says 2 s as soon as it has started, and counts the ticks of a clock: up to 3 s too many.
-        uptime = int(found.get("uptime", 0)) - 3
+        try:
+            uptime = int(found.get("uptime", 0)) - 3
+        except ValueError as error:
+            raise CacheUnavailable(f"{self._ledger.name} does not tell its uptime as a number") from error
         return uptime >= seconds and all(found.get(name) == "0" for name in losses)
 
     def ping(self) -> None:

@@ -9,14 +9,13 @@ so nothing has to be waited for: a tag that is missing, where no writer is at wo
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getsizeof
 from typing import Any
 
-from querycache import versions
+from querycache import forks, versions
 from querycache.backends.url import parse_options, size, split_arguments, without_password
 from querycache.errors import ConfigurationError
 from querycache.store import Mark, Meanwhile, StoreBackend
@@ -52,7 +51,7 @@ class MemoryBackend(StoreBackend):
         options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         # Payload, deadline, and bytes taken. Both dictionaries: least recently used first.
         self._entries: OrderedDict[str, tuple[bytes, float | None, int]] = OrderedDict()
         self._entry_bytes = 0
@@ -126,7 +125,7 @@ class MemoryBackend(StoreBackend):
                 if present is not None:
                     self._put(counter, versions.ended(present, incarnation))
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         with self._lock:
             for counter in counters:
                 present = self._counters.get(counter)

@@ -8,6 +8,7 @@ it states, and a pipeline ends when each of its commands has been answered.
 from __future__ import annotations
 
 import io
+import re
 import selectors
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ __all__ = ["Pipeline", "Reply", "Server", "UnsuitableServer", "converse"]
 _PORT = 11211
 _IN_FLIGHT = 32 * 2**10  # bytes that are sent without reading replies; less than any socket buffer holds
 _MOST_BYTES = 2**30
+_NUMBER = re.compile(rb"[0-9]{1,20}")  # of 64 bits
 
 
 class UnsuitableServer(Exception):
@@ -45,7 +47,7 @@ class Reply(NamedTuple):
     def cas(self) -> int:
         """The CAS value, where the command asked for it with the flag ``c``."""
         for flag in self.flags:
-            if flag.startswith(b"c") and flag[1:].isdigit():
+            if flag.startswith(b"c") and _NUMBER.fullmatch(flag, 1):
                 return int(flag[1:])
         raise CacheUnavailable(f"memcached gave no CAS value: {self!r}")
 
@@ -134,6 +136,8 @@ class _Connection:
             return replies
         self.start()
         rest = memoryview(data)
+        patience = Patience(self._timeout)
+        patience.start()
         self._selector.modify(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE)
         while rest:
             ready = self._selector.select(self._timeout)
@@ -142,7 +146,9 @@ class _Connection:
             if ready[0][1] & selectors.EVENT_READ:
                 replies.append(self.read_reply())
             else:
-                rest = rest[self._socket.send(rest[:_IN_FLIGHT]) :]
+                sent = self._socket.send(rest[:_IN_FLIGHT])
+                patience.received(sent)
+                rest = rest[sent:]
         self._selector.modify(self._socket, selectors.EVENT_READ)
         return replies
 
@@ -150,7 +156,7 @@ class _Connection:
         line = self._read_line()
         code, *flags = line.split(b" ")
         if code == b"VA":
-            if not flags or not flags[0].isdigit() or int(flags[0]) > _MOST_BYTES:
+            if not flags or not _NUMBER.fullmatch(flags[0]) or int(flags[0]) > _MOST_BYTES:
                 raise ConnectionError(f"this is not memcached: {line[:80]!r}")
             size = int(flags.pop(0))
             value = self._input.read(size + 2)
@@ -225,7 +231,10 @@ class Server:
             raise UnsuitableServer("runs with --disable-cas; tag versions need the CAS values")
         if settings.get("memory_file", "(null)") != "(null)":
             raise UnsuitableServer("runs with --memory-file; a restart would bring back old tag versions")
-        self.item_size_max = int(settings.get("item_size_max", self.item_size_max))
+        try:
+            self.item_size_max = int(settings.get("item_size_max", self.item_size_max))
+        except ValueError as error:
+            raise UnsuitableServer("does not tell item_size_max as a number") from error
 
     def statistics(self) -> dict[str, str]:
         """What ``stats`` says.

@@ -39,7 +39,7 @@ class NullBackend(StoreBackend):
     def end(self, marks: Mapping[str, Mark]) -> None:
         pass
 
-    def bump(self, counters: Sequence[str]) -> None:
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         pass
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:

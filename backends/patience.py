@@ -13,7 +13,8 @@ _PIECE = 2**20
 
 
 class Patience:
-    """For one answer, or several to what was sent at once: the timeout, and as long again for each megabyte.
+    """For one answer, or several to what was sent at once: the timeout, and as long again for each megabyte. For what is
+    sent likewise.
 
     :param timeout: seconds.
     """
@@ -23,14 +24,14 @@ class Patience:
         self._ends = 0.0
 
     def start(self) -> None:
-        """From now on an answer is waited for."""
+        """From now on the other side is waited for."""
         self._ends = time.monotonic() + self._timeout
 
     def received(self, size: int) -> None:
-        """A piece of so many bytes has come, and there is more to come.
+        """A piece of so many bytes has come, and there is more to come; or has been sent.
 
         :raises TimeoutError: it is too late.
         """
         self._ends += self._timeout * size / _PIECE
         if time.monotonic() > self._ends:
-            raise TimeoutError("the answer takes too long")
+            raise TimeoutError("it takes too long")

@@ -270,8 +270,8 @@ class RedisBackend(StoreBackend):
 
         self._speak(post, essential=True)
 
-    def bump(self, counters: Sequence[str]) -> None:
-        self._run("bump", counters, _COUNTER_TTL, essential=True)
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
+        self._run("bump", counters, _COUNTER_TTL, essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         if not changes:
@@ -302,10 +302,14 @@ class RedisBackend(StoreBackend):
             if type(reply) is not bytes:
                 raise self._unreadable()
             info |= _parse_info(reply)
+        try:
+            uptime = int(info.get("uptime_in_seconds", 0))
+        except ValueError as error:
+            raise self._unreadable() from error
         commands = {name.removeprefix("cmdstat_") for name in info if name.startswith("cmdstat_")}
         return (
             # The uptime is in whole seconds. Former runs are covered by it: their writers are done.
-            int(info.get("uptime_in_seconds", 0)) > seconds + 1
+            uptime > seconds + 1
             and info.get("evicted_keys") == "0"
             # A replica that was promoted has not seen the marks made at the former master.
             and info.get("role") == "master"
@@ -408,6 +412,8 @@ class RedisBackend(StoreBackend):
             finally:
                 self._pool.give_back(wire)
         except (redis.RedisError, OSError) as error:
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                self._pool.clear()  # the master is another now, and behind the same address, maybe
             self._breaker.failed(error)
             raise CacheUnavailable(f"{self._name} does not answer: {error}") from error
 

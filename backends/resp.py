@@ -49,8 +49,17 @@ def evaluate(verb: str, script: str, keys: Sequence[bytes], argument: bytes) -> 
 
 def _refusal(message: str) -> redis.ResponseError:
     """What the server answered to a command that it did not carry out; the first word says why."""
-    kind = redis.exceptions.NoScriptError if message.startswith("NOSCRIPT") else redis.ResponseError
-    return kind(message)
+    if message.startswith("NOSCRIPT"):
+        return redis.exceptions.NoScriptError(message)
+    if "READONLY " in message:  # older servers put it in the middle of what they say of a script
+        return redis.exceptions.ReadOnlyError(message)
+    return redis.ResponseError(message)
+
+
+def _must_be_master(replies: Sequence[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, redis.exceptions.ReadOnlyError):
+            raise reply
 
 
 def _watch(socket: Any) -> Callable[[], list[Any]]:
@@ -95,7 +104,8 @@ CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixC
 class Wire:
     """One connection, open or not. For one thread at a time.
 
-    A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew.
+    A method that raises RedisError or OSError has closed it, and the next :meth:`open` makes it anew. ReadOnlyError is raised
+    where the server is not the master any more.
 
     :param connection: one of :data:`CONNECTIONS`, not connected yet.
     :param introduce: is called with the wire whenever it has been opened.
@@ -123,6 +133,8 @@ class Wire:
                 # What has come is the reply to what was posted, or else the server has closed it.
                 if not found or (self._again is not None and found[0][1] == select.POLLIN):
                     return
+            except redis.exceptions.ReadOnlyError:
+                raise
             except (redis.RedisError, OSError):
                 pass
             self.close()
@@ -134,6 +146,9 @@ class Wire:
             )
             self._has_data = _watch(self._socket)
             self._introduce(self)
+        except TypeError as error:  # of redis-py, which says something first: as below
+            self.close()
+            raise redis.InvalidResponse("a reply that cannot be read") from error
         except BaseException:
             self.close()
             raise
@@ -153,10 +168,8 @@ class Wire:
             if self._again is not None:
                 self._settle()  # that reply comes first
             self._patience.start()
-            replies = []
-            for _ in commands:
-                reply = self._reader.gets()
-                replies.append(self._read() if reply is _INCOMPLETE else reply)
+            replies = [self._reply() for _ in commands]
+            _must_be_master(replies)
             return replies
         except BaseException:
             self.close()
@@ -189,15 +202,21 @@ class Wire:
             return
         try:
             self._patience.start()
-            reply = self._reader.gets()
-            if reply is _INCOMPLETE:
-                reply = self._read()
+            reply = self._reply()
+            _must_be_master([reply])
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
         # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
         if again is not bytes and isinstance(reply, redis.exceptions.NoScriptError):
             self.post(again(), bytes)  # which is not refused for that
+
+    def _reply(self) -> Any:
+        try:
+            reply = self._reader.gets()
+            return self._read() if reply is _INCOMPLETE else reply
+        except TypeError as error:  # a map of RESP 3 whose keys are arrays, for example
+            raise redis.InvalidResponse("a reply that cannot be read") from error
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""

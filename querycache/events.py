@@ -3,12 +3,13 @@ what it would do."""
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
+
+from querycache import forks
 
 __all__ = ["CacheEvent", "CacheStats", "Explanation", "Outcome", "Telemetry"]
 
@@ -87,7 +88,7 @@ class Telemetry:
     """Counts events and hands them to those who record."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._counts: Counter[tuple[Outcome, str]] = Counter()
         self._recorders: tuple[list[CacheEvent], ...] = ()
 

@@ -34,7 +34,6 @@ code, under random schedules, in ``tests/test_ledger_schedules.py``.
 from __future__ import annotations
 
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -43,7 +42,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from querycache import versions
+from querycache import forks, versions
 from querycache.errors import CacheUnavailable
 from querycache.store import Mark, Meanwhile, StoreBackend
 
@@ -154,7 +153,7 @@ class Ledger:
         self.lease = lease
         self._witness = witness
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         # For each counter not seen clean: the incarnation it has, and since when.
         self._unclean: dict[str, tuple[int, float]] = {}
         self._next_proof = float("-inf")
@@ -372,15 +371,17 @@ class Ledger:
         if marks:
             self.store.end(marks)
 
-    def bump(self, tags: Iterable[str]) -> None:
+    def bump(self, tags: Iterable[str], *, essential: bool = True) -> None:
         """Invalidate by hand, outside any transaction: everything that depends on one of the tags is invalid.
 
         The witness first, as for any writer: snapshots from before must show that something was written since. One
         round trip.
+
+        :param essential: try it although the server failed a moment ago.
         """
         counters = list(dict.fromkeys(tags))
         if counters:
-            self.store.bump([self._witness, *counters])
+            self.store.bump([self._witness, *counters], essential=essential)
 
 
 _HEADER = struct.Struct(">HI")

@@ -10,10 +10,10 @@ they are owed, this process takes no answer from it.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from typing import Literal
 
+from querycache import forks
 from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
 from querycache.ledger import Ledger, Marks
@@ -58,7 +58,7 @@ class Phases:
         self._telemetry = telemetry
         self._consistency = consistency
         self._on_outage = on_outage
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         # By tag, for the commit that owes it last: what is owed anew while it is paid is owed still.
         self._owed: dict[Ledger, dict[str, object]] = {}
 
@@ -113,11 +113,15 @@ class Phases:
             if ledger in unmarked:
                 with self._lock:
                     self._owed.setdefault(ledger, {}).update(dict.fromkeys(keys, object()))
-                if self.owes(ledger):
+                if self.owes(ledger, essential=True):
                     self._telemetry.emit("error", "", "", "unavailable at commit")
 
-    def owes(self, ledger: Ledger) -> bool:
-        """True while a ledger could not be told of a commit; tells it, if it can be reached now."""
+    def owes(self, ledger: Ledger, *, essential: bool = False) -> bool:
+        """True while a ledger could not be told of a commit; tells it, if it can be reached now.
+
+        Args:
+            essential: try it although the server failed a moment ago.
+        """
         if not self._owed:
             return False
         with self._lock:
@@ -125,7 +129,7 @@ class Phases:
         if not owed:
             return False
         try:
-            ledger.bump(sorted(owed))
+            ledger.bump(sorted(owed), essential=essential)
         except CacheUnavailable:
             return True
         with self._lock:

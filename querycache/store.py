@@ -120,8 +120,11 @@ class StoreBackend(BytesBackend, abc.ABC):
         """
 
     @abc.abstractmethod
-    def bump(self, counters: Sequence[str]) -> None:
-        """Take the step :func:`~querycache.versions.bumped` on each counter that is present."""
+    def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
+        """Take the step :func:`~querycache.versions.bumped` on each counter that is present.
+
+        :param essential: try it although the server failed a moment ago.
+        """
 
     @abc.abstractmethod
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:

@@ -20,7 +20,6 @@ Until its transaction ends, a Session is not answered from the cache where it ha
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,7 +29,7 @@ from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, UOWTransaction
 
-from querycache import sa_internals
+from querycache import forks, sa_internals
 from querycache.changes import WrittenTable, changes_of
 from querycache.dependencies import Declarations
 from querycache.errors import ConfigurationError
@@ -59,7 +58,7 @@ class Writes:
         self._declared = declared
         self.phases = phases
         self._transactions = Transactions(regions)
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     # --- where it listens ----------------------------------------------------------------------------

@@ -48,9 +48,9 @@ class Spy:
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._store, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             self.calls.append((name, arguments))
-            return method(*arguments)
+            return method(*arguments, **options)
 
         return call
 
@@ -535,7 +535,7 @@ def test_an_outage_is_one_kind_of_error_and_heals(fails: str, monkeypatch: pytes
         ledger.end(marks)
         ledger.bump(["a"])
 
-    def fail(*arguments: object) -> Any:
+    def fail(*arguments: object, **options: object) -> Any:
         raise CacheUnavailable("no answer")
 
     with monkeypatch.context() as patch:

@@ -58,6 +58,10 @@ class ReplayConnection:
     def _safe_close_cursor(self, cursor: Any) -> None:
         pass
 
+    def _handle_dbapi_exception(self, e: BaseException, *args: Any) -> None:
+        """A signal came while rows were taken, for example: nothing of the database's."""
+        raise e
+
 
 def copied(result: CursorResult[Any]) -> CursorResult[Any]:
     """A result like one that nothing was taken from, with a cursor and an execution context of its own."""

@@ -415,8 +415,24 @@ class ServerContract:
             b"$-9\r\n",
             b"VA -1 x\r\n",
             b"VA\r\n",
+            b"VA " + b"9" * 5_000 + b"\r\n",
+            b"VA 1 c" + b"9" * 5_000 + b"\r\n1\r\n",
+            b"%1\r\n*1\r\n+a\r\n+b\r\n",
+            b"STAT item_size_max 1m\r\nEND\r\nMN\r\n",
         ],
-        ids=["hangs up", "http", "empty lines", "zeros", "negative", "negative value", "no size"],
+        ids=[
+            "hangs up",
+            "http",
+            "empty lines",
+            "zeros",
+            "negative",
+            "negative value",
+            "no size",
+            "long size",
+            "long cas",
+            "map",
+            "item size",
+        ],
     )
     def test_garbage(self, connect: Connect, answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(breaker, "COOL_DOWN", 0.0)

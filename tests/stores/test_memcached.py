@@ -8,6 +8,7 @@ import importlib
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -152,6 +153,40 @@ class TestMemcached(StoreContract, ServerContract):
         assert not store.store("entry", bytes(5 * 2**20))
         assert store.fetch("entry")[0] is None
         assert store.store("entry", b"payload")  # and the connection is in step
+
+    def test_a_server_that_takes_a_large_entry_slowly(self) -> None:
+        """Each piece is taken in time, and all of it takes ten seconds."""
+        settings = b"STAT item_size_max 134217728\r\nEND\r\n"
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError), connection:
+                for answer in (settings, b"MN\r\n"):
+                    connection.recv(4096)
+                    connection.sendall(answer)
+                while piece := connection.recv(4096):
+                    time.sleep(len(piece) / 400_000)
+
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            threading.Thread(target=serve, daemon=True).start()
+            store = MemcachedBackend(
+                {"url": f"memcached://127.0.0.1:{listener.getsockname()[1]}", "timeout": 0.1}
+            )
+            store._ledger.item_size_max = 2**30  # as it will be told
+            begun = time.monotonic()
+            with pytest.raises(CacheUnavailable, match="takes too long"):
+                store.store("entry", bytes(8 * 2**20))
+            assert time.monotonic() - begun < 3
+
+    def test_an_uptime_that_is_no_number_is_a_fault_of_the_server(
+        self, store: MemcachedBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(meta.Server, "statistics", lambda self: {"uptime": "abc"})
+        with pytest.raises(CacheUnavailable):
+            store.lost_nothing_for(1)
 
     # --- Round trips ------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import pytest
 import redis
@@ -62,8 +62,8 @@ def _die(*arguments: object) -> None:
     raise InterruptedError
 
 
-def _forward(listener: socket.socket, host: str, port: int) -> None:
-    """Let a Unix socket lead to a server on TCP."""
+def _forward(listener: socket.socket, place: list[SplitResult]) -> None:
+    """Let a Unix socket lead to a server on TCP, the one that stands there when it is connected to."""
 
     def pump(source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ def _forward(listener: socket.socket, host: str, port: int) -> None:
     with contextlib.suppress(OSError):
         while True:
             client, _ = listener.accept()
-            server = socket.create_connection((host, port))
+            server = socket.create_connection((place[0].hostname, place[0].port))
             for pair in ((client, server), (server, client)):
                 threading.Thread(target=pump, args=pair, daemon=True).start()
 
@@ -346,6 +346,15 @@ class TestRedis(StoreContract, ServerContract):
                 with pytest.raises(CacheUnavailable):
                     step()
 
+    def test_an_uptime_that_is_no_number_is_a_fault_of_the_server(
+        self, store: RedisBackend, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            "querycache.backends.redis._parse_info", lambda reply: {"uptime_in_seconds": "abc", "run_id": "1"}
+        )
+        with pytest.raises(CacheUnavailable):
+            store.lost_nothing_for(1)
+
     # --- The end of a writer is not waited for ----------------------------------------------------
 
     def test_the_end_does_not_wait_for_a_server_that_is_slow(self, private_redis: Server) -> None:
@@ -442,7 +451,9 @@ class TestRedis(StoreContract, ServerContract):
         assert not store.lost_nothing_for(-5)
         store.close()
 
-    def test_a_promoted_replica_has_not_seen_all_marks(self, private_server: Callable[[str], Server]) -> None:
+    def test_a_promoted_replica_has_not_seen_all_marks(
+        self, private_server: Callable[[str], Server], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         master, replica = private_server("redis"), private_server("redis")
         with redis.Redis.from_url(master.url) as client:
             client.config_set("repl-diskless-sync-delay", 0)
@@ -457,8 +468,41 @@ class TestRedis(StoreContract, ServerContract):
                 store.begin(["tag"])
             client.execute_command("REPLICAOF", "NO", "ONE")
             client.config_resetstat()
+            monkeypatch.setattr(store._breaker, "_next_try", 0.0)
             assert not store.lost_nothing_for(-5)
         store.close()
+
+    @pytest.mark.parametrize("posted", [False, True])
+    def test_connections_to_a_master_that_was_demoted_are_made_anew(
+        self, private_server: Callable[[str], Server], tmp_path: Path, posted: bool
+    ) -> None:
+        """The address leads to another server now, but what was connected stays connected to this one."""
+        old, new = private_server("redis"), private_server("redis")
+        target = urlsplit(new.url)
+        path = str(tmp_path / "socket")
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+            listener.bind(path)
+            listener.listen()
+            place = [urlsplit(old.url)]
+            threading.Thread(target=_forward, args=(listener, place), daemon=True).start()
+            store = RedisBackend({"url": f"unix://{path}"})
+            wires = [store._pool.take() for _ in range(2)]
+            for wire in wires:
+                wire.open()
+                store._pool.give_back(wire)
+            marks = store.begin(["tag"])
+            place[0] = target
+            with redis.Redis.from_url(old.url) as client:
+                client.execute_command("REPLICAOF", target.hostname, target.port)
+            with pytest.raises(CacheUnavailable, match="replica"):
+                if posted:
+                    store.end(marks)
+                    store.ping()
+                else:
+                    store.begin(["tag"])
+            assert all(wire._socket is None for wire in wires)
+            store.end(store.begin(["tag"]))
+            store.close()
 
     # --- Refusals and garbage ---------------------------------------------------------------------
 
@@ -590,9 +634,7 @@ class TestRedis(StoreContract, ServerContract):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
             listener.bind(path)
             listener.listen()
-            threading.Thread(
-                target=_forward, args=(listener, parts.hostname, parts.port), daemon=True
-            ).start()
+            threading.Thread(target=_forward, args=(listener, [parts]), daemon=True).start()
             for url in (f"unix://{path}", f"unix://{path}?db=0&timeout=2"):
                 store = RedisBackend({"url": url})
                 store.store("of a socket", b"payload")

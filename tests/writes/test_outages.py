@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from querycache import QueryCache
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable
+from tests.servers import Server
 
 
 class Base(DeclarativeBase):
@@ -63,7 +64,7 @@ def test_what_is_owed_while_another_thread_pays(
         with factory.begin() as session:
             session.execute(update(cls).values(watts=watts))
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise CacheUnavailable("it does not answer")
 
     def outage() -> AbstractContextManager[object]:
@@ -71,8 +72,8 @@ def test_what_is_owed_while_another_thread_pays(
 
     pay: Callable[..., None] = RedisBackend.bump
 
-    def pay_slowly(self: RedisBackend, *arguments: object) -> None:
-        pay(self, *arguments)
+    def pay_slowly(self: RedisBackend, *arguments: object, **options: object) -> None:
+        pay(self, *arguments, **options)
         fill(owed)
         with outage():
             write(owed, 2)
@@ -86,3 +87,25 @@ def test_what_is_owed_while_another_thread_pays(
     assert ask(payer, owed) == 2
     assert ask(elsewhere, owed) == 2
     other_engine.dispose()
+
+
+@pytest.mark.parametrize("kind", ["redis", "memcached"])
+def test_who_owes_a_server_that_hangs_waits_once_in_a_while(
+    sqlite_engine: Engine, private_server: Callable[[str], Server], kind: str
+) -> None:
+    Base.metadata.create_all(sqlite_engine)
+    server = private_server(kind)
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache(f"{server.url}?timeout=0.3").attach(factory)
+    with factory.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+    server.pause()
+    with factory.begin() as session:
+        session.execute(update(Lamp).values(watts=1))
+    begun = time.monotonic()
+    for _ in range(20):
+        with factory() as session:
+            assert session.scalar(select(Lamp.watts).execution_options(cache_key=True)) == 1
+    assert time.monotonic() - begun < 1.5
+    server.resume()
+    cache.invalidate(everything=True)  # by hand it is tried at once
