@@ -337,17 +337,16 @@ def _executed(taps: Sequence[Tap], context: Any) -> _Ending:
 
 
 def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> Outcome:
-    if error is not None:
-        if isinstance(
-            error, DBAPIError
-        ):  # SQLAlchemy's, of a statement that ends a transaction in two phases
-            answered = not error.connection_invalidated
-        elif isinstance(error, dialect.loaded_dbapi.Error):
-            answered = not dialect.is_disconnect(cast("Any", error), connection, None)
-        else:
-            answered = False
-        if not answered:
+    if isinstance(connection, Connection):  # by whose statements a transaction in two phases ends
+        if connection.invalidated:
             return "unknown"
+        connection = connection.connection
+    if isinstance(error, dialect.loaded_dbapi.Error):
+        answered = not dialect.is_disconnect(cast("Any", error), connection, None)
+    else:
+        answered = error is None or isinstance(error, DBAPIError)
+    if not answered:
+        return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
     return "open" if dialect.name == "sqlite" and getattr(connection, "in_transaction", False) else "over"
 
