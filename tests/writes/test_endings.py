@@ -295,7 +295,7 @@ def test_a_session_in_two_phases_that_was_committed_by_text(postgresql_engine: E
     with library.sessions(bind=postgresql_engine, twophase=True) as session:
         session.execute(RAISE_PRICE)
         session.execute(text("COMMIT"))
-        with pytest.raises(DBAPIError, match="prepared transaction"):  # as without the cache
+        with pytest.raises(DBAPIError):  # as without the cache
             session.commit()
     assert library.is_right(PRICES)
 
