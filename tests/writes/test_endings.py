@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, Engine, ForeignKey, create_engine, insert, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.pool import NullPool, StaticPool
 
 from querycache import QueryCache
 from querycache.sa_internals import dialect as dialects
@@ -292,8 +292,10 @@ def test_a_commit_by_text_of_what_was_to_be_prepared(postgresql_engine: Engine) 
 def test_a_session_in_two_phases_that_was_committed_by_text(postgresql_engine: Engine) -> None:
     library = Library(postgresql_engine)
     library.fill(PRICES)
+    engine = create_engine(postgresql_engine.url, poolclass=NullPool)
+    library.cache.attach(engine)
     # as without the cache: psycopg can neither prepare it nor roll it back
-    with pytest.raises(DBAPIError), library.sessions(bind=postgresql_engine, twophase=True) as session:
+    with pytest.raises(DBAPIError), library.sessions(bind=engine, twophase=True) as session:
         session.execute(RAISE_PRICE)
         session.execute(text("COMMIT"))
         session.commit()
