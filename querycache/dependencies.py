@@ -48,7 +48,7 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import first_word, is_temporary_schema, locks_rows, read_text, temporary_tables
+from querycache.textual import is_query, is_temporary_schema, locks_rows, read_text, temporary_tables
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -348,12 +348,12 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_cast(cast, *args, **kwargs)
 
         def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
-            self.analysis.writes |= _is_no_query(taf.element.text)
+            self.analysis.writes |= not is_query(taf.element.text)
             return super().visit_textual_select(taf, *args, **kwargs)
 
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.stack:  # it is the statement
-                self.analysis.writes |= _is_no_query(textclause.text)
+                self.analysis.writes |= not is_query(textclause.text)
             # as a member of FROM it may be no more than the name of a table
             before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
             self.analysis.texts.append(before + textclause.text)
@@ -396,7 +396,6 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
-_READING = frozenset(["select", "table", "values", "with"])
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
 _MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
@@ -432,12 +431,6 @@ _NOT_CALLED = frozenset(
 )
 
 
-def _is_no_query(text: str) -> bool:
-    """True if a whole statement may do more than give rows, as FETCH, EXECUTE and what has RETURNING do; or tells of the
-    server, as SHOW and PRAGMA do."""
-    return first_word(text) not in _READING
-
-
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
@@ -445,7 +438,7 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
             analysis.functions |= {repr(each.lower()) for each in _MOMENT.findall(literal.group())}
         if dialect in ("mysql", "mariadb"):
             analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
-        if first_word(text) in _READING:
+        if is_query(text):
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
             analysis.writes = analysis.writes or bool(statement.writes)

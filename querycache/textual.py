@@ -18,8 +18,10 @@ __all__ = [
     "TextStatement",
     "commits",
     "first_word",
+    "is_query",
     "is_temporary_schema",
     "locks_rows",
+    "only_reads",
     "read_text",
     "temporary_tables",
 ]
@@ -60,6 +62,7 @@ _HARMLESS = frozenset(
     ]
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
+_QUERYING = frozenset(["select", "table", "values", "with"])
 _COMMITTING = frozenset(["commit", "end"])
 _ENDING = _COMMITTING | {"abort", "rollback"}
 # All else commits on MySQL and MariaDB.
@@ -255,6 +258,17 @@ def commits(sql: str, dialect: str) -> bool:
     if word in _COMMITTING or _FURTHER_COMMIT.search(sql):
         return True
     return dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING
+
+
+def is_query(sql: str) -> bool:
+    """False if a whole statement may do more than give rows, as FETCH, EXECUTE and what has RETURNING do; or tells of the
+    server, as SHOW and PRAGMA do."""
+    return first_word(sql) in _QUERYING
+
+
+def only_reads(sql: str) -> bool:
+    """True for one query without a word of those that write; of the functions that it calls nothing is known."""
+    return is_query(sql) and ";" not in sql and not _WRITING.search(sql)
 
 
 def locks_rows(sql: str) -> bool:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Table
@@ -39,7 +40,7 @@ from querycache.phases import Phases
 from querycache.regions import Regions
 from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
-from querycache.textual import TextStatement, commits, first_word, read_text
+from querycache.textual import TextStatement, commits, first_word, only_reads, read_text
 from querycache.transactions import Transaction, Transactions
 
 __all__ = ["Writes"]
@@ -175,7 +176,7 @@ class Writes:
         compiled = context.compiled
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
-            text = _told(sql, context) or read_text(sql, dialect.name)
+            text = _told(sql, context) or _read(sql, context)
             self._declared.note_temporary(sql, dialect.name)
             if text.begins:
                 self._transactions.begin_by_hand(connection)
@@ -370,6 +371,17 @@ def _told(sql: str, context: Any) -> TextStatement | None:
         return None
     parts = [name.rpartition(".") for name in names("cache_tables", tables)]
     return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
+
+
+def _read(sql: str, context: Any) -> TextStatement:
+    """What can be read of textual SQL. Of a query to be cached the application says what it reads, or for how long it may."""
+    text = read_text(sql, context.dialect.name)
+    if not text.understood and only_reads(sql):
+        options = context.execution_options
+        return replace(
+            text, understood=bool(options.get("cache_tables") or options.get("cache_ttl") is not None)
+        )
+    return text
 
 
 _DML = frozenset({"delete", "insert", "merge", "replace", "update"})

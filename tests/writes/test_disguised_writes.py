@@ -30,7 +30,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from querycache.textual import commits, read_text, temporary_tables
+from querycache.textual import commits, only_reads, read_text, temporary_tables
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
@@ -93,6 +93,24 @@ def test_E2_text_that_is_told_what_it_writes(library: Library, monkeypatch: pyte
             connection.execute(text(raise_price), execution_options=options)
         assert library.outcome(others) == outcome
         check(library)
+    read_text.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{"cache_tables": ["book"]}, {"cache_ttl": 60}])
+def test_E2_text_that_is_told_what_it_reads(
+    library: Library, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """A query that cannot be read is no write where the application caches it."""
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    prices = text("SELECT id, price FROM book ORDER BY id").columns(id=Integer, price=Integer)
+    statement = prices.execution_options(**options)
+    library.fill(*EVERY_WAY)
+    assert [library.outcome(statement) for _ in range(2)] == ["miss fill", "hit"]
+    library.write(update(Book).values(price=Book.price + 1))
+    assert library.is_right(statement) is ("cache_tables" in options)
+    for sql in ("WITH x AS (SELECT 1) DELETE FROM book", "SELECT 1; DELETE FROM book"):
+        assert not only_reads(sql)
     read_text.cache_clear()
 
 
