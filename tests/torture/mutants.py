@@ -94,7 +94,7 @@ def _early_bump() -> None:
 
     def commit(self: Any, info: Any, dialect: Any) -> None:
         original(self, info, dialect)
-        transaction = self._of(info)
+        transaction = self._transactions.of(info)
         if transaction is not None:
             for each, marks in transaction.marking.marks:
                 each.end(marks)
@@ -105,11 +105,11 @@ def _early_bump() -> None:
 
 def _plain_bump() -> None:
     def commit(self: Any, info: Any, dialect: Any) -> None:
-        transaction = self._of(info)
+        transaction = self._transactions.of(info)
         if transaction is not None and transaction.wrote:
             for session in list(transaction.unresolved):
                 self._resolve(transaction, session)
-            for each, keys in self._regions.tag_keys(transaction.tags):
+            for each, keys in self.phases._regions.tag_keys(transaction.tags):
                 each.bump(keys)
 
     writes.Writes.commit = commit  # type: ignore[method-assign]
