@@ -48,7 +48,14 @@ from querycache.tables import (
     translated,
 )
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import is_query, is_temporary_schema, locks_rows, read_text, temporary_tables
+from querycache.textual import (
+    is_query,
+    is_temporary_schema,
+    locks_rows,
+    only_reads,
+    read_text,
+    temporary_tables,
+)
 
 __all__ = [
     "DEFAULT_SLOTS",
@@ -441,7 +448,8 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
         if is_query(text):
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
-            analysis.writes = analysis.writes or bool(statement.writes)
+            read = statement.understood or only_reads(text)
+            analysis.writes = analysis.writes or bool(statement.writes) or not read
             analysis.text_tables |= statement.reads
             analysis.functions |= statement.functions
         elif _WORDS_OF_QUERIES.search(text):

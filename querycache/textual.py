@@ -63,6 +63,7 @@ _HARMLESS = frozenset(
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 _QUERYING = frozenset(["select", "table", "values", "with"])
+_DML = _QUERYING | {"delete", "insert", "merge", "replace", "update"}
 _COMMITTING = frozenset(["commit", "end"])
 _ENDING = _COMMITTING | {"abort", "rollback"}
 # All else commits on MySQL and MariaDB.
@@ -93,7 +94,9 @@ _WRITING = re.compile(
 )
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
-_FURTHER_COMMIT = re.compile(r";(?:\s|--[^\n]*\n|/\*.*?\*/)*\b(commit|end)\b", re.IGNORECASE | re.DOTALL)
+# No text matches in two ways, or else many comments would take for ever.
+_COMMENT = r"/\*(?:[^*]|\*(?!/))*\*/"
+_FURTHER_COMMIT = re.compile(rf";(?:\s|--[^\n]*\n|{_COMMENT})*\b(commit|end)\b", re.IGNORECASE)
 # The level of isolation, somebody else's snapshot, and transactions that nobody begins.
 _ISOLATING = re.compile(
     r"isolation|\bsnapshot\b|\bautocommit\b|\bcompletion_type\b|\bread_uncommitted\b", re.IGNORECASE
@@ -101,8 +104,11 @@ _ISOLATING = re.compile(
 _CHAINS = re.compile(r"\band\s+chain\b", re.IGNORECASE)
 # What may isolate in a text that is not understood: several statements, a procedure, SQL that is made by SQL.
 _MAY_ISOLATE = re.compile(
-    rf"{_ISOLATING.pattern}|{_CHAINS.pattern}|\bset_config\b|\bexecute\s+immediate\b", re.IGNORECASE
+    rf"(?:^|;|\$\w*\$|\*/|/\*!\d*)\s*(?:set|pragma|begin|start|prepare)\b[^;]*?(?:{_ISOLATING.pattern})"
+    rf"|{_CHAINS.pattern}|\bset_config\b|\bexecute\s+immediate\b",
+    re.IGNORECASE | re.MULTILINE,
 )
+_STRING = re.compile(r"'(?:[^']|'')*'")
 _NO_WORDS = re.compile(
     r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/""",
     re.DOTALL,
@@ -114,12 +120,12 @@ _BEGINS_OR_ENDS = re.compile(
     re.IGNORECASE,
 )
 # What may stand between two words; # is a comment of MySQL only, and elsewhere no word follows it.
-_BETWEEN = r"(?:\s|--[^\n]*\n|#[^\n]*\n|/\*.*?\*/)+"
+_BETWEEN = rf"(?:\s|--[^\n]*\n|#[^\n]*\n|{_COMMENT})+"
 _LOCKS_ROWS = re.compile(
     r"\bfor{_}(?:no{_}key{_}|key{_})?(?:update|share)\b|\block{_}in{_}share{_}mode\b".replace(
         "{_}", _BETWEEN
     ),
-    re.IGNORECASE | re.DOTALL,
+    re.IGNORECASE,
 )
 _SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)
 # Words that MySQL allows before the name of a table, and that a parser takes for the name.
@@ -282,6 +288,8 @@ def temporary_tables(sql: str, dialect: str, known: Set[str]) -> set[str]:
     They may be too many: of what is renamed beside a temporary table, each new name counts.
     """
     bare = _COMMENTS.sub(" ", sql)
+    if _words(bare)[0] in _DML:  # others may carry SQL in a string
+        bare = _STRING.sub("''", bare)
     made: set[str] = set()
 
     def is_temporary(table: str) -> bool:

@@ -25,6 +25,7 @@ from querycache.ledger import Ledger, Snapshot
 from querycache.phases import Marking
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
+from querycache.textual import first_word, read_text
 
 __all__ = ["Known", "Transaction", "Transactions"]
 
@@ -143,11 +144,13 @@ class Transactions:
     def roll_back_by_hand(self, connection: Connection) -> None:
         connection.info.pop(self._begun_key, None)
 
-    def committed_itself(self, connection: Connection, word: str) -> None:
-        """A statement has run, or failed, that commits itself, with this first word."""
-        info = connection.info
+    def committed_itself(self, connection: Connection, sql: str) -> None:
+        """A statement has run, or failed, that commits itself."""
+        info, word = connection.info, first_word(sql)
         is_open = sa_internals.tells_open(connection)
-        if is_open is False or (is_open is None and word in _ENDING):
+        if is_open is None and word in _ENDING:
+            is_open = read_text(sql, connection.dialect.name).begins
+        if is_open is False:
             info.pop(self._begun_key, None)
         elif is_open is None and self._begun_key in info and word not in ("begin", "start"):
             info[self._begun_key] = _PERHAPS

@@ -216,7 +216,7 @@ class Writes:
     def executed(self, context: Any, outcome: sa_internals.Outcome) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
-        self._transactions.committed_itself(connection, first_word(context.statement))
+        self._transactions.committed_itself(connection, context.statement)
         transaction = self._transactions.of(connection.info)
         if transaction is not None:
             self.phases.two(transaction.marking, certain=outcome != "unknown")

@@ -342,13 +342,17 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
             return "unknown"
         connection = connection.connection
     if isinstance(error, dialect.loaded_dbapi.Error):
-        answered = not dialect.is_disconnect(cast("Any", error), connection, None)
+        try:
+            answered = not dialect.is_disconnect(cast("Any", error), connection, None)
+        except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
+            answered = False
     else:
         answered = error is None or isinstance(error, DBAPIError)
     if not answered:
         return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
-    return "open" if dialect.name == "sqlite" and getattr(connection, "in_transaction", False) else "over"
+    failed = error is not None and dialect.name == "sqlite"
+    return "open" if failed and getattr(connection, "in_transaction", False) else "over"
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ Named after the line of PITFALLS E that they belong to.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from querycache.textual import commits, only_reads, read_text, temporary_tables
+from querycache.textual import commits, locks_rows, only_reads, read_text, temporary_tables
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
@@ -539,3 +540,48 @@ def test_a_textual_select_that_cannot_be_read_counts_as_a_write_of_everything(on
         assert on_postgresql.outcome(PRICES, session) == "bypass own write"
         session.commit()
     assert on_postgresql.outcome(PRICES) == "stale fill"
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        locks_rows,
+        only_reads,
+        lambda sql: commits(sql, "postgresql"),
+        lambda sql: read_text(sql, "postgresql"),
+        lambda sql: temporary_tables(sql, "postgresql", set()),
+    ],
+)
+@pytest.mark.parametrize("before", ["SELECT 1 FOR ", "SELECT 1; ", "CREATE ", "UPDATE x SET "])
+def test_many_comments_do_not_take_for_ever(find: Callable[[str], object], before: str) -> None:
+    """It does not end before the universe does, where a comment can be read in two ways."""
+    find(f"{before}{'/* x */ ' * 200}x")
+
+
+@pytest.mark.parametrize(
+    "sql", ["REINDEX snapshot", "COMMENT ON TABLE snapshot IS 'isolation of autocommit'"]
+)
+def test_a_table_that_is_called_like_an_isolation(sql: str) -> None:
+    assert not read_text(sql, "postgresql").isolates
+
+
+def test_a_string_makes_no_temporary_table() -> None:
+    assert not temporary_tables("INSERT INTO log VALUES ('create temp table book')", "postgresql", set())
+    found = temporary_tables("DO $$ BEGIN CREATE TEMP TABLE book (id int); END $$", "postgresql", set())
+    assert found == {"book"}
+
+
+def test_a_query_that_writes_is_run_each_time_without_the_parser(
+    on_postgresql: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    raising = "WITH x AS (UPDATE book SET price = price + 1 RETURNING id) SELECT id FROM x"
+    statement = text(raising).columns(id=Integer).execution_options(cache_key=True, cache_ttl=60)
+    before = on_postgresql.database(select(func.sum(Book.price)))
+    for _ in range(2):
+        with on_postgresql.sessions.begin() as session:
+            count = len(session.execute(statement).all())
+    [(raised,)] = on_postgresql.database(select(func.sum(Book.price)))
+    assert raised == before[0][0] + 2 * count
+    read_text.cache_clear()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sqlite3
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, StaticPool
 
-from querycache import QueryCache
+from querycache import QueryCache, sa_internals
 from querycache.sa_internals import dialect as dialects
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, naive
@@ -225,6 +227,32 @@ def test_what_sqlite_could_not_commit_is_not_stored() -> None:
     engine.dispose()
 
 
+class AlwaysOpen(sqlite3.Connection):
+    """As where Python's driver is told ``autocommit=False``: the next transaction is begun when one ends."""
+
+    def commit(self) -> None:
+        super().commit()
+        self.execute("BEGIN")
+
+    def rollback(self) -> None:
+        super().rollback()
+        self.execute("BEGIN")
+
+
+def test_what_was_written_is_forgotten_where_sqlite_always_has_a_transaction_open(tmp_path: Path) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/x.db", connect_args={"factory": AlwaysOpen})
+    Tree.metadata.create_all(engine)
+    factory = sessionmaker(engine)
+    QueryCache("memory://").attach(factory)
+    for end in ("commit", "rollback"):
+        with engine.connect() as connection:
+            connection.execute(insert(Parent))
+            assert connection.info
+            getattr(connection, end)()
+            assert not connection.info
+    engine.dispose()
+
+
 ON_BOTH = [
     ["BEGIN", UP, "COMMIT AND CHAIN", UP, "?", "COMMIT"],
     ["BEGIN", UP, "ROLLBACK AND CHAIN", UP, "?", "COMMIT"],
@@ -267,6 +295,24 @@ def test_a_transaction_that_a_text_has_left_open_in_autocommit_mode(
     library = Library(engine)
     library.fill(PRICES)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for step in steps:
+            if step == "?":
+                library.ask(PRICES)
+                library.ask(PRICES)
+            else:
+                connection.exec_driver_sql(step)
+        assert library.is_right(PRICES)
+    assert library.is_right(PRICES)
+
+
+@pytest.mark.parametrize("steps", [*ON_BOTH, ["BEGIN", UP, "COMMIT", UP, "?"]])
+def test_a_driver_that_does_not_tell_whether_a_transaction_is_open(
+    mariadb_engine: Engine, monkeypatch: pytest.MonkeyPatch, steps: list[str]
+) -> None:
+    monkeypatch.setattr(sa_internals, "tells_open", lambda connection: None)
+    library = Library(mariadb_engine)
+    library.fill(PRICES)
+    with mariadb_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for step in steps:
             if step == "?":
                 library.ask(PRICES)
