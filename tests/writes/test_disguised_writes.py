@@ -571,17 +571,12 @@ def test_a_string_makes_no_temporary_table() -> None:
     assert found == {"book"}
 
 
-def test_a_query_that_writes_is_run_each_time_without_the_parser(
+def test_a_query_that_writes_is_told_without_the_parser(
     on_postgresql: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sqlglot", None)
     read_text.cache_clear()
     raising = "WITH x AS (UPDATE book SET price = price + 1 RETURNING id) SELECT id FROM x"
-    statement = text(raising).columns(id=Integer).execution_options(cache_key=True, cache_ttl=60)
-    before = on_postgresql.database(select(func.sum(Book.price)))
-    for _ in range(2):
-        with on_postgresql.sessions.begin() as session:
-            count = len(session.execute(statement).all())
-    [(raised,)] = on_postgresql.database(select(func.sum(Book.price)))
-    assert raised == before[0][0] + 2 * count
+    statement = text(raising).columns(id=Integer).execution_options(cache_ttl=60)
+    assert on_postgresql.outcome(statement) == "bypass not a select"
     read_text.cache_clear()
