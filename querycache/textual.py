@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 __all__ = [
+    "ENDING",
     "TextStatement",
     "commits",
     "first_word",
@@ -63,9 +64,9 @@ _HARMLESS = frozenset(
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 _QUERYING = frozenset(["select", "table", "values", "with"])
-_DML = _QUERYING | {"delete", "insert", "merge", "replace", "update"}
+_CARRYING_NONE = _QUERYING | {"delete", "insert", "merge", "replace", "update"}
 _COMMITTING = frozenset(["commit", "end"])
-_ENDING = _COMMITTING | {"abort", "rollback"}
+ENDING = _COMMITTING | {"abort", "rollback"}
 # All else commits on MySQL and MariaDB.
 _NOT_COMMITTING = frozenset(
     [
@@ -243,7 +244,7 @@ def _isolates(bare: str, dialect: str) -> Literal["", "transaction", "session"]:
 
 def _chains(bare: str) -> bool:
     """True if a statement ends a transaction, and begins another that is isolated as the first was."""
-    return _words(bare)[0] in _ENDING and _CHAINS.search(bare) is not None
+    return _words(bare)[0] in ENDING and _CHAINS.search(bare) is not None
 
 
 def _leaves_open(sql: str) -> bool:
@@ -288,7 +289,7 @@ def temporary_tables(sql: str, dialect: str, known: Set[str]) -> set[str]:
     They may be too many: of what is renamed beside a temporary table, each new name counts.
     """
     bare = _COMMENTS.sub(" ", sql)
-    if _words(bare)[0] in _DML:  # others may carry SQL in a string
+    if _words(bare)[0] in _CARRYING_NONE:  # others may carry SQL in a string
         bare = _STRING.sub("''", bare)
     made: set[str] = set()
 

@@ -25,12 +25,11 @@ from querycache.ledger import Ledger, Snapshot
 from querycache.phases import Marking
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
-from querycache.textual import first_word, read_text
+from querycache.textual import ENDING, first_word, read_text
 
 __all__ = ["Known", "Transaction", "Transactions"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
-_ENDING = ("abort", "commit", "end", "rollback")
 _PERHAPS = "perhaps"
 """Said of a transaction that was begun by hand, and then given a statement that may have committed it."""
 
@@ -148,7 +147,7 @@ class Transactions:
         """A statement has run, or failed, that commits itself."""
         info, word = connection.info, first_word(sql)
         is_open = sa_internals.tells_open(connection)
-        if is_open is None and word in _ENDING:
+        if is_open is None and word in ENDING:
             is_open = read_text(sql, connection.dialect.name).begins
         if is_open is False:
             info.pop(self._begun_key, None)

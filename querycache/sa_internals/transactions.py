@@ -212,10 +212,8 @@ def tells_open(connection: Connection) -> bool | None:
     """Whether the driver tells that a transaction is open, just after a statement; None where it does not tell."""
     driver: Any = connection.connection.driver_connection
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
-    if (
-        status is not None
-    ):  # of psycopg and psycopg2: idle, a statement is under way, in one, in one that failed
-        return {0: False, 2: True, 3: True}.get(int(status))
+    if status is not None:  # of psycopg and psycopg2
+        return {0: False, 2: True, 3: True}.get(int(status))  # idle, in one, in one that failed
     flags = getattr(driver, "server_status", None)
     if isinstance(flags, int):  # of PyMySQL, which takes them from all but what returns rows
         return bool(flags & 1)

@@ -19,7 +19,7 @@ from sqlalchemy.pool import NullPool, StaticPool
 from querycache import QueryCache, sa_internals
 from querycache.sa_internals import dialect as dialects
 from tests.writes.library import Author, Book
-from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, naive
+from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, check_unknown_outcome, naive
 
 UP = "UPDATE book SET price = price + 1"
 
@@ -132,17 +132,7 @@ def test_a_statement_that_goes_on_when_its_client_has_given_up(
 
 def test_after_a_lease_such_a_commit_is_taken_for_over(postgresql_engine: Engine) -> None:
     library = Library(postgresql_engine, lease=0.2)
-    library.fill(PRICES)
-
-    def lost(real: Any, connection: Any) -> None:
-        real(connection)
-        raise OSError("lost")
-
-    with library.sessions() as session:
-        session.execute(RAISE_PRICE)
-        with library.committing(lost), pytest.raises(OSError, match="lost"):
-            session.commit()
-    assert library.ask(PRICES) == library.database(PRICES)
+    check_unknown_outcome(library)
     deadline = time.monotonic() + 20
     while library.outcome(PRICES) != "hit":
         assert time.monotonic() < deadline
@@ -284,17 +274,10 @@ BY_TEXT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("database", "steps"), [(database, steps) for database, each in BY_TEXT.items() for steps in each]
-)
-def test_a_transaction_that_a_text_has_left_open_in_autocommit_mode(
-    request: pytest.FixtureRequest, database: str, steps: list[str]
-) -> None:
-    """At each "?" somebody reads what is committed so far, and stores it."""
-    engine = request.getfixturevalue(f"{database}_engine")
-    library = Library(engine)
+def check_steps(library: Library, steps: list[str]) -> None:
+    """In autocommit mode; at each "?" somebody reads what is committed so far, and stores it."""
     library.fill(PRICES)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with library.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for step in steps:
             if step == "?":
                 library.ask(PRICES)
@@ -303,6 +286,15 @@ def test_a_transaction_that_a_text_has_left_open_in_autocommit_mode(
                 connection.exec_driver_sql(step)
         assert library.is_right(PRICES)
     assert library.is_right(PRICES)
+
+
+@pytest.mark.parametrize(
+    ("database", "steps"), [(database, steps) for database, each in BY_TEXT.items() for steps in each]
+)
+def test_a_transaction_that_a_text_has_left_open_in_autocommit_mode(
+    request: pytest.FixtureRequest, database: str, steps: list[str]
+) -> None:
+    check_steps(Library(request.getfixturevalue(f"{database}_engine")), steps)
 
 
 @pytest.mark.parametrize("steps", [*ON_BOTH, ["BEGIN", UP, "COMMIT", UP, "?"]])
@@ -310,17 +302,7 @@ def test_a_driver_that_does_not_tell_whether_a_transaction_is_open(
     mariadb_engine: Engine, monkeypatch: pytest.MonkeyPatch, steps: list[str]
 ) -> None:
     monkeypatch.setattr(sa_internals, "tells_open", lambda connection: None)
-    library = Library(mariadb_engine)
-    library.fill(PRICES)
-    with mariadb_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for step in steps:
-            if step == "?":
-                library.ask(PRICES)
-                library.ask(PRICES)
-            else:
-                connection.exec_driver_sql(step)
-        assert library.is_right(PRICES)
-    assert library.is_right(PRICES)
+    check_steps(Library(mariadb_engine), steps)
 
 
 def test_a_commit_by_text_of_what_was_to_be_prepared(postgresql_engine: Engine) -> None:
