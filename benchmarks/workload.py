@@ -48,8 +48,8 @@ from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session, sessionmaker
 
 from benchmarks.visitors import Base, Size, Visitor, fill
-from querycache import QueryCache
-from querycache.dependencies import Analysis
+from querycache import QueryCache, dependencies
+from querycache.analysis import Analysis
 from querycache.writes import Writes
 
 POSTS = 200_000
@@ -72,7 +72,7 @@ def prepare(
     if mode == "no cache":
         return None
     if mode == "table tags":
-        Analysis.tags = _table_tags  # type: ignore[method-assign, assignment]
+        dependencies.tags = _table_tags
     if mode in ("TTL only", "limit"):
         Writes.watch = lambda self, engine: False  # type: ignore[method-assign]
     # The lease only matters for the first moments of a cache on a server whose history is not known.
@@ -81,11 +81,11 @@ def prepare(
     return cache.attach(sessions)
 
 
-_TAGS = Analysis.tags
+_TAGS = dependencies.tags
 
 
-def _table_tags(self: Analysis, *arguments: Any) -> list[str]:
-    return _TAGS(dataclasses.replace(self, pins=()), *arguments)
+def _table_tags(analysis: Analysis, *arguments: Any) -> list[str]:
+    return _TAGS(dataclasses.replace(analysis, pins=()), *arguments)
 
 
 # What the parent and a process tell each other, in shared memory: what it is to do; 1 while it works and 2 while it pauses;

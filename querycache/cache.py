@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from querycache import sa_internals
-from querycache.dependencies import DEFAULT_SLOTS, Declarations
+from querycache.declarations import DEFAULT_SLOTS, Declarations
 from querycache.errors import ConfigurationError
 from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor

@@ -32,7 +32,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
 from querycache.codec import Corrupt, Unstorable
-from querycache.dependencies import Declarations
+from querycache.declarations import Declarations
 from querycache.errors import CacheMiss
 from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import ORMExecuteState, Session
 
-from querycache import sa_internals
-from querycache.dependencies import Analysis, Declarations, analyse
+from querycache import dependencies, sa_internals
+from querycache.analysis import Analysis, analyse
+from querycache.declarations import Declarations
 from querycache.frozen import canonical_parameters, discriminators, fingerprint, how_given
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
@@ -239,7 +240,7 @@ class Requests:
                 self._refuse_content(analysis, plan, options)
                 mark = _remember(plan, memo, fingerprint(plan))
             self._refuse_temporary(plan)
-            return Completion(prepared, mark, partial(analysis.tags, plan, self._declared))
+            return Completion(prepared, mark, partial(dependencies.tags, analysis, plan, self._declared))
         except (UnkeyableValue, Unpreparable) as refusal:
             raise Refused(str(refusal)) from refusal
 
@@ -249,7 +250,7 @@ class Requests:
         if options.ttl is not None or region.ttl is not None:
             return None  # who has asked for a short time must not be given what another has asked long ago
         analysis = analyse(plan.compiled)
-        place, own = analysis.key_place, analysis.tags_by_key(plan, self._declared)
+        place, own = analysis.key_place, dependencies.tags_by_key(analysis, plan, self._declared)
         if place is None or own is None:
             return None
         main = analyse(request.prepared.plan.compiled)
@@ -259,7 +260,10 @@ class Requests:
         except UnkeyableValue:
             return None
         hashed((plan.compiled.string, bind_identity(plan.engine), schemas), family)
-        tags = {*self._tags_of_answer(region, options, main), *analysis.tags(plan, self._declared)}
+        tags = {
+            *self._tags_of_answer(region, options, main),
+            *dependencies.tags(analysis, plan, self._declared),
+        }
         common = region.tag_keys(sorted(tags.difference(*own.values())))
         keys = {key: region.tag_keys(each) for key, each in own.items()}
         return ByKey(family.digest(), place, common, keys)
@@ -330,14 +334,14 @@ class Requests:
             raise Refused("for update")
         if analysis.writes:
             raise Refused("not a select")
-        if analysis.in_temporary_schema(plan):
+        if dependencies.in_temporary_schema(analysis, plan):
             raise Refused("temporary table")
         if options.ttl is not None:
             return  # an answer that changes by itself, or that nobody can follow, may be kept for a given time
-        unstable = analysis.unstable(plan, self._declared)
+        unstable = dependencies.unstable_function(analysis, plan, self._declared)
         if unstable:
             raise Refused(f"function {unstable}")
-        system = analysis.system_table(self._declared)
+        system = dependencies.system_table(analysis, self._declared)
         if system:
             raise Refused(f"system table {system}")
         if analysis.opaque and not options.tables:
@@ -389,7 +393,10 @@ class Requests:
         return begun
 
     def _tags(self, region: Region, options: CacheOptions, plan: Plan, analysis: Analysis) -> list[str]:
-        return [*self._tags_of_answer(region, options, analysis), *analysis.tags(plan, self._declared)]
+        return [
+            *self._tags_of_answer(region, options, analysis),
+            *dependencies.tags(analysis, plan, self._declared),
+        ]
 
     def _tags_of_answer(self, region: Region, options: CacheOptions, analysis: Analysis) -> list[str]:
         """The tags of an answer that do not follow from what it reads."""

@@ -32,7 +32,7 @@ from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import forks, sa_internals
 from querycache.changes import WrittenTable, changes_of
-from querycache.dependencies import Declarations
+from querycache.declarations import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
 from querycache.options import names

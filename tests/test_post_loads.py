@@ -25,7 +25,7 @@ from sqlalchemy.orm import (
 )
 from sqlalchemy.pool import StaticPool
 
-from querycache import CacheMiss, QueryCache, dependencies
+from querycache import CacheMiss, QueryCache, declarations
 from querycache.backends.memory import MemoryBackend
 
 
@@ -558,9 +558,9 @@ def test_what_was_stored_by_who_did_not_know_of_a_trigger(
     """Which triggers a process knows is a matter of the models that it imports."""
     _, unknowing = attached(engine, store)
     family(unknowing)
-    monkeypatch.setattr(dependencies, "_by_triggers", {})
-    monkeypatch.setattr(dependencies.Declarations, "of_triggers", 0)
-    dependencies.written_by_triggers(Toy.__table__, [Place.__table__])  # type: ignore[arg-type]
+    monkeypatch.setattr(declarations, "_by_triggers", {})
+    monkeypatch.setattr(declarations.Declarations, "of_triggers", 0)
+    declarations.written_by_triggers(Toy.__table__, [Place.__table__])  # type: ignore[arg-type]
     cache, factory = attached(engine, store)
     with cache.recording() as events:
         family(factory)

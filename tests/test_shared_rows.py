@@ -43,7 +43,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.sql import quoted_name
 
-from querycache import QueryCache, dependencies, shared_rows, versions
+from querycache import QueryCache, analysis, shared_rows, versions
 from querycache.frozen import Entry, freeze
 from querycache.interceptor import Interceptor, _Load
 from querycache.ledger import Reading
@@ -567,7 +567,7 @@ def key_place(statement: Any, **given: Any) -> int | None:
     Base.metadata.create_all(engine)
 
     def look(connection: object, cursor: object, sql: str, given: object, context: Any, many: object) -> None:
-        found.append(dependencies.analyse(context.compiled).key_place)
+        found.append(analysis.analyse(context.compiled).key_place)
 
     event.listen(engine, "before_cursor_execute", look)
     with Session(engine) as session:

@@ -33,7 +33,7 @@ from sqlalchemy.orm import Session, selectinload, sessionmaker, with_loader_crit
 from sqlalchemy.sql.expression import ColumnElement
 
 from querycache import QueryCache
-from querycache.dependencies import Analysis
+from querycache.analysis import Analysis
 from querycache.options import CacheOptions
 from querycache.sa_internals import Plan, cache_key_of
 from tests.read_path.models import Base, Post, Tag, Team, User

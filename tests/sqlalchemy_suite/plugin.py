@@ -31,7 +31,7 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import interceptor, sa_internals
 from querycache.codec import Codec, Unstorable
-from querycache.dependencies import Declarations
+from querycache.declarations import Declarations
 from querycache.events import Telemetry
 from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_result
 from querycache.interceptor import Interceptor

@@ -13,12 +13,12 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.engine.reflection import Inspector
 from sqlalchemy.orm import Session
 
+from querycache.declarations import written_by_triggers
 from querycache.denormalize.chain import Aggregate, Key
 from querycache.denormalize.ddl import Ddl
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies.base import Strategy
 from querycache.denormalize.triggers import DIALECTS, drop_statements, tables_of, trigger_statements
-from querycache.dependencies import written_by_triggers
 
 __all__ = ["Trigger", "drop_triggers", "make_triggers", "parents_in"]
 

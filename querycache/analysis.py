@@ -1,0 +1,290 @@
+"""What a statement reads: its tables, the columns it pins, its functions and its pieces of text.
+
+The tables of a statement are those that its SQL names: subqueries, CTEs, eager joins and the joins of inheritance
+included. They are collected while the dialect's own compiler renders the statement once more, so what is collected is
+what is rendered. Only comparisons that mean the same in the database as here pin a column: integers and UUIDs (two
+strings that hash apart may be equal under a collation), by ``=`` or ``IN``, in a top-level conjunct, of a table that
+appears nowhere else in the statement.
+
+A structure is analysed once and remembered on the compiled object, which lives in SQLAlchemy's bounded cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, cast
+
+from sqlalchemy import Alias, BindParameter, ColumnElement, Select, String, Table
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
+from sqlalchemy.sql.visitors import iterate
+
+from querycache.keys import structure_digest
+from querycache.sa_internals import custom_constructs, key_place
+from querycache.tables import TableName, tracked_columns, tracked_everywhere
+from querycache.textual import is_query, locks_rows, only_reads, read_text
+
+__all__ = ["MOMENT", "Analysis", "Pin", "analyse"]
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A tracked column that the statement compares with parameters.
+
+    Attributes:
+        table: the table, as declared.
+        column: name of the column.
+        parameters: names of the parameters, of which one may hold a list.
+        key: True for a column of the primary key.
+    """
+
+    table: TableName
+    column: str
+    parameters: tuple[str, ...]
+    key: bool
+
+
+@dataclass(slots=True)
+class Analysis:
+    """What is known of a statement's structure.
+
+    Attributes:
+        structure: digest of the structure, loader options included, 16 bytes.
+        tables: how often each table appears in its SQL.
+        pins: tracked columns that it compares with parameters, for tables that appear once.
+        functions: lower-case names of the functions it calls.
+        casts: names of parameters that it casts to another type.
+        texts: pieces of textual SQL in it.
+        text_tables: tables that these name.
+        opaque: True where they may read what nobody can tell.
+        locks: True for ``FOR UPDATE`` and its like.
+        writes: True where a CTE of it writes, or where it is text that is no query.
+        key_place: the place of the key among the columns, where each row is there for its key alone.
+    """
+
+    structure: bytes
+    tables: Counter[TableName] = field(default_factory=Counter)
+    pins: tuple[Pin, ...] = ()
+    functions: set[str] = field(default_factory=set)
+    casts: set[str] = field(default_factory=set)
+    texts: list[str] = field(default_factory=list)
+    text_tables: frozenset[TableName] = frozenset()
+    opaque: bool = False
+    locks: bool = False
+    writes: bool = False
+    key_place: int | None = None
+
+    def reads_any(self, names: set[str]) -> bool:
+        """True if one of the tables has one of these names, in lower case, whatever its schema."""
+        return any(name.lower() in names for _, name in (*self.tables, *self.text_tables))
+
+
+_MEMO = "_querycache_analysis"
+
+
+def analyse(compiled: SQLCompiler) -> Analysis:
+    """The analysis of a statement, made once for its structure."""
+    memo: Analysis | None = compiled.__dict__.get(_MEMO)
+    if memo is None:
+        cache_key = compiled.cache_key
+        memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None))
+        collector = _collector(cast("Any", type(compiled)))
+        # The second compilation renders other statement objects than the first where the ORM makes them anew, so
+        # parameters are found by name.
+        rendered = collector(
+            compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
+        )
+        # of several the first is taken that can be: a key changes least
+        memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
+        memo.functions |= custom_constructs(rendered)
+        memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
+        memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
+        _read_texts(memo, compiled.dialect.name)
+        if memo.tables.total() == 1 and not (memo.functions or memo.texts):
+            memo.key_place = key_place(compiled)
+        compiled.__dict__[_MEMO] = memo
+    return memo
+
+
+@lru_cache(maxsize=64)
+def _collector(compiler: type[SQLCompiler]) -> type[Any]:
+    class Collector(compiler):  # type: ignore[valid-type, misc]
+        """Notes what the dialect's own compiler renders."""
+
+        def __init__(self, *args: Any, analysis: Analysis, **kwargs: Any) -> None:
+            self.analysis = analysis
+            self.cast: list[BindParameter[Any]] = []
+            super().__init__(*args, **kwargs)
+
+        def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
+            if asfrom:
+                self.analysis.tables[getattr(table, "schema", None), table.name] += 1
+            return super().visit_table(table, asfrom=asfrom, **kwargs)
+
+        def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.functions.add(".".join((*func.packagenames, func.name)).lower())
+            return super().visit_function(func, *args, **kwargs)
+
+        def visit_cast(self, cast: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(cast.type, String):
+                self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
+            return super().visit_cast(cast, *args, **kwargs)
+
+        def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes |= not is_query(taf.element.text)
+            return super().visit_textual_select(taf, *args, **kwargs)
+
+        def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.stack:  # it is the statement
+                self.analysis.writes |= not is_query(textclause.text)
+            # as a member of FROM it may be no more than the name of a table
+            before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
+            self.analysis.texts.append(before + textclause.text)
+            return super().visit_textclause(textclause, *args, **kwargs)
+
+        def get_statement_hint_text(self, hint_texts: Any) -> Any:
+            self.analysis.opaque |= any(map(_WORDS_OF_QUERIES.search, hint_texts))
+            return super().get_statement_hint_text(hint_texts)
+
+        def get_from_hint_text(self, table: Any, text: Any) -> Any:
+            self.analysis.opaque |= bool(text and _WORDS_OF_QUERIES.search(text))
+            return super().get_from_hint_text(table, text)
+
+        def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
+            if column.is_literal:
+                self.analysis.texts.append(column.name)
+            return super().visit_column(column, *args, **kwargs)
+
+        def visit_sequence(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.functions.add("nextval")
+            return super().visit_sequence(*args, **kwargs)
+
+        def for_update_clause(self, select: Any, **kwargs: Any) -> Any:
+            self.analysis.locks = True
+            return super().for_update_clause(select, **kwargs)
+
+        def visit_insert(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_insert(*args, **kwargs)
+
+        def visit_update(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_update(*args, **kwargs)
+
+        def visit_delete(self, *args: Any, **kwargs: Any) -> Any:
+            self.analysis.writes = True
+            return super().visit_delete(*args, **kwargs)
+
+    return Collector
+
+
+_WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
+_QUOTES = re.compile(r"""["`\[\]\s]""")
+MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
+"""What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
+_LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
+_OF_MYSQL = re.compile(r"""(?<![\w'"`@.])(@@?[\w`]+|utc_(date|time|timestamp)\b)""", re.IGNORECASE)
+"""What is neither a column nor called: its variables, of the connection or of the server, and its clocks."""
+_NILADIC = re.compile(
+    r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
+    re.IGNORECASE,
+)
+_NOT_CALLED = frozenset(
+    [
+        "and",
+        "as",
+        "between",
+        "case",
+        "else",
+        "exists",
+        "filter",
+        "in",
+        "is",
+        "like",
+        "not",
+        "on",
+        "or",
+        "over",
+        "then",
+        "values",
+        "when",
+        "where",
+    ]
+)
+
+
+def _read_texts(analysis: Analysis, dialect: str) -> None:
+    """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
+    for text in analysis.texts:
+        for literal in _LITERAL.finditer(text):
+            analysis.functions |= {repr(each.lower()) for each in MOMENT.findall(literal.group())}
+        if dialect in ("mysql", "mariadb"):
+            analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
+        if is_query(text):
+            statement = read_text(text, dialect)
+            analysis.opaque = analysis.opaque or not statement.understood
+            read = statement.understood or only_reads(text)
+            analysis.writes = analysis.writes or bool(statement.writes) or not read
+            analysis.text_tables |= statement.reads
+            analysis.functions |= statement.functions
+        elif _WORDS_OF_QUERIES.search(text):
+            analysis.opaque = True
+        else:
+            calls = {_QUOTES.sub("", name).lower() for name in _CALL.findall(text)}
+            analysis.functions |= calls - _NOT_CALLED
+            analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
+
+
+def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
+    state = rendered.compile_state
+    statement = getattr(state, "statement", None) if state is not None else rendered.statement
+    if not isinstance(statement, Select) or statement.whereclause is None:
+        return
+    for conjunct in _conjuncts(statement.whereclause):
+        if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (
+            operators.eq,
+            operators.in_op,
+        ):
+            continue
+        for column, value in ((conjunct.left, conjunct.right), (conjunct.right, conjunct.left)):
+            table = _base_table(column)
+            if table is None or not isinstance(value, BindParameter) or value.callable is not None:
+                continue
+            name = rendered.bind_names.get(value)
+            key = (table.schema, table.name)
+            everywhere = tracked_everywhere(table)
+            tracked = {each.name: each for each in tracked_columns(table) if each.name in everywhere}
+            if name is None or column.name not in tracked or analysis.tables[key] != 1:
+                continue
+            if conjunct.operator is operators.in_op and not value.expanding:
+                continue
+            # the parameter must be compared as the column's type: '1' = 1 may hold in the database
+            if isinstance(value.type, type(tracked[column.name].type)) or isinstance(
+                tracked[column.name].type, type(value.type)
+            ):
+                yield Pin(key, column.name, (name,), tracked[column.name].primary_key)
+
+
+def _conjuncts(clause: Any) -> Iterator[Any]:
+    if isinstance(clause, Grouping):
+        yield from _conjuncts(clause.element)
+    elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
+        for each in clause.clauses:
+            yield from _conjuncts(each)
+    else:
+        yield clause
+
+
+def _base_table(column: Any) -> Table | None:
+    if not isinstance(column, ColumnElement):
+        return None
+    owner = getattr(column, "table", None)
+    if isinstance(owner, Alias):
+        owner = owner.element
+    return owner if isinstance(owner, Table) else None
