@@ -27,7 +27,8 @@ from sqlalchemy.sql.visitors import iterate
 from querycache.keys import structure_digest
 from querycache.sa_internals import custom_constructs, key_place
 from querycache.tables import TableName, tracked_columns, tracked_everywhere
-from querycache.textual import is_query, locks_rows, only_reads, read_text
+from querycache.textual import read_text
+from querycache.wording import is_query, locks_rows, only_reads
 
 __all__ = ["MOMENT", "Analysis", "Pin", "analyse"]
 

@@ -10,7 +10,7 @@ from sqlalchemy import Table
 
 from querycache.keys import canonical, digest
 from querycache.tables import reader_labels
-from querycache.textual import temporary_tables
+from querycache.temporary import temporary_tables
 
 __all__ = ["DEFAULT_SLOTS", "Declarations", "spellings", "written_by_triggers"]
 

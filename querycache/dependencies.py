@@ -17,7 +17,7 @@ from querycache.functions import is_stable, is_system_table
 from querycache.sa_internals import Plan
 from querycache.tables import declared_tags, label_of, reader_labels, row_labels, slot_of, translated
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
-from querycache.textual import is_temporary_schema
+from querycache.temporary import is_temporary_schema
 
 __all__ = [
     "MAX_PINNED_VALUES",

@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Set
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-__all__ = [
-    "ENDING",
-    "TextStatement",
-    "commits",
-    "first_word",
-    "is_query",
-    "is_temporary_schema",
-    "locks_rows",
-    "only_reads",
-    "read_text",
-    "temporary_tables",
-]
+from querycache.wording import (
+    COMMITTING,
+    chains,
+    commits,
+    isolates,
+    leaves_open,
+    may_isolate,
+    may_write,
+    without_comments,
+    words,
+)
+
+__all__ = ["TextStatement", "read_text"]
 
 TableName = tuple[str | None, str]
-
-_COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _HARMLESS = frozenset(
     [
         "abort",
@@ -63,87 +61,14 @@ _HARMLESS = frozenset(
     ]
 )
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
-_QUERYING = frozenset(["select", "table", "values", "with"])
-_CARRYING_NONE = _QUERYING | {"delete", "insert", "merge", "replace", "update"}
-_COMMITTING = frozenset(["commit", "end"])
-ENDING = _COMMITTING | {"abort", "rollback"}
-# All else commits on MySQL and MariaDB.
-_NOT_COMMITTING = frozenset(
-    [
-        "delete",
-        "desc",
-        "describe",
-        "do",
-        "explain",
-        "insert",
-        "release",
-        "replace",
-        "rollback",
-        "savepoint",
-        "select",
-        "show",
-        "table",
-        "update",
-        "use",
-        "values",
-        "with",
-    ]
-)
-_WRITING = re.compile(
-    r"\b(insert|update|delete|replace|merge|into|truncate|create|drop|alter|call|do|copy|load|lock|execute)\b",
-    re.IGNORECASE,
-)
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
-# No text matches in two ways, or else many comments would take for ever.
-_COMMENT = r"/\*(?:[^*]|\*(?!/))*\*/"
-_FURTHER_COMMIT = re.compile(rf";(?:\s|--[^\n]*\n|{_COMMENT})*\b(commit|end)\b", re.IGNORECASE)
-# The level of isolation, somebody else's snapshot, and transactions that nobody begins.
-_ISOLATING = re.compile(
-    r"isolation|\bsnapshot\b|\bautocommit\b|\bcompletion_type\b|\bread_uncommitted\b", re.IGNORECASE
-)
-_CHAINS = re.compile(r"\band\s+chain\b", re.IGNORECASE)
-# What may isolate in a text that is not understood: several statements, a procedure, SQL that is made by SQL.
-_MAY_ISOLATE = re.compile(
-    rf"(?:^|;|\$\w*\$|\*/|/\*!\d*)\s*(?:set|pragma|begin|start|prepare)\b[^;]*?(?:{_ISOLATING.pattern})"
-    rf"|{_CHAINS.pattern}|\bset_config\b|\bexecute\s+immediate\b",
-    re.IGNORECASE | re.MULTILINE,
-)
-_STRING = re.compile(r"'(?:[^']|'')*'")
-_NO_WORDS = re.compile(
-    r"""'(?:[^']|'')*'|"[^"]*"|`[^`]*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|/\*.*?\*/""",
-    re.DOTALL,
-)
-# Of several statements, those that begin and end a transaction; with a group for those after which one is open.
-_BEGINS_OR_ENDS = re.compile(
-    r"(?:^|;)\s*(?:(begin\b(?!\s+(?:not|atomic)\b)|start\s+transaction\b|(?:commit|end|rollback|abort)[^;]*\band\s+chain\b)"
-    r"|(?:commit|end|rollback(?!\s+(?:\w+\s+)?to\b)|abort)\b)",
-    re.IGNORECASE,
-)
-# What may stand between two words; # is a comment of MySQL only, and elsewhere no word follows it.
-_BETWEEN = rf"(?:\s|--[^\n]*\n|#[^\n]*\n|{_COMMENT})+"
-_LOCKS_ROWS = re.compile(
-    r"\bfor{_}(?:no{_}key{_}|key{_})?(?:update|share)\b|\block{_}in{_}share{_}mode\b".replace(
-        "{_}", _BETWEEN
-    ),
-    re.IGNORECASE,
-)
 _SETS_ISOLATION = re.compile(r"\bset_config\s*\(.*isolation", re.IGNORECASE | re.DOTALL)
 # Words that MySQL allows before the name of a table, and that a parser takes for the name.
 _MODIFIERS = re.compile(
     r"^((?:update|delete|insert)\s+)(?:(?:low_priority|high_priority|delayed|quick|ignore)\s+)+",
     re.IGNORECASE,
 )
-_NAME = r"""(?:[\w$]+|"[^"]*"|`[^`]*`|\[[^\]]*\])"""
-_TABLE = rf"({_NAME}(?:\s*\.\s*{_NAME})*)"
-_NAMES = re.compile(_NAME)
-_TABLES = re.compile(_TABLE)
-_MAKES_TABLE = re.compile(
-    r"\b(?:create(?:\s+or\s+replace)?|into)\s+(?:(?:local|global)\s+)?(temp(?:orary)?\s+)?"
-    rf"(?:(?:recursive|unlogged|virtual)\s+)?(?:(?:table|view)\s+)?(?:if\s+not\s+exists\s+)?{_TABLE}",
-    re.IGNORECASE,
-)
-_NEW_NAME = re.compile(rf"\b(?:rename\s+(?:as|to)|rename|to)\s+{_TABLE}", re.IGNORECASE)
 _PARSED = re.compile(
     r"\(*\s*(select|with|insert|update|delete|merge|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
@@ -194,30 +119,28 @@ def read_text(sql: str, dialect: str) -> TextStatement:
         return found
     return replace(
         found,
-        isolates="session" if _MAY_ISOLATE.search(sql) else "",
-        begins=_leaves_open(sql),
+        isolates="session" if may_isolate(sql) else "",
+        begins=leaves_open(sql),
     )
 
 
 def _read(sql: str, dialect: str) -> TextStatement:
     text = sql.strip().rstrip(";").strip()
-    bare = _COMMENTS.sub(" ", text).strip()
-    first, second = _words(bare)
+    bare = without_comments(text).strip()
+    first, second = words(bare)
     if "/*!" in text or "/*M!" in text:  # comments that MySQL executes
         return _ANYTHING
-    if first in _COMMITTING or (first, second) == ("xa", "commit"):
+    if first in COMMITTING or (first, second) == ("xa", "commit"):
         # what was prepared in another session may be anything, and so may what follows
         understood = second not in ("prepared", "commit") and ";" not in text
-        return TextStatement(
-            understood, isolates=_isolates(bare, dialect), begins=_chains(bare), commits=True
-        )
+        return TextStatement(understood, isolates=isolates(bare, dialect), begins=chains(bare), commits=True)
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
-    if first in _HARMLESS and ";" not in text and not (first in _CARRYING and _WRITING.search(text)):
+    if first in _HARMLESS and ";" not in text and not (first in _CARRYING and may_write(text)):
         return TextStatement(
             True,
-            isolates=_isolates(bare, dialect),
-            begins=first in ("start", "begin") or _chains(bare),
+            isolates=isolates(bare, dialect),
+            begins=first in ("start", "begin") or chains(bare),
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
         )
@@ -228,98 +151,6 @@ def _read(sql: str, dialect: str) -> TextStatement:
     text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
     found = _parsed(text, _DIALECTS.get(dialect, ""))
     return replace(found, isolates="session") if _SETS_ISOLATION.search(bare) else found
-
-
-def _isolates(bare: str, dialect: str) -> Literal["", "transaction", "session"]:
-    """Of which transactions a statement sets what they see, other than by beginning one."""
-    first, second = _words(bare)
-    begins = first in ("start", "begin") and "isolation" in bare.lower()
-    sets = first in ("pragma", "prepare", "set") and _ISOLATING.search(bare)
-    if not (begins or sets or _chains(bare)):
-        return ""
-    # of MySQL, SET TRANSACTION is for the next one, whenever that begins
-    of_one = dialect == "postgresql" and (begins or second in ("transaction", "local"))
-    return "transaction" if of_one else "session"
-
-
-def _chains(bare: str) -> bool:
-    """True if a statement ends a transaction, and begins another that is isolated as the first was."""
-    return _words(bare)[0] in ENDING and _CHAINS.search(bare) is not None
-
-
-def _leaves_open(sql: str) -> bool:
-    """True if after several statements a transaction is open that one of them has begun."""
-    found = _BEGINS_OR_ENDS.findall(_NO_WORDS.sub(" ", sql))
-    return bool(found and found[-1])
-
-
-def first_word(sql: str) -> str:
-    """The first word of a statement, in lower case; empty where it begins otherwise."""
-    return _words(_COMMENTS.sub(" ", sql))[0]
-
-
-@lru_cache(maxsize=128)
-def commits(sql: str, dialect: str) -> bool:
-    """True if a statement commits what was written before it; MySQL does so at most that are not DML."""
-    word = first_word(sql)
-    if word in _COMMITTING or _FURTHER_COMMIT.search(sql):
-        return True
-    return dialect in ("mysql", "mariadb") and word not in _NOT_COMMITTING
-
-
-def is_query(sql: str) -> bool:
-    """False if a whole statement may do more than give rows, as FETCH, EXECUTE and what has RETURNING do; or tells of the
-    server, as SHOW and PRAGMA do."""
-    return first_word(sql) in _QUERYING
-
-
-def only_reads(sql: str) -> bool:
-    """True for one query without a word of those that write; of the functions that it calls nothing is known."""
-    return is_query(sql) and ";" not in sql and not _WRITING.search(sql)
-
-
-def locks_rows(sql: str) -> bool:
-    """True if a statement may lock the rows that it reads, wherever in it that is said."""
-    return _LOCKS_ROWS.search(sql) is not None
-
-
-def temporary_tables(sql: str, dialect: str, known: Set[str]) -> set[str]:
-    """The names, in lower case, of the temporary tables and views that a statement makes, or makes of those that are known.
-
-    They may be too many: of what is renamed beside a temporary table, each new name counts.
-    """
-    bare = _COMMENTS.sub(" ", sql)
-    if _words(bare)[0] in _CARRYING_NONE:  # others may carry SQL in a string
-        bare = _STRING.sub("''", bare)
-    made: set[str] = set()
-
-    def is_temporary(table: str) -> bool:
-        *schema, name = _parts(table)
-        return name in known or name in made or (bool(schema) and is_temporary_schema(schema[-1], dialect))
-
-    made |= {_parts(table)[-1] for word, table in _MAKES_TABLE.findall(bare) if word or is_temporary(table)}
-    if "rename" in bare.lower() and any(map(is_temporary, _TABLES.findall(bare))):
-        made |= {_parts(table)[-1] for table in _NEW_NAME.findall(bare)} - {"table"}
-    return made
-
-
-def is_temporary_schema(schema: str | None, dialect: str) -> bool:
-    """True for the schema of a connection's own tables."""
-    pattern = _TEMPORARY_SCHEMAS.get(dialect)
-    return bool(schema and pattern and re.fullmatch(pattern, schema.lower()))
-
-
-_TEMPORARY_SCHEMAS = {"postgresql": r"pg_temp(_\d+)?", "sqlite": "temp"}
-
-
-def _parts(names: str) -> list[str]:
-    return [each.strip('"`[]').lower() for each in _NAMES.findall(names)]
-
-
-def _words(text: str) -> tuple[str, str]:
-    found = re.match(r"[(\s]*(\w*)\s*(\w*)", text)
-    assert found is not None
-    return found.group(1).lower(), found.group(2).lower()
 
 
 def _parsed(text: str, dialect: str) -> TextStatement:
@@ -358,7 +189,6 @@ def _parsed(text: str, dialect: str) -> TextStatement:
 
 
 _parsing: ContextVar[bool] = ContextVar("querycache_parsing", default=False)
-
 # It warns of what it does not understand. Here that is nobody's fault, and has been provided for.
 logging.getLogger("sqlglot").addFilter(lambda record: not _parsing.get())
 

@@ -25,7 +25,8 @@ from querycache.ledger import Ledger, Snapshot
 from querycache.phases import Marking
 from querycache.regions import Regions
 from querycache.tags import EVERYTHING
-from querycache.textual import ENDING, first_word, read_text
+from querycache.textual import read_text
+from querycache.wording import ENDING, first_word
 
 __all__ = ["Known", "Transaction", "Transactions"]
 

@@ -40,8 +40,9 @@ from querycache.phases import Phases
 from querycache.regions import Regions
 from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
 from querycache.tags import EVERYTHING
-from querycache.textual import TextStatement, commits, first_word, only_reads, read_text
+from querycache.textual import TextStatement, read_text
 from querycache.transactions import Transaction, Transactions
+from querycache.wording import commits, first_word, only_reads
 
 __all__ = ["Writes"]
 

@@ -10,7 +10,7 @@ from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.engine.util import TransactionalContext
 from sqlalchemy.orm import Session
 
-from querycache.textual import first_word
+from querycache.wording import first_word
 
 __all__ = [
     "autobegin",

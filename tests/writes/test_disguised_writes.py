@@ -31,7 +31,9 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
-from querycache.textual import commits, locks_rows, only_reads, read_text, temporary_tables
+from querycache.temporary import temporary_tables
+from querycache.textual import read_text
+from querycache.wording import commits, locks_rows, only_reads
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
