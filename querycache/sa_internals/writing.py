@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import Column, Table
+from sqlalchemy import DDL, Column, Table
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -219,14 +219,15 @@ def _replaces(table: Table) -> bool:
 
 
 def holds_text(compiled: Any) -> bool:
-    """True for a whole textual statement, by itself or as a CTE, that was told which columns it returns.
+    """True for a whole textual statement that does not look like one.
 
-    It looks like a SELECT, but may be a DELETE with RETURNING.
+    One that was told which columns it returns, by itself or as a CTE, looks like a SELECT, and may be a DELETE with
+    RETURNING. And what looks like DDL may be anything, as ``DDL("…")``.
     """
     known: bool | None = compiled.__dict__.get(_TEXT)
     if known is None:
         statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
-        known = compiled.__dict__[_TEXT] = any(isinstance(each, TextualSelect) for each in statements)
+        known = compiled.__dict__[_TEXT] = any(isinstance(each, (DDL, TextualSelect)) for each in statements)
     return known
 
 

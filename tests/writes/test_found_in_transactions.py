@@ -16,6 +16,7 @@ from typing import Any
 import psycopg
 import pytest
 from sqlalchemy import (
+    DDL,
     Column,
     Connection,
     Engine,
@@ -524,15 +525,22 @@ ISOLATING = [
 ]
 
 
-@pytest.mark.parametrize(("database", "sql"), ISOLATING)
+@pytest.mark.parametrize("as_ddl", [False, True])
+@pytest.mark.parametrize(
+    ("database", "sql"),
+    [*ISOLATING, ("postgresql", "SET default_transaction_isolation = 'repeatable read'")],
+)
 def test_an_isolation_level_set_among_other_things(
-    request: pytest.FixtureRequest, database: str, sql: str
+    request: pytest.FixtureRequest, database: str, sql: str, as_ddl: bool
 ) -> None:
     library = Library(request.getfixturevalue(f"{database}_engine"))
     committed = library.engine.execution_options(isolation_level="READ COMMITTED")
     library.fill(*EACH)
     with (committed if database == "mariadb" else library.engine).connect() as connection:
-        connection.exec_driver_sql(sql).close()
+        if as_ddl:
+            connection.execute(DDL(sql))
+        else:
+            connection.exec_driver_sql(sql).close()
         connection.commit()
         old = list(map(tuple, connection.execute(point(1))))
         library.write(update(BOOK).values(price=97))
@@ -572,10 +580,14 @@ def test_a_transaction_that_begins_as_another_was_isolated(on_postgresql: Librar
         "COMMIT; BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM tag",
     ],
 )
-def test_a_transaction_begun_among_other_statements(on_postgresql: Library, sql: str) -> None:
+@pytest.mark.parametrize("as_ddl", [False, True])
+def test_a_transaction_begun_among_other_statements(on_postgresql: Library, sql: str, as_ddl: bool) -> None:
     on_postgresql.fill(*EACH)
     with on_postgresql.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.exec_driver_sql(sql).close()
+        if as_ddl:
+            connection.execute(DDL(sql))
+        else:
+            connection.exec_driver_sql(sql).close()
         old = list(map(tuple, connection.execute(point(1))))
         on_postgresql.write(update(BOOK).values(price=97))
         check_old_view(on_postgresql, connection, old)
