@@ -1,7 +1,7 @@
 """A store on a Redis server (or Valkey, or another that speaks its protocol and runs its scripts).
 
-A lookup is one MGET, phase one of a write plain increments, every other step of the ledger one script: one round trip
-each, whatever the number of keys.
+A lookup is one MGET (and a command that a replica refuses), phase one of a write plain increments, every other step of the
+ledger one script: one round trip each, whatever the number of keys.
 
 **What a restart must not bring back.** Redis reloads a snapshot or a log from its disk, and a replica that is
 promoted has what reached it. Versions of tags from there are older than what was committed, and entries would
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
+    import hiredis
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -194,8 +195,9 @@ class RedisBackend(StoreBackend):
         entry = [] if key is None else [_encode(key)]
         if not entry and not counters:
             return None, []
-        [values] = self._exchange(
-            lambda run: [("MGET", *entry, *self._names(run).of(counters))],
+        only_a_master = _only_a_master(counters[-1] if counters else "")
+        values, *_ = self._exchange(
+            lambda run: [("MGET", *entry, *self._names(run).of(counters)), only_a_master],
             meanwhile=meanwhile,
             length=len(entry) + len(counters),
         )
@@ -380,17 +382,17 @@ class RedisBackend(StoreBackend):
         :param essential: try it although the server failed a moment ago.
         :param refusable: give the server's refusals among the replies rather than raise.
         :param meanwhile: is called before the replies are read.
-        :param length: of the list that each reply is to be.
+        :param length: of the list that the first reply is to be.
         """
 
         def say(wire: Wire) -> list[Any]:
             replies = wire.converse(build(wire.run), meanwhile)
             if length is not None:
-                for reply in replies:
-                    is_list = type(reply) is list and len(reply) == length
-                    if not is_list and not isinstance(reply, redis.ResponseError):
-                        wire.close()  # whose answer was that?
-                        raise redis.InvalidResponse("another reply than to what was asked")
+                reply = replies[0]
+                is_list = type(reply) is list and len(reply) == length
+                if not is_list and not isinstance(reply, redis.ResponseError):
+                    wire.close()  # whose answer was that?
+                    raise redis.InvalidResponse("another reply than to what was asked")
             return replies
 
         replies = self._speak(say, essential)
@@ -440,6 +442,17 @@ def _call(script: _Script, names: Sequence[bytes], arguments: Sequence[object]) 
 def _in_full(call: tuple[Any, ...], name: str) -> Command:
     """The same call for a server that does not have the script."""
     return ("EVAL", _script(name).source, *call[2:])
+
+
+@lru_cache(maxsize=64)
+def _only_a_master(counter: str) -> bytes:
+    """A command that does nothing, and that a replica refuses.
+
+    A master that was demoted goes on to answer reads on the connections that it has, from before what is written elsewhere
+    now.
+    """
+    packed: bytes = hiredis.pack_command(("PEXPIRE", _encode(f"{counter}@"), "0"))  # there is no such key
+    return packed
 
 
 def _encode(key: str) -> bytes:

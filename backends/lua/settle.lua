@@ -3,6 +3,7 @@
 -- seconds to live.
 -- Returns the version of each counter afterwards.
 local clean, quarantined, ttl = ARGV[1], ARGV[2], ARGV[3]
+redis.call('PEXPIRE', KEYS[#KEYS] .. '@', 0) -- there is no such key, but a replica refuses to say so
 local quiet = is_clean(read(KEYS[#KEYS]))
 local settled = {}
 for i = 1, #KEYS - 1 do
