@@ -45,12 +45,11 @@ from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
-    import hiredis
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from querycache.backends.resp import CONNECTIONS, INCREMENT, Command, Wire, evaluate, word
+    from querycache.backends.resp import CONNECTIONS, INCREMENT, Command, Wire, evaluate, pack, word
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -451,8 +450,7 @@ def _only_a_master(counter: str) -> bytes:
     A master that was demoted goes on to answer reads on the connections that it has, from before what is written elsewhere
     now.
     """
-    packed: bytes = hiredis.pack_command(("PEXPIRE", _encode(f"{counter}@"), "0"))  # there is no such key
-    return packed
+    return pack(("PEXPIRE", _encode(f"{counter}@"), "0"))  # there is no such key
 
 
 def _encode(key: str) -> bytes:

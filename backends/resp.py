@@ -17,13 +17,19 @@ import redis
 
 from querycache.backends.patience import Patience
 
-__all__ = ["CONNECTIONS", "INCREMENT", "Command", "Wire", "evaluate", "word"]
+__all__ = ["CONNECTIONS", "INCREMENT", "Command", "Wire", "evaluate", "pack", "word"]
 
 Command = tuple[Any, ...] | bytes
 """The words of a command, texts and bytes; or a whole command as it is sent."""
 
 _CHUNK = 2**16
 _INCOMPLETE = object()
+
+
+def pack(command: Sequence[Any]) -> bytes:
+    """A whole command as it is sent."""
+    packed: bytes = hiredis.pack_command(tuple(command))
+    return packed
 
 
 # A commit sends two dozen words that are mostly known, and the client's packer takes three times as long for them.
