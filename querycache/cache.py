@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from querycache import sa_internals
 from querycache.declarations import DEFAULT_SLOTS, Declarations
-from querycache.errors import ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError
 from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
@@ -65,6 +65,8 @@ class QueryCache:
         on_outage: whether a commit goes through ("available") or raises CacheUnavailable before COMMIT ("refuse")
             when a cache server cannot be told of it. With "available" it is told as soon as it can be reached; until
             then this process does not use it, but others that reach it may be answered from before the commit.
+            "refuse" needs consistency "strict", and no dogpile backends of others: what is told after COMMIT only
+            comes too late.
         lease: seconds after which a writer that was killed is taken for dead; longer than any COMMIT takes.
         slots: how finely writes of single rows are told apart: the number of slots of each tracked column. All
             processes that share a store and a namespace must give the same number; for another number, take another
@@ -119,6 +121,8 @@ class QueryCache:
         self._telemetry = Telemetry()
         self._declared = Declarations(slots=slots)
         self._regions = Regions(regions, namespace=namespace, lease=lease, ttl=ttl, signing_key=signing_key)
+        if on_outage == "refuse":
+            _check_refusable(consistency, self._regions)
         for policy in (policies or {}).values():
             self._regions.get(policy.region)
         phases = Phases(self._regions, self._telemetry, consistency, on_outage)
@@ -284,7 +288,7 @@ class QueryCache:
         Raises:
             ConfigurationError: nothing was named, or a value cannot be used.
             UnknownRegion: no region has this name.
-            CacheUnavailable: a cache server did not answer, so its answers may still be served.
+            CacheUnavailable: a cache server did not answer, so its answers may still be served. The others were told.
         """
         named = [key_tag(each) for each in names("keys", keys)]
         if key is not None:
@@ -326,8 +330,14 @@ class QueryCache:
                 raise ConfigurationError(f"invalidate(session={session!r}): give a Session, or leave it out")
             self._writes.note(session, named)
             return
-        for each in self._regions if chosen is None else [chosen]:
-            each.invalidate(named)
+        silent = []
+        for ledger in self._regions.ledgers if chosen is None else [chosen.ledger]:
+            try:
+                ledger.bump(self._regions.tag_keys(named))
+            except CacheUnavailable as error:  # the others are to be told all the same
+                silent.append(error)
+        if silent:
+            raise CacheUnavailable("; ".join(map(str, silent))) from silent[0]
 
     # --- what it does --------------------------------------------------------------------------------
 
@@ -355,6 +365,20 @@ class QueryCache:
         """A context manager that gives the list of the events that happen while it is open, in this process."""
         with self._telemetry.recording() as events:
             yield events
+
+
+def _check_refusable(consistency: Consistency, regions: Regions) -> None:
+    """Raise ConfigurationError where a commit cannot be refused, because no server is told of it before."""
+    if consistency == "commit":
+        raise ConfigurationError(
+            "on_outage='refuse' with consistency='commit', which tells a cache server after COMMIT only: leave one out"
+        )
+    for region in regions:
+        if not region.ledger.store.atomic:
+            raise ConfigurationError(
+                f"on_outage='refuse': the backend of region {region.name!r} is told after COMMIT only, so that nothing can "
+                "be refused; take Redis or memcached, or leave it out"
+            )
 
 
 def _is_mapped(cls: object) -> bool:

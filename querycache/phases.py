@@ -18,8 +18,12 @@ from querycache.errors import CacheUnavailable
 from querycache.events import Telemetry
 from querycache.ledger import Ledger, Marks
 from querycache.regions import Regions
+from querycache.tags import EVERYTHING
 
-__all__ = ["Consistency", "Marking", "OnOutage", "Phases"]
+__all__ = ["MOST_OWED", "Consistency", "Marking", "OnOutage", "Phases"]
+
+MOST_OWED = 20_000
+"""Tags that a ledger may be owed; of more than these it is told that everything is invalid, which takes it less time."""
 
 Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
@@ -74,8 +78,9 @@ class Phases:
         if self._consistency == "commit":
             marking.unmarked = list(self._regions.ledgers)
         try:
-            for ledger, keys in self._regions.tag_keys(new):
-                if keys and ledger not in marking.unmarked:
+            keys = self._regions.tag_keys(new)
+            for ledger in self._regions.ledgers if keys else ():
+                if ledger not in marking.unmarked:
                     self._mark(marking, ledger, keys)
         except BaseException:
             self.two(marking)  # it is not committed now; where it is tried again, all is marked again
@@ -107,14 +112,21 @@ class Phases:
             try:
                 ledger.end(marks_there)
             except CacheUnavailable:
-                # the marks stay: nothing that depends on them is served until they have healed
+                # the marks stay, where there are any: nothing that depends on them is served until they have healed
                 self._telemetry.emit("error", "", "", "unavailable after commit")
-        for ledger, keys in self._regions.tag_keys(tags) if unmarked else ():
-            if ledger in unmarked:
-                with self._lock:
-                    self._owed.setdefault(ledger, {}).update(dict.fromkeys(keys, object()))
-                if self.owes(ledger, essential=True):
-                    self._telemetry.emit("error", "", "", "unavailable at commit")
+                if not ledger.store.atomic:
+                    unmarked.append(ledger)
+        for ledger in unmarked:
+            self._owe(ledger, tags)
+            if self.owes(ledger, essential=True):
+                self._telemetry.emit("error", "", "", "unavailable at commit")
+
+    def _owe(self, ledger: Ledger, tags: set[str]) -> None:
+        with self._lock:
+            owed = self._owed.get(ledger, {}) | dict.fromkeys(self._regions.tag_keys(tags), object())
+            if len(owed) > MOST_OWED:
+                owed = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), object())
+            self._owed[ledger] = owed
 
     def owes(self, ledger: Ledger, *, essential: bool = False) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now.

@@ -244,14 +244,6 @@ class Region:
         except CacheUnavailable:
             return "unavailable"
 
-    def invalidate(self, tags: Iterable[str]) -> None:
-        """Make every answer invalid that depends on one of the tags, in every process.
-
-        Raises:
-            CacheUnavailable: the server did not answer; nothing is known of what it did.
-        """
-        self.ledger.bump(self.tag_keys(tags))
-
 
 class Regions:
     """The regions of one cache, by name.
@@ -306,11 +298,9 @@ class Regions:
     def __iter__(self) -> Iterator[Region]:
         return iter(self._regions.values())
 
-    def tag_keys(self, tags: Iterable[str]) -> Iterator[tuple[Ledger, list[str]]]:
-        """For each store, the keys of the tags in it."""
-        keys = [self._tags + tag for tag in sorted(tags)]
-        for ledger in self.ledgers:
-            yield ledger, keys
+    def tag_keys(self, tags: Iterable[str]) -> list[str]:
+        """The keys of tags, which are the same in every store."""
+        return [self._tags + tag for tag in sorted(tags)]
 
     def get(self, name: str | None = None) -> Region:
         """The region of this name; the default one (or the first, where none is named so) for None.

@@ -134,12 +134,21 @@ MAKING: dict[str, Bad] = {
     "a policy whose region is no text": (lambda: Policy(region=5), ["region", "5", "string"]),  # type: ignore[arg-type]
     "an unknown consistency": (at_once(consistency="eventual"), ["'eventual'", "'strict'"]),
     "an unknown way in an outage": (at_once(on_outage="panic"), ["'panic'", "'available'"]),
+    "refusing what is told after COMMIT only": (
+        at_once(on_outage="refuse", consistency="commit"),
+        ["'refuse'", "'commit'", "leave one out"],
+    ),
+    "refusing for a backend that is told after COMMIT only": (
+        at_once(on_outage="refuse", regions={"pages": "dogpile+dogpile.cache.memory://"}),
+        ["'refuse'", "'pages'", "Redis or memcached"],
+    ),
     "no slots": (at_once(slots=0), ["slots=0", "positive"]),
     "a short signing key": (at_once(signing_key=b"short"), ["signing_key", "16"]),
     "a signing key as text": (at_once(signing_key="sixteen letters!"), ["signing_key", "bytes"]),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:region .* cannot count")
 @pytest.mark.parametrize(("bad", "words"), MAKING.values(), ids=MAKING)
 def test_making_a_cache(bad: Callable[[], object], words: list[str]) -> None:
     check(bad, words)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import pytest
+from dogpile.cache import make_region
+from dogpile.cache.proxy import ProxyBackend
 from sqlalchemy import Engine, create_engine, select, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from querycache import QueryCache
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable
+from querycache.phases import MOST_OWED
 from tests.servers import Server
 
 
@@ -109,3 +113,116 @@ def test_who_owes_a_server_that_hangs_waits_once_in_a_while(
     assert time.monotonic() - begun < 1.5
     server.resume()
     cache.invalidate(everything=True)  # by hand it is tried at once
+
+
+class Switched(ProxyBackend):
+    """Stands before a dogpile backend that can be switched off."""
+
+    off = False
+
+    def get_serialized_multi(self, keys: Any) -> Any:
+        self._check()
+        return self.proxied.get_serialized_multi(keys)
+
+    def set_serialized_multi(self, mapping: Any) -> None:
+        self._check()
+        self.proxied.set_serialized_multi(mapping)
+
+    def _check(self) -> None:
+        if self.off:
+            raise ConnectionError("switched off")
+
+
+@pytest.mark.filterwarnings("ignore:region 'default'. its backend cannot count")
+def test_a_dogpile_backend_is_owed_what_it_could_not_be_told(sqlite_engine: Engine) -> None:
+    Base.metadata.create_all(sqlite_engine)
+    switched = Switched()
+    region = make_region().configure("dogpile.cache.memory", wrap=[switched])
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(sqlite_engine)
+    writer = QueryCache(region).attach(mine)
+    QueryCache(region).attach(elsewhere)
+    with mine.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+
+    def ask(sessions: sessionmaker[Session]) -> int | None:
+        with sessions() as session:
+            return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
+
+    assert [ask(mine), ask(elsewhere)] == [0, 0]
+    switched.off = True
+    with mine.begin() as session:
+        session.execute(update(Lamp).values(watts=1))
+    assert ask(mine) == 1
+    switched.off = False
+    with writer.recording() as events:
+        while not events or events[-1].outcome != "fill":
+            assert ask(mine) == 1
+            time.sleep(0.05)
+    assert ask(elsewhere) == 1
+
+
+def test_a_long_debt_is_paid_in_short(sqlite_engine: Engine, private_server: Callable[[str], Server]) -> None:
+    """It does not grow for as long as an outage lasts, and is paid within the time that an answer may take."""
+    Base.metadata.create_all(sqlite_engine)
+    server = private_server("redis")
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(sqlite_engine)
+    url = f"{server.url}?timeout=0.3"
+    writer = QueryCache(url, lease=0.1).attach(mine)
+    other = QueryCache(url, lease=0.1).attach(elsewhere)
+    with mine.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+
+    def ask(sessions: sessionmaker[Session]) -> int | None:
+        with sessions() as session:
+            return session.scalar(select(Lamp.watts).execution_options(cache_key=True, cache_tags=["7"]))
+
+    with other.recording() as events:
+        while not events or events[-1].outcome != "hit":
+            assert ask(elsewhere) == 0
+            time.sleep(0.01)
+    pay = mock.create_autospec(RedisBackend.bump, side_effect=RedisBackend.bump)
+    server.pause()
+    for number in range(3):
+        with mine.begin() as session:
+            session.execute(update(Lamp).values(watts=number + 1))
+            names = [str(tag) for tag in range(number * MOST_OWED, (number + 1) * MOST_OWED)]
+            writer.invalidate(tags=names, session=session)
+    server.resume()
+    with mock.patch.object(RedisBackend, "bump", pay), writer.recording() as events:
+        while not events or events[-1].outcome not in ("hit", "fill"):
+            assert ask(mine) == 3
+            time.sleep(0.05)
+    assert all(len(call.args[1]) <= MOST_OWED for call in pay.call_args_list)
+    assert ask(elsewhere) == 3
+
+
+def test_by_hand_every_store_is_told_that_can_be(
+    sqlite_engine: Engine, private_server: Callable[[str], Server], redis_store_url: str
+) -> None:
+    Base.metadata.create_all(sqlite_engine)
+    dead = private_server("redis")
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache({"dead": dead.url, "default": redis_store_url, "memory": "memory://"}, lease=0.1)
+    cache.attach(factory)
+
+    def ask(region: str) -> int | None:
+        with factory() as session:
+            asked = select(Lamp.watts).execution_options(cache_key=True, cache_region=region)
+            return session.scalar(asked)
+
+    with factory.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+    with cache.recording() as events:
+        for region in ("default", "memory"):
+            while not events or events[-1].outcome != "hit":
+                assert ask(region) == 0
+                time.sleep(0.01)
+            events.clear()
+    dead.kill()
+    with sqlite_engine.connect() as connection:  # unseen
+        connection.connection.cursor().execute("UPDATE lamp SET watts = 1")
+        connection.connection.commit()
+    assert [ask("default"), ask("memory")] == [0, 0]
+    with pytest.raises(CacheUnavailable, match="Redis at"):
+        cache.invalidate(tables=["lamp"])
+    assert [ask("default"), ask("memory")] == [1, 1]
