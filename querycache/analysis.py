@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import Alias, BindParameter, ColumnElement, Select, String, Table
+from sqlalchemy import Alias, BindParameter, ColumnClause, ColumnElement, Select, String, Table, TextClause
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
 from sqlalchemy.sql.visitors import iterate
 
 from querycache.keys import structure_digest
-from querycache.sa_internals import custom_constructs, key_place
+from querycache.sa_internals import custom_constructs, key_place, suffixes
 from querycache.tables import TableName, tracked_columns, tracked_everywhere
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads
@@ -100,9 +100,11 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         rendered = collector(
             compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
         )
-        # of several the first is taken that can be: a key changes least
-        memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
-        memo.functions |= custom_constructs(rendered)
+        constructs = custom_constructs(rendered)
+        memo.functions |= constructs
+        if not constructs and not any(map(_COMMENT.search, memo.texts)):
+            # of several the first is taken that can be: a key changes least
+            memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         _read_texts(memo, compiled.dialect.name)
@@ -185,6 +187,12 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
+_COMMENT = re.compile(r"--|/\*|#")
+"""What hides the rest of a line or a statement, in one database or another."""
+_COMPARISON = re.compile(
+    r"\s*[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b)\s*(:?[\w.]+|'[^']*')\s*)?", re.IGNORECASE
+)
+_SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
 _CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
 MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
@@ -247,6 +255,8 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
     statement = getattr(state, "statement", None) if state is not None else rendered.statement
     if not isinstance(statement, Select) or statement.whereclause is None:
         return
+    if suffixes(statement) or not all(map(_stands_alone, iterate(statement.whereclause))):
+        return
     for conjunct in _conjuncts(statement.whereclause):
         if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (
             operators.eq,
@@ -270,6 +280,17 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
                 tracked[column.name].type, type(value.type)
             ):
                 yield Pin(key, column.name, (name,), tracked[column.name].primary_key)
+
+
+def _stands_alone(element: Any) -> bool:
+    """False for what SQLAlchemy renders in a WHERE clause as it was given, and without parentheses: an OR in it would make a
+    conjunct beside it one of several alternatives."""
+    if isinstance(element, TextClause):
+        return _COMPARISON.fullmatch(element.text) is not None
+    if isinstance(element, ColumnClause) and element.is_literal:
+        return _COMPARISON.fullmatch(element.name) is not None
+    operator = getattr(element, "operator", None)
+    return not isinstance(operator, operators.custom_op) or _SYMBOL.fullmatch(operator.opstring) is not None
 
 
 def _conjuncts(clause: Any) -> Iterator[Any]:

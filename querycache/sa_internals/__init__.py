@@ -99,6 +99,7 @@ from querycache.sa_internals.writing import (
     prefixes,
     replaces,
     savepoint_word,
+    suffixes,
     unflushed,
     written,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "run_later_handlers",
     "run_statement",
     "savepoint_word",
+    "suffixes",
     "tables_in",
     "tables_of",
     "tap",

@@ -43,6 +43,7 @@ __all__ = [
     "prefixes",
     "replaces",
     "savepoint_word",
+    "suffixes",
     "unflushed",
     "written",
 ]
@@ -148,6 +149,11 @@ def inserts_one(statement: Any) -> bool:
 def prefixes(statement: Any) -> list[str]:
     """What an INSERT, UPDATE or DELETE was given by ``prefix_with()``, as text."""
     return [str(clause) for clause, _ in statement._prefixes]
+
+
+def suffixes(statement: Any) -> list[str]:
+    """What a SELECT was given by ``suffix_with()``, as text."""
+    return [str(clause) for clause, _ in statement._suffixes]
 
 
 def names_entity(statement: Any) -> bool:

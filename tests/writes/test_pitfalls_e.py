@@ -19,6 +19,7 @@ import pytest
 from dogpile.cache import register_backend
 from redis import Redis
 from sqlalchemy import (
+    Boolean,
     Column,
     Computed,
     Connection,
@@ -30,6 +31,7 @@ from sqlalchemy import (
     String,
     Table,
     and_,
+    bindparam,
     create_engine,
     delete,
     event,
@@ -41,6 +43,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.orm import (
@@ -760,6 +763,17 @@ other = aliased(Member)
         select(select(Member.id).where(Member.number > 50).subquery()),
         select(Author.id, other.id).outerjoin(other, and_(other.id == 2, other.number > 50)),
         select(Member.id).where(Member.id == 1).union_all(select(other.id).where(other.number > 50)),
+        # What SQLAlchemy puts into no parentheses.
+        select(Member.id).where(Member.id == 1, text("number < 0 OR number > 50")),
+        select(Member.id).where(
+            text("number > 50 -- or else"), Member.id == bindparam("id", 1, literal_execute=True)
+        ),
+        select(Member.id).where(Member.id == 1, literal_column("number < 0 OR number > 50")),
+        select(Member.id).where(Member.id == 1, type_coerce(text("number < 0 OR number > 50"), Boolean)),
+        select(Member.id).where(
+            Member.id == 1, (Member.number < 0).op("OR", precedence=20)(Member.number > 50)
+        ),
+        select(Member.id).where(Member.id == 1).suffix_with("OR number > 50"),
     ],
     ids=str,
 )
@@ -767,6 +781,18 @@ def test_E16_only_top_level_conjuncts_pin(members: Library, statement: Any) -> N
     members.fill(statement)
     rename_member(members, 2, number=60)
     assert members.is_right(statement)
+    assert members.outcome(statement) == "hit"
+
+
+@pytest.mark.parametrize(
+    "sql", ["number = 1", "number is not null", "number > :least", "email <> 'x y'", "number"]
+)
+def test_a_comparison_in_text_leaves_a_pin(members: Library, sql: str) -> None:
+    statement = select(Member.id).where(
+        Member.id == 1, text(sql).bindparams(**{"least": 0} if ":" in sql else {})
+    )
+    members.fill(statement)
+    rename_member(members, 2, number=60)
     assert members.outcome(statement) == "hit"
 
 
