@@ -12,7 +12,7 @@ then until the transaction ends, for it has written the row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,22 @@ class FlushedRows:
     known: bool | None = None
     updated: set[tuple[object, ...]] = field(default_factory=set)
     moved: bool = False
+
+    def inserting(self, parameters: Iterable[Mapping[str, object]]) -> None:
+        """Take in what an INSERT is given. The object may tell otherwise by the end of the flush, where a listener has set or
+        refreshed an attribute."""
+        for given in parameters:
+            for column in self.written.tracked:
+                if column.key in given:
+                    self.values.add((column.name, given[column.key]))
+
+    def setting(self, keys: Collection[str]) -> None:
+        """Take in which columns an UPDATE sets. What was in them the object may not tell any more by the end of the flush."""
+        for column in self.written.tracked:
+            if column.key in keys:
+                self.moved = True
+                if column.primary_key:
+                    self.known = False
 
     def add(self, state: Any, deleted: bool) -> None:
         """Take in what an object knows of its row."""

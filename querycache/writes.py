@@ -272,8 +272,12 @@ class Writes:
         rows = tables.get(key)
         if rows is None:
             rows = tables[key] = FlushedRows(written, schemas)
-        if written.followed and context.isupdate:
-            sa_internals.ask_for(context, written.table, rows.written.followed, rows.returned)
+        if context.isinsert:
+            rows.inserting(context.compiled_parameters)
+        elif context.isupdate:
+            rows.setting(sa_internals.keys_set(context.compiled))
+            if written.followed and not rows.moved:
+                sa_internals.ask_for(context, written.table, rows.written.followed, rows.returned)
 
     def _note_ddl(self, connection: Connection, context: Any) -> None:
         element = getattr(context.compiled.statement, "element", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -37,6 +37,7 @@ __all__ = [
     "is_of_relationship",
     "is_unit_of_work",
     "just_flushed",
+    "keys_set",
     "made_by_flush",
     "names_entity",
     "old_and_new",
@@ -127,6 +128,13 @@ def columns_set(statement: Any) -> list[Any]:
     """The columns that an INSERT or UPDATE was told in ``values()`` or the like; strings where they were named."""
     pairs = getattr(statement, "_ordered_values", None)
     return [column for column, _ in pairs] if pairs else list(statement._values or ())
+
+
+def keys_set(compiled: Any) -> Collection[str]:
+    """The keys of the columns that an UPDATE of the unit of work sets, and of the parameters of its WHERE clause."""
+    keys: list[str] = compiled.column_keys or []
+    told = compiled.statement._values
+    return {*keys, *(getattr(each, "key", each) for each in told)} if told else keys
 
 
 def columns_upserted(statement: Any) -> list[Any]:

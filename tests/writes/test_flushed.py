@@ -6,9 +6,9 @@ import warnings
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, ForeignKey, String, event, insert, select, update
+from sqlalchemy import Connection, Engine, ForeignKey, String, event, exc, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, attributes, mapped_column, object_session
 from sqlalchemy.orm.exc import StaleDataError
 
 from tests.writes.library import Author, Book
@@ -172,3 +172,66 @@ def test_what_a_failed_flush_has_written_in_spite_of_all(mariadb_engine: Engine)
         assert library.is_right(two)
     finally:
         Own.metadata.drop_all(library.engine)
+
+
+def read_again(book: Book, connection: Connection) -> None:
+    session = object_session(book)
+    assert session is not None
+    session.refresh(book)
+
+
+def populate(book: Book, connection: Connection) -> None:
+    session = object_session(book)
+    assert session is not None
+    statement = select(Book).where(Book.id == book.id)
+    session.scalars(statement, execution_options={"populate_existing": True}).all()
+
+
+def take_for_loaded(book: Book, connection: Connection) -> None:
+    attributes.set_committed_value(book, "author_id", book.author_id)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("look", [read_again, populate, take_for_loaded])
+def test_a_listener_that_reads_what_was_flushed(library: Library, look: Any, by_hand: bool) -> None:
+    """To see what triggers have made of it, for example: its object knows nothing of before then."""
+
+    def listener(mapper: Any, connection: Connection, book: Book) -> None:
+        look(book, connection)
+
+    event.listen(Book, "after_update", listener)
+    try:
+        of_author = [select(Book.id).where(Book.author_id == author) for author in (1, 2, 3)]
+        library.write(update(Book).where(Book.id == 2).values(author_id=1))
+        library.fill(*of_author)
+        with library.sessions() as session:
+            book = session.get_one(Book, 2)
+            book.author_id = select(Author.id).where(Author.id == 3).scalar_subquery() if by_hand else 3  # type: ignore[assignment]
+            session.commit()
+        assert all(map(library.is_right, of_author))
+    finally:
+        event.remove(Book, "after_update", listener)
+
+
+@pytest.mark.parametrize("name", ["after_insert", "after_update"])
+def test_a_listener_that_sets_what_was_flushed(library: Library, name: str) -> None:
+    """Too late to be written with it; SQLAlchemy takes it for what the row has."""
+
+    def move(mapper: Any, connection: Connection, book: Book) -> None:
+        book.author_id = 2
+
+    of_author = [select(Book.id).where(Book.author_id == author) for author in (1, 2, 3)]
+    library.write(update(Book).where(Book.id == 2).values(author_id=1))
+    library.fill(*of_author)
+    event.listen(Book, name, move)
+    try:
+        with library.sessions() as session, warnings.catch_warnings():
+            warnings.simplefilter("ignore", exc.SAWarning)
+            if name == "after_insert":
+                session.add(Book(id=77, title="late", price=1, author_id=3))
+            else:
+                session.get_one(Book, 2).author_id = 3
+            session.commit()
+    finally:
+        event.remove(Book, name, move)
+    assert all(map(library.is_right, of_author))
