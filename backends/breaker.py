@@ -38,7 +38,7 @@ class CircuitBreaker:
         self._server = server
         self._clock = clock
         self._lock = forks.lock()
-        self._fault: BaseException | None = None
+        self._fault = ""  # what it was; not the exception, which would keep alive whatever was under way
         self._next_try = 0.0
 
     def admit(self, *, essential: bool = False) -> None:
@@ -47,10 +47,10 @@ class CircuitBreaker:
         :param essential: let the call through even when the circuit is open.
         :raises CacheUnavailable: the circuit is open.
         """
-        if self._fault is None:
+        if not self._fault:
             return
         with self._lock:
-            if self._fault is None or essential:
+            if not self._fault or essential:
                 return
             now = self._clock()
             if now < self._next_try:
@@ -61,21 +61,22 @@ class CircuitBreaker:
 
     def succeeded(self) -> None:
         """The server answered."""
-        if self._fault is not None:
+        if self._fault:
             with self._lock:
-                over, self._fault = self._fault is not None, None
+                over, self._fault = bool(self._fault), ""
             if over:
                 _log.info("%s answers again", self._server)
 
     def failed(self, fault: BaseException) -> None:
         """The server did not answer, or broke the connection."""
+        told = str(fault) or type(fault).__name__
         with self._lock:
-            new, self._fault = self._fault is None, fault
+            new, self._fault = not self._fault, told
             self._next_try = self._clock() + COOL_DOWN
         if new:
             _log.warning(
                 "%s does not answer, so the database is asked; trying again every %g s: %s",
                 self._server,
                 COOL_DOWN,
-                fault,
+                told,
             )

@@ -5,11 +5,15 @@ hits or fills under it while the commit becomes visible. **Phase two**, just aft
 also where COMMIT failed or its outcome is unknown.
 
 A ledger that cannot be reached in phase one is owed the new versions where the transaction commits all the same. As long as
-they are owed, this process takes no answer from it.
+they are owed, this process takes no answer from it, and a thread tries to tell it.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -44,6 +48,17 @@ class Marking:
     unmarked: list[Ledger] = field(default_factory=list)
 
 
+@dataclass(eq=False, slots=True)
+class _Commit:
+    """One that a ledger was not told of.
+
+    Attributes:
+        certain: False where nobody knows whether it has taken place yet.
+    """
+
+    certain: bool
+
+
 class Phases:
     """Tells the ledgers of the commits of this process.
 
@@ -64,7 +79,8 @@ class Phases:
         self._on_outage = on_outage
         self._lock = forks.lock()
         # By tag, for the commit that owes it last: what is owed anew while it is paid is owed still.
-        self._owed: dict[Ledger, dict[str, object]] = {}
+        self._owed: dict[Ledger, dict[str, _Commit]] = {}
+        self._payer: threading.Thread | None = None
 
     def one(self, marking: Marking, tags: set[str]) -> None:
         """Phase one, before COMMIT: mark those tags that are not marked yet.
@@ -117,16 +133,40 @@ class Phases:
                 if not ledger.store.atomic:
                     unmarked.append(ledger)
         for ledger in unmarked:
-            self._owe(ledger, tags)
+            self._owe(ledger, tags, _Commit(certain))
             if self.owes(ledger, essential=True):
                 self._telemetry.emit("error", "", "", "unavailable at commit")
+                self._pay_later()
+        if self._owed:
+            self.pay()
 
-    def _owe(self, ledger: Ledger, tags: set[str]) -> None:
+    def _owe(self, ledger: Ledger, tags: set[str], commit: _Commit) -> None:
         with self._lock:
-            owed = self._owed.get(ledger, {}) | dict.fromkeys(self._regions.tag_keys(tags), object())
+            owed = self._owed.get(ledger, {}) | dict.fromkeys(self._regions.tag_keys(tags), commit)
             if len(owed) > MOST_OWED:
-                owed = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), object())
+                commit = _Commit(all(each.certain for each in owed.values()))
+                owed = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), commit)
             self._owed[ledger] = owed
+
+    def _pay_later(self) -> None:
+        """Have a thread pay what is owed, since nobody may ask or commit here for a long time."""
+        with self._lock:
+            if self._payer is None or not self._payer.is_alive():  # as after a fork
+                payer = threading.Thread(
+                    target=_pay, args=(weakref.ref(self),), name="querycache-debts", daemon=True
+                )
+                with suppress(RuntimeError):  # where the interpreter is about to end
+                    payer.start()
+                    self._payer = payer
+
+    def pay(self) -> bool:
+        """Tell the ledgers what they are owed, as far as they can be reached. Returns True while there is some left."""
+        for ledger in list(self._owed):
+            self.owes(ledger)
+        with self._lock:
+            if not self._owed and self._payer is threading.current_thread():
+                self._payer = None  # it ends now, and must not be taken for one that pays what is owed next
+            return bool(self._owed)
 
     def owes(self, ledger: Ledger, *, essential: bool = False) -> bool:
         """True while a ledger could not be told of a commit; tells it, if it can be reached now.
@@ -141,7 +181,10 @@ class Phases:
         if not owed:
             return False
         try:
-            ledger.bump(sorted(owed), essential=essential)
+            ledger.bump(list(owed), essential=essential)
+            uncertain = [tag for tag, commit in owed.items() if not commit.certain]
+            if uncertain and ledger.store.atomic:
+                ledger.begin(uncertain)  # to heal, as the marks of a writer that died
         except CacheUnavailable:
             return True
         with self._lock:
@@ -159,3 +202,17 @@ class Phases:
     def marks(self, ledger: Ledger) -> bool:
         """True if no commit becomes visible before its tags were marked in a ledger, so that what is clean is current."""
         return self._consistency == "strict" and ledger.store.atomic
+
+
+_PAY_EVERY = 1.0
+"""Seconds between two attempts."""
+
+
+def _pay(reference: weakref.ref[Phases]) -> None:
+    """What the thread does until nothing is owed any more, or nobody needs it."""
+    while True:
+        time.sleep(_PAY_EVERY)
+        phases = reference()
+        if phases is None or not phases.pay():
+            return
+        del phases

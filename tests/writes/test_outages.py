@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -37,6 +39,15 @@ class Candle(Base):
     watts: Mapped[int]
 
 
+def outage() -> AbstractContextManager[object]:
+    """Writers cannot reach Redis, nothing that they say."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise CacheUnavailable("it does not answer")
+
+    return mock.patch.multiple(RedisBackend, begin=fail, bump=fail)
+
+
 @pytest.mark.parametrize("owed", [Lamp, Candle])
 def test_what_is_owed_while_another_thread_pays(
     sqlite_engine: Engine, redis_store_url: str, owed: type[Lamp | Candle]
@@ -67,12 +78,6 @@ def test_what_is_owed_while_another_thread_pays(
     def write(cls: type[Lamp | Candle], watts: int) -> None:
         with factory.begin() as session:
             session.execute(update(cls).values(watts=watts))
-
-    def fail(*_: object, **__: object) -> None:
-        raise CacheUnavailable("it does not answer")
-
-    def outage() -> AbstractContextManager[object]:
-        return mock.patch.multiple(RedisBackend, begin=fail, bump=fail)
 
     pay: Callable[..., None] = RedisBackend.bump
 
@@ -138,7 +143,7 @@ def test_a_dogpile_backend_is_owed_what_it_could_not_be_told(sqlite_engine: Engi
     Base.metadata.create_all(sqlite_engine)
     switched = Switched()
     region = make_region().configure("dogpile.cache.memory", wrap=[switched])
-    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(sqlite_engine)
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(create_engine(sqlite_engine.url))
     writer = QueryCache(region).attach(mine)
     QueryCache(region).attach(elsewhere)
     with mine.begin() as session:
@@ -165,7 +170,7 @@ def test_a_long_debt_is_paid_in_short(sqlite_engine: Engine, private_server: Cal
     """It does not grow for as long as an outage lasts, and is paid within the time that an answer may take."""
     Base.metadata.create_all(sqlite_engine)
     server = private_server("redis")
-    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(sqlite_engine)
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(create_engine(sqlite_engine.url))
     url = f"{server.url}?timeout=0.3"
     writer = QueryCache(url, lease=0.1).attach(mine)
     other = QueryCache(url, lease=0.1).attach(elsewhere)
@@ -226,3 +231,102 @@ def test_by_hand_every_store_is_told_that_can_be(
     with pytest.raises(CacheUnavailable, match="Redis at"):
         cache.invalidate(tables=["lamp"])
     assert [ask("default"), ask("memory")] == [1, 1]
+
+
+@pytest.mark.parametrize("then", ["nothing", "commits", "asks another"])
+def test_who_does_not_ask_a_store_pays_it_all_the_same(
+    sqlite_engine: Engine, redis_store_url: str, then: str
+) -> None:
+    Base.metadata.create_all(sqlite_engine)
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(create_engine(sqlite_engine.url))
+    QueryCache({"default": redis_store_url, "memory": "memory://"}, lease=0.1).attach(mine)
+    other = QueryCache(redis_store_url, lease=0.1).attach(elsewhere)
+    with mine.begin() as session:
+        session.add_all([Lamp(id=1, watts=0), Candle(id=1, watts=0)])
+
+    def ask() -> int | None:
+        with elsewhere() as session:
+            return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
+
+    with other.recording() as events:
+        while not events or events[-1].outcome != "hit":
+            assert ask() == 0
+            time.sleep(0.01)
+    with outage(), mine.begin() as session:
+        session.execute(update(Lamp).values(watts=1))
+    until = time.monotonic() + 20
+    while ask() != 1 and time.monotonic() < until:
+        if then == "commits":
+            with mine.begin() as session:
+                session.execute(update(Candle).values(watts=Candle.watts + 1))
+        elif then == "asks another":
+            with mine() as session:
+                asked = select(Candle.watts).execution_options(cache_key=True, cache_region="memory")
+                session.scalar(asked)
+        time.sleep(0.2)
+    assert ask() == 1
+
+
+def test_the_thread_that_pays_ends(sqlite_engine: Engine, private_server: Callable[[str], Server]) -> None:
+    """When all is paid, and when nobody has the cache any more. After that it begins anew."""
+    Base.metadata.create_all(sqlite_engine)
+    server = private_server("redis")
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache(server.url).attach(factory)
+
+    def owe() -> list[threading.Thread]:
+        before = threading.enumerate()
+        server.kill()
+        with factory.begin() as session:
+            session.add(Lamp(watts=0))
+        return [each for each in threading.enumerate() if each not in before]
+
+    for _ in range(2):
+        [payer] = owe()
+        server.start()
+        payer.join(20)
+        assert not payer.is_alive()
+    [payer] = owe()
+    cache.detach(factory).detach(sqlite_engine)
+    del cache
+    gc.collect()
+    payer.join(20)
+    assert not payer.is_alive()
+
+
+@pytest.mark.parametrize("consistency", ["strict", "commit"])
+def test_a_commit_of_unknown_outcome_that_a_store_missed(
+    postgresql_engine: Engine, redis_store_url: str, consistency: Any
+) -> None:
+    """Whoever is told of it takes place before it may."""
+    Base.metadata.drop_all(postgresql_engine)
+    Base.metadata.create_all(postgresql_engine)
+    mine, elsewhere = sessionmaker(postgresql_engine), sessionmaker(create_engine(postgresql_engine.url))
+    writer = QueryCache(redis_store_url, lease=3, consistency=consistency).attach(mine)
+    other = QueryCache(redis_store_url, lease=3, consistency=consistency).attach(elsewhere)
+    with mine.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+
+    def ask() -> int | None:
+        with elsewhere() as session:
+            return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
+
+    with other.recording() as events:
+        while not events or events[-1].outcome != "hit":
+            assert ask() == 0
+            time.sleep(0.05)
+    with mine() as session:
+        session.execute(update(Lamp).values(watts=1))
+        transaction = session.connection()
+        with outage():
+            writer._writes.commit(transaction.info, transaction.dialect)
+        writer._writes.end(transaction.info, "unknown")  # and now the server is at it
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            assert ask() == 0
+            time.sleep(0.05)
+        connection = transaction.connection.dbapi_connection
+        assert connection is not None
+        connection.commit()
+        session.invalidate()
+    assert ask() == 1
