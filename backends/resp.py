@@ -1,8 +1,8 @@
 """The wire to Redis: its protocol, over connections that redis-py opens.
 
-redis-py knows how to connect: addresses, TLS, passwords, databases. What follows for each lookup is a few lines, which
-hiredis does the work of: that is half the time of redis-py's own pool and reply handling, and most of what a lookup
-costs beside the round trip itself.
+redis-py knows how to connect: addresses, sockets, TLS. What follows for each lookup is a few lines, which hiredis does the
+work of: that is half the time of redis-py's own pool and reply handling, and most of what a lookup costs beside the round
+trip itself. User, password and database are told here as well: redis-py would wait for each byte of the answers anew.
 """
 
 from __future__ import annotations
@@ -107,6 +107,10 @@ CONNECTIONS = {"redis": _TcpConnection, "rediss": _TlsConnection, "unix": _UnixC
 """By scheme of an address, what a :class:`Wire` is made of."""
 
 
+def _say_nothing(connection: object) -> None:
+    pass
+
+
 class Wire:
     """One connection, open or not. For one thread at a time.
 
@@ -122,6 +126,7 @@ class Wire:
 
     def __init__(self, connection: Any, introduce: Callable[[Wire], None]) -> None:
         self._connection = connection
+        connection.redis_connect_func = _say_nothing  # in place of what redis-py says when it has connected
         self._introduce = introduce
         self._socket: Any = None
         self._reader: Any = None
@@ -151,10 +156,9 @@ class Wire:
                 protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
             )
             self._has_data = _watch(self._socket)
+            self._sign_in(self._connection.username, self._connection.password or "")
+            self._select(self._connection.db)
             self._introduce(self)
-        except TypeError as error:  # of redis-py, which says something first: as below
-            self.close()
-            raise redis.InvalidResponse("a reply that cannot be read") from error
         except BaseException:
             self.close()
             raise
@@ -200,6 +204,24 @@ class Wire:
         self._socket = self._reader = self._again = None
         self._has_data = list  # lets go of the socket
         self._connection.disconnect()
+
+    def _sign_in(self, user: str | None, password: str) -> None:
+        if not user and not password:
+            return
+        [reply] = self.converse([("AUTH", user, password) if user else ("AUTH", password)])
+        if user and "wrong number of arguments" in str(reply):  # Redis 5 has no users
+            [reply] = self.converse([("AUTH", password)])
+        if reply != b"OK":
+            # A server without AUTH repeats what it was told.
+            told = str(reply).replace(password, "***") if password else reply
+            raise redis.AuthenticationError(f"it does not take this user and password: {told}")
+
+    def _select(self, database: int) -> None:
+        if not database:  # as it is; a proxy need not know the command
+            return
+        [reply] = self.converse([("SELECT", str(database))])
+        if reply != b"OK":
+            raise redis.ConnectionError(f"it gives no access to database {database}: {reply}")
 
     def _settle(self) -> None:
         """Read the reply to what was posted, if anything was."""

@@ -28,6 +28,7 @@ from querycache.store import StoreBackend
 from tests.servers import Server
 from tests.stores.contract import (
     Connect,
+    FakeServer,
     ServerContract,
     StoreContract,
     fresh_names,
@@ -592,6 +593,85 @@ class TestRedis(StoreContract, ServerContract):
                 os._exit(0 if ok else 1)
         assert all(store.fetch("missing")[0] is None for _ in range(200))
         assert os.waitpid(child, 0)[1] == 0
+
+    # --- Users, passwords and databases -----------------------------------------------------------
+
+    @pytest.mark.parametrize(
+        ("credentials", "database", "message"),
+        [
+            (":secret", 3, None),
+            ("default:secret", 0, None),
+            ("me:s%40%2F%20cret", 3, None),
+            ("", 0, "Authentication required"),
+            ("", 3, "Authentication required"),
+            (":wrong", 0, "password: WRONGPASS"),
+            ("me:wrong", 3, "password: WRONGPASS"),
+            ("nobody@", 0, "password: WRONGPASS"),
+            (":secret", 99, "database 99: ERR DB index is out of range"),
+            ("no_select:1", 0, None),
+            ("no_select:1", 3, "database 3: NOPERM"),
+            ("no_info:1", 0, "run id, which this user needs to see: NOPERM"),
+        ],
+    )
+    def test_who_is_let_in_and_to_which_database(
+        self, private_redis: Server, credentials: str, database: int, message: str | None
+    ) -> None:
+        netloc = urlsplit(private_redis.url).netloc
+        with redis.Redis.from_url(private_redis.url) as client:
+            for rules in (
+                ("me", ">s@/ cret"),
+                ("no_select", ">1", "-select"),
+                ("no_info", ">1", "-info"),
+            ):
+                name, password, *limits = rules
+                client.execute_command("ACL", "SETUSER", name, "on", password, "~*", "&*", "+@all", *limits)
+            client.config_set("requirepass", "secret")
+            at = "" if not credentials else f"{credentials.removesuffix('@')}@"
+            store = RedisBackend({"url": f"redis://{at}{netloc}/{database}"})
+            if message is None:
+                store.store("entry", b"payload")
+                assert store.fetch("entry")[0] == b"payload"
+                assert client.execute_command("INFO", "keyspace").keys() == {f"db{database}"}
+            else:
+                with pytest.raises(CacheUnavailable, match=message):
+                    store.ping()
+            store.close()
+            client.config_set("requirepass", "")
+
+    def test_a_server_without_users_is_told_the_password_alone(self) -> None:
+        """As Redis 5 is."""
+        told = []
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for answer in (b"-ERR wrong number of arguments for 'auth' command\r\n", b"+OK\r\n"):
+                    told.append(connection.recv(65_536))
+                    connection.sendall(answer)
+                connection.recv(65_536)
+                connection.sendall(b"$8\r\nrun_id:1\r\n" + b"+OK\r\n" * 5)
+                connection.recv(65_536)
+                connection.sendall(b"+PONG\r\n")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=serve, daemon=True).start()
+            store = RedisBackend({"url": f"redis://me:secret@127.0.0.1:{listener.getsockname()[1]}"})
+            store.ping()
+            store.close()
+        assert told == [
+            b"*3\r\n$4\r\nAUTH\r\n$2\r\nme\r\n$6\r\nsecret\r\n",
+            b"*2\r\n$4\r\nAUTH\r\n$6\r\nsecret\r\n",
+        ]
+
+    def test_a_password_that_the_server_repeats_shows_in_no_error(self) -> None:
+        """Of a command that it does not know Redis repeats the arguments."""
+        answer = b"-ERR unknown command 'AUTH', with args beginning with: 'me' 'secret' \r\n"
+        with FakeServer(answer) as server:
+            store = RedisBackend({"url": f"redis://me:secret@127.0.0.1:{server.port}"})
+            with pytest.raises(CacheUnavailable, match="unknown command 'AUTH'") as raised:
+                store.ping()
+            assert "secret" not in str(raised.value)
+            assert "secret" not in str(raised.value.__cause__)
 
     # --- Configuration ----------------------------------------------------------------------------
 
