@@ -145,7 +145,8 @@ class MemcachedBackend(StoreBackend):
         batches: dict[Server, Pipeline] = {}
         for key in keys:
             batches.setdefault(self._server_of(key), Pipeline()).add(b"ms %b 0 T-1" % _encode(key), b"")
-        converse(list(batches.items()))
+        for server, replies in zip(batches, converse(list(batches.items())), strict=True):
+            _must_be_done(server, replies)
 
     def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
         names = list(keys)
@@ -215,7 +216,7 @@ class MemcachedBackend(StoreBackend):
         steps = Pipeline()
         for counter in counters:
             steps.add(b"ma %b D%d" % (_encode(counter), versions.GENERATION))
-        self._step(steps, essential=essential)
+        _must_be_done(self._ledger, self._step(steps, essential=essential))
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         found = self._read_for_change([counter for counter, _, _ in changes])
@@ -321,6 +322,13 @@ def _encode(key: str) -> bytes:
 
 def _version(reply: Reply) -> int | None:
     return None if reply.value is None else versions.parse(reply.value)
+
+
+def _must_be_done(server: Server, replies: Iterable[Reply]) -> None:
+    for reply in replies:
+        # What is missing, or no number, is no counter: there was nothing to do.
+        if reply.code not in (b"HD", b"NF") and not reply.code.endswith(b" non-numeric value"):
+            raise CacheUnavailable(f"{server.name} refused: {reply.code!r}")
 
 
 def _add_change(steps: Pipeline, counter: str, found: Reply, version: int) -> None:

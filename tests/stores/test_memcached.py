@@ -405,6 +405,25 @@ class TestMemcached(StoreContract, ServerContract):
         assert is_new(read(store, [name])[0], versions.GIVEN_UP)
 
     @pytest.mark.parametrize(
+        "answer", [b"SERVER_ERROR out of memory", b"CLIENT_ERROR bad command", b"ERROR", b"VA"]
+    )
+    def test_what_the_server_did_not_do_is_not_taken_for_done(
+        self, store: MemcachedBackend, monkeypatch: pytest.MonkeyPatch, answer: bytes
+    ) -> None:
+        names = put(store, [versions.fresh(), versions.fresh()])
+        read_reply = meta._Connection.read_reply
+        answers = iter([False, True] * 2)
+
+        def refused(connection: meta._Connection) -> meta.Reply:
+            reply = read_reply(connection)
+            return meta.Reply(answer) if next(answers) else reply
+
+        monkeypatch.setattr(meta._Connection, "read_reply", refused)
+        for step in (store.bump, store.remove):
+            with pytest.raises(CacheUnavailable, match=answer.decode()):
+                step(names)
+
+    @pytest.mark.parametrize(
         ("settings", "noop", "message"),
         [
             (b"STAT item_size_max 1048576\r\nEND\r\n", b"ERROR\r\n", "memcached 1.6 or later is needed"),
