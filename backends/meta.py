@@ -172,6 +172,7 @@ class _Connection:
         while (line := self._read_line()) != b"END":
             kind, _, rest = line.decode("utf-8", "replace").partition(" ")
             if kind != "STAT":
+                _must_be_no_outage(line)
                 raise UnsuitableServer(f"answers {line[:80]!r} to {command.decode()!r}")
             name, _, found[name] = rest.partition(" ")
         return found
@@ -181,6 +182,12 @@ class _Connection:
         if not line.endswith(b"\r\n"):
             raise ConnectionError("the server closed the connection" if len(line) < 2**16 else "no line ends")
         return line[:-2]
+
+
+def _must_be_no_outage(answer: bytes) -> None:
+    """A server that has no room for one more connection, for example, is none that cannot do what it is asked."""
+    if answer.startswith((b"ERROR ", b"SERVER_ERROR ")):
+        raise ConnectionError(answer[:80].decode("utf-8", "replace"))
 
 
 class _Slot:
@@ -225,7 +232,9 @@ class Server:
         settings = connection.read_statistics(b"stats settings")
         connection.send(b"mn\r\n")
         connection.start()
-        if connection.read_reply().code != b"MN":
+        answer = connection.read_reply().code
+        if answer != b"MN":
+            _must_be_no_outage(answer)
             raise UnsuitableServer("is too old: memcached 1.6 or later is needed, for its meta commands")
         if settings.get("cas_enabled", "yes") != "yes":
             raise UnsuitableServer("runs with --disable-cas; tag versions need the CAS values")

@@ -443,6 +443,24 @@ class TestMemcached(StoreContract, ServerContract):
             with pytest.raises(ConfigurationError, match=message):
                 store.ping()
 
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"ERROR Too many open connections\r\n",
+            b"SERVER_ERROR out of memory\r\n",
+            b"STAT item_size_max 1048576\r\nEND\r\nERROR Too many open connections\r\n",
+            b"STAT item_size_max 1048576\r\nEND\r\nSERVER_ERROR backend timeout\r\n",
+        ],
+    )
+    def test_a_server_that_has_no_room_now_is_not_unsuitable(self, answer: bytes) -> None:
+        for call in (MemcachedBackend.ping, lambda store: store.fetch("entry")):
+            with FakeServer(answer) as server:
+                store = MemcachedBackend({"servers": [f"127.0.0.1:{server.port}"]})
+                with pytest.raises(
+                    CacheUnavailable, match=r"does not answer: .*(open connections|out of|timeout)"
+                ):
+                    call(store)
+
     # --- Pools and processes ----------------------------------------------------------------------
 
     def test_more_threads_than_connections_wait_no_longer_than_the_timeout(
