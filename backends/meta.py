@@ -27,6 +27,7 @@ __all__ = ["Pipeline", "Reply", "Server", "UnsuitableServer", "converse"]
 _PORT = 11211
 _IN_FLIGHT = 32 * 2**10  # bytes that are sent without reading replies; less than any socket buffer holds
 _MOST_BYTES = 2**30
+_MOST_STATISTICS = 10_000  # lines; memcached 1.6 sends about a hundred
 _NUMBER = re.compile(rb"[0-9]{1,20}")  # of 64 bits
 
 
@@ -169,12 +170,16 @@ class _Connection:
         self._socket.sendall(command + b"\r\n")
         self.start()
         found: dict[str, str] = {}
+        lines = 0
         while (line := self._read_line()) != b"END":
             kind, _, rest = line.decode("utf-8", "replace").partition(" ")
             if kind != "STAT":
                 _must_be_no_outage(line)
                 raise UnsuitableServer(f"answers {line[:80]!r} to {command.decode()!r}")
             name, _, found[name] = rest.partition(" ")
+            lines += 1
+            if lines > _MOST_STATISTICS:
+                raise ConnectionError("statistics without end")
         return found
 
     def _read_line(self) -> bytes:

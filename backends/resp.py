@@ -23,6 +23,8 @@ Command = tuple[Any, ...] | bytes
 """The words of a command, texts and bytes; or a whole command as it is sent."""
 
 _CHUNK = 2**16
+_LONGEST_LINE = 2**16  # that tells a number, a length or an error
+_MOST_BYTES = 2**30  # of an answer; a value has 2**29 at most
 _INCOMPLETE = object()
 
 
@@ -243,11 +245,13 @@ class Wire:
         try:
             reply = self._reader.gets()
             return self._read() if reply is _INCOMPLETE else reply
-        except TypeError as error:  # a map of RESP 3 whose keys are arrays, for example
+        except (TypeError, MemoryError) as error:  # a map of RESP 3 whose keys are arrays; a list of billions
             raise redis.InvalidResponse("a reply that cannot be read") from error
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""
+        in_line = not self._reader.has_data()  # what comes next begins with a line
+        received = 0
         while True:
             data = self._socket.recv(_CHUNK)
             if not data:
@@ -257,3 +261,7 @@ class Wire:
             if reply is not _INCOMPLETE:
                 return reply
             self._patience.received(len(data))
+            received += len(data)
+            in_line = in_line and b"\n" not in data
+            if received > (_LONGEST_LINE if in_line else _MOST_BYTES):
+                raise redis.InvalidResponse("an answer without end")

@@ -462,6 +462,16 @@ class ServerContract:
             with pytest.raises(CacheUnavailable, match="takes too long"):
                 store.fetch("entry", ["tag"])
 
+    @pytest.mark.parametrize(
+        "answer", [b"+" + b"x" * 2**17, b"STAT " + b"x" * 2**17, b"STAT x y\r\n" * 2**14]
+    )
+    def test_an_answer_without_end(self, connect: Connect, answer: bytes) -> None:
+        with FloodingServer(answer) as server:
+            store = connect("127.0.0.1", server.port)
+            with pytest.raises(CacheUnavailable, match=r"without end|no line ends|reply type"):
+                store.fetch("entry", ["tag"])
+        assert server.sent < 16 * 2**20
+
     def test_writers_try_all_the_same(self, connect: Connect) -> None:
         with FakeServer(b"") as server:
             store = connect("127.0.0.1", server.port)
@@ -530,6 +540,23 @@ class DrippingServer(FakeServer):
             for _ in range(300):
                 connection.sendall(self._answer or b"")
                 time.sleep(0.01)
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+class FloodingServer(FakeServer):
+    """Sends the same over and over, as long as it is listened to."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(answer)
+        self.sent = 0
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            connection, _ = self._listener.accept()
+            self._open.append(connection)
+            connection.recv(65_536)
+            while self.sent < 64 * 2**20:
+                self.sent += connection.send(self._answer or b"")
             connection.shutdown(socket.SHUT_RDWR)
 
 

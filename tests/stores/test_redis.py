@@ -323,6 +323,34 @@ class TestRedis(StoreContract, ServerContract):
         assert store.fetch("entry")[0] == b"payload"
         store.close()
 
+    @pytest.mark.parametrize("beginning", [b"$200000\r\n", b"*1\r\n$200000\r\n", b":1\r\n*1\r\n$200000\r\n"])
+    def test_a_long_value_without_a_line_end_is_no_answer_without_end(
+        self, redis_store_url: str, beginning: bytes
+    ) -> None:
+        """However it comes in pieces."""
+        answer = beginning + bytes(200_000) + b"\r\n"
+        replies = 1 + beginning.count(b":")
+        for cut in range(1, len(beginning) + 2):
+            wire = RedisBackend({"url": redis_store_url})._pool.take()
+            wire.open()
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                wire._socket = ours
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**20)
+                theirs.sendall(answer[:cut])
+                sender = threading.Timer(0.01, theirs.sendall, (answer[cut:],))
+                sender.start()
+                value = wire.converse([("GET", "x")] * replies)[-1]
+                assert (value[0] if type(value) is list else value) == bytes(200_000)
+                sender.join()
+                wire.close()
+
+    def test_a_list_longer_than_memory_is_a_fault_of_the_server(self) -> None:
+        with FakeServer(b"*4294967295\r\n") as server:
+            store = RedisBackend({"url": f"redis://127.0.0.1:{server.port}"})
+            with pytest.raises(CacheUnavailable, match="cannot be read"):
+                store.fetch("entry", ["tag"])
+
     # --- A server that answers something else ------------------------------------------------------
 
     @pytest.mark.parametrize("garbage", [1, b"OK", None, [], [b"1"], [1, 1, 1], [b"x", [], {}]], ids=repr)
