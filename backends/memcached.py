@@ -85,8 +85,8 @@ class MemcachedBackend(StoreBackend):
         options below in its query or beside it; or ``servers``: the addresses (``host``, ``host:port``,
         ``[v6]:port``, path of a Unix socket), as a list or with commas between. The first holds the ledger.
 
-        ``timeout``: seconds for connecting, for each answer (and as many again for each megabyte of it), and for a
-        free connection (default 0.5).
+        ``timeout``: seconds for connecting (without the time it takes to resolve a name; to each address that the name
+        has), for each answer (and as many again for each megabyte of it), and for a free connection (default 0.5).
 
         ``max_connections``: to each server; more threads than that wait for a free one (default 50).
 

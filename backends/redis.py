@@ -126,8 +126,8 @@ class RedisBackend(StoreBackend):
         ``unix:///path?db=0``, or ``valkey://`` and ``valkeys://``, with these options in its query or beside
         it:
 
-        ``timeout``: seconds for connecting, for each answer (and as many again for each megabyte of it), and for a
-        free connection (default 0.5).
+        ``timeout``: seconds for connecting (without the time it takes to resolve a name; to each address that the name
+        has), for each answer (and as many again for each megabyte of it), and for a free connection (default 0.5).
 
         ``max_connections``: of this process; more threads than that wait for a free one (default 50).
 
