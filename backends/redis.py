@@ -49,7 +49,8 @@ try:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from querycache.backends.resp import CONNECTIONS, INCREMENT, Command, Wire, evaluate, pack, word
+    from querycache.backends.names import COUNTER_TTL, Names, encode
+    from querycache.backends.resp import CONNECTIONS, Command, Wire, evaluate, pack
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -58,10 +59,6 @@ except ImportError as error:
 __all__ = ["RedisBackend"]
 
 T = TypeVar("T")
-
-_COUNTER_TTL = str(30 * 24 * 3600)
-"""Seconds that a counter outlives the last write of its tag. Far longer than any transaction, so no mark
-expires."""
 
 _REMOVING = {
     "del",
@@ -163,7 +160,7 @@ class RedisBackend(StoreBackend):
             raise ConfigurationError("option 'db' is for Unix sockets; write redis://host:6379/0")
         timeout = options.pop("timeout", 0.5)
         self._breaker = CircuitBreaker(self._name)
-        self._known_names = _Names("")
+        self._known_names = Names("")
         most = options.pop("max_connections", 50)
         try:
             # urlunsplit() leaves the two slashes out where no host stands behind them
@@ -191,7 +188,7 @@ class RedisBackend(StoreBackend):
     def fetch(
         self, key: str | None, counters: Sequence[str] = (), meanwhile: Meanwhile | None = None
     ) -> tuple[bytes | None, list[int | None]]:
-        entry = [] if key is None else [_encode(key)]
+        entry = [] if key is None else [encode(key)]
         if not entry and not counters:
             return None, []
         only_a_master = _only_a_master(counters[-1] if counters else "")
@@ -207,17 +204,17 @@ class RedisBackend(StoreBackend):
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
         expiry: Command = () if ttl is None else ("PX", str(max(1, round(ttl * 1000))))
-        [reply] = self._exchange(lambda run: [("SET", _encode(key), payload, *expiry)], refusable=True)
+        [reply] = self._exchange(lambda run: [("SET", encode(key), payload, *expiry)], refusable=True)
         return not isinstance(reply, redis.ResponseError)
 
     def remove(self, keys: Iterable[str]) -> None:
         # Not DEL or UNLINK: where the server has seen none of those, it is known that no counter was removed.
-        commands: list[Command] = [("PEXPIRE", _encode(key), "0") for key in keys]
+        commands: list[Command] = [("PEXPIRE", encode(key), "0") for key in keys]
         if commands:
             self._exchange(lambda run: commands)
 
     def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
-        names = [_encode(key) for key in keys]
+        names = [encode(key) for key in keys]
         [values] = self._exchange(lambda run: [("MGET", *names)], length=len(names)) if names else [[]]
         return [NO_VALUE if value is None else value for value in values]
 
@@ -227,7 +224,7 @@ class RedisBackend(StoreBackend):
         # The writer waits for this, and plain increments take the server half the time of a script.
         if not counters:
             return {}
-        names: _Names
+        names: Names
 
         def marking(run: str) -> list[Command]:
             nonlocal names
@@ -249,7 +246,7 @@ class RedisBackend(StoreBackend):
 
     def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
         """Mark counters that were lost since they were met, hold something else, or have no room for more marks."""
-        arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, _COUNTER_TTL
+        arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
             return {counter: (int(text), 0) for counter, text in zip(counters, reply, strict=True)}
@@ -272,7 +269,7 @@ class RedisBackend(StoreBackend):
         self._speak(post, essential=True)
 
     def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
-        self._run("bump", counters, _COUNTER_TTL, essential=essential)
+        self._run("bump", counters, COUNTER_TTL, essential=essential)
 
     def swap(self, changes: Sequence[tuple[str, int | None, int]]) -> list[bool]:
         if not changes:
@@ -283,14 +280,14 @@ class RedisBackend(StoreBackend):
             for value in ("" if expected is None else expected, version)
         ]
         counters = [counter for counter, _, _ in changes]
-        reply = self._run("swap", counters, _COUNTER_TTL, *pairs, length=len(counters))
+        reply = self._run("swap", counters, COUNTER_TTL, *pairs, length=len(counters))
         return [done == 1 for done in reply]
 
     def settle(self, counters: Sequence[str], witness: str) -> list[int | None]:
         new = versions.fresh()
         created = versions.planted(new)
         keys = [*counters, witness]
-        reply = self._run("settle", keys, new, created, _COUNTER_TTL, length=len(counters))
+        reply = self._run("settle", keys, new, created, COUNTER_TTL, length=len(counters))
         return self._parse(reply)
 
     # -- the server -----------------------------------------------------------------------------------------
@@ -327,10 +324,10 @@ class RedisBackend(StoreBackend):
 
     # -- the wire ----------------------------------------------------------------------------------------
 
-    def _names(self, run: str) -> _Names:
+    def _names(self, run: str) -> Names:
         known = self._known_names
         if known.run != run or time.monotonic() > known.until:
-            known = self._known_names = _Names(run)
+            known = self._known_names = Names(run)
         return known
 
     def _run(
@@ -450,66 +447,7 @@ def _only_a_master(counter: str) -> bytes:
     A master that was demoted goes on to answer reads on the connections that it has, from before what is written elsewhere
     now.
     """
-    return pack(("PEXPIRE", _encode(f"{counter}@"), "0"))  # there is no such key
-
-
-def _encode(key: str) -> bytes:
-    return key.encode("utf-8", "surrogatepass")
-
-
-class _Names(dict[str, bytes]):
-    """What counters are called in one run of the server; for an hour, and not too many of them.
-
-    Attributes:
-        until: when they are to be forgotten, by the monotonic clock.
-        met: those that this process has marked, so that they are likely to be there, packed. They are forgotten when there
-            are too many names, also of those that are only read.
-    """
-
-    def __init__(self, run: str) -> None:
-        self.run = run
-        self.until = time.monotonic() + _NAMES_FOR
-        self.met: dict[str, bytes] = {}
-
-    def __missing__(self, counter: str) -> bytes:
-        if len(self) >= _MOST_NAMES:
-            self.clear()
-            self.met = {}
-        name = self[counter] = _encode(f"{counter}@{self.run}")
-        return name
-
-    def of(self, counters: Iterable[str]) -> list[bytes]:
-        return [self[counter] for counter in counters]
-
-    def packed(self, counters: Iterable[str]) -> list[bytes]:
-        """The same as words of a command."""
-        known = self.met
-        return [known.get(counter) or word(self[counter]) for counter in counters]
-
-    def marking(self, counters: Sequence[str]) -> list[Command]:
-        """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
-        increments: list[Command] = [INCREMENT + packed for packed in self.packed(counters)]
-        new = [counter for counter in counters if counter not in self.met]
-        if not new:
-            return increments
-        planted = str(versions.planted(versions.fresh()))
-        commands: list[Command] = []
-        for each in new:
-            # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
-            commands.append(("SET", self[each], planted, "NX", "EX", _COUNTER_TTL))
-            commands.append(("EXPIRE", self[each], _COUNTER_TTL))
-        return commands + increments
-
-    def meet(self, counters: Sequence[str]) -> None:
-        """Take for there what was marked."""
-        for counter in counters:
-            if counter not in self.met:
-                self.met[counter] = word(self[counter])
-
-
-_NAMES_FOR = 3600.0
-"""Seconds after which counters count as new: a small part of their time to live."""
-_MOST_NAMES = 10_000
+    return pack(("PEXPIRE", encode(f"{counter}@"), "0"))  # there is no such key
 
 
 def _parse_info(reply: bytes) -> dict[str, str]:

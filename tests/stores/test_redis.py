@@ -113,7 +113,7 @@ class TestRedis(StoreContract, ServerContract):
     def test_D13_counters_expire_a_month_after_the_last_write(
         self, store: StoreBackend, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("querycache.backends.redis._NAMES_FOR", 0.0)  # an hour otherwise
+        monkeypatch.setattr("querycache.backends.names._NAMES_FOR", 0.0)  # an hour otherwise
         store.begin(["written"])
         store.settle(["planted"], "witness")
         store.swap([("swapped", None, versions.fresh())])
@@ -213,7 +213,7 @@ class TestRedis(StoreContract, ServerContract):
     ) -> None:
         """Once it is gone, others that have gone with it are taken for clean."""
         names = fresh_names(2)
-        monkeypatch.setattr("querycache.backends.redis._NAMES_FOR", 0.0)  # an hour otherwise
+        monkeypatch.setattr("querycache.backends.names._NAMES_FOR", 0.0)  # an hour otherwise
         store.end(store.begin(names))
         keys = [key for name in names for key in client.keys(f"{name}@*")]
         for key in keys:
