@@ -103,6 +103,8 @@ class FlushedRows:
         columns = self.written.followed
         if not columns:
             self.moved = False
+        elif not self.written.table.implicit_returning:
+            self.moved = True  # a view, for example, or columns that may be written but not read
         elif self.updated and self.known and not self.moved:
             names = [column.name for column in columns]
             unknown = self.updated - self.returned.keys()

@@ -246,6 +246,7 @@ class Writes:
         transaction.tags |= changes.tags
         flush = sa_internals.flush_of(context) if changes.tables else None
         for written in changes.tables:
+            transaction.tags |= self._declared.written_through(written.schema, written.table.name)
             if flush is None:
                 transaction.tags |= written.tags
             else:
@@ -297,6 +298,7 @@ class Writes:
         default = connection.dialect.default_schema_name
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default))
+            self._note(connection, self._declared.written_through(schema, name))
             for each in cascades_elsewhere(name, delete=True) | cascades_elsewhere(name, delete=False):
                 self._note(connection, set_write_tags((None, each), None))
         return bool(text.writes) or not text.understood

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, Protocol, cast
@@ -34,6 +35,8 @@ __all__ = [
     "untap",
 ]
 
+
+_log = logging.getLogger("querycache")
 
 Row = Sequence[object]
 
@@ -197,7 +200,8 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
             with nullcontext() if ending is None else _executed(ending, context):
                 if asked is None or not one_set or hasattr(context, _SENT):
                     return run(cursor, sql, parameters, context)
-                run(cursor, sql + asked.returning(context), parameters, context)
+                with asked.blame(context):
+                    run(cursor, sql + asked.returning(context), parameters, context)
                 asked.give(cursor, context)
         finally:
             setattr(context, _ASKED, None)
@@ -267,6 +271,24 @@ class _Asked:
             known = context.compiled.__dict__[_ASKED] = self.columns, f" RETURNING {', '.join(names)}"
         return known[1]
 
+    @contextmanager
+    def blame(self, context: Any) -> Iterator[None]:
+        """Say so where an UPDATE may have failed for what it was to return: of that the application's error shows nothing."""
+        dbapi = context.dialect.loaded_dbapi
+        try:
+            yield
+        except dbapi.Error as error:
+            if isinstance(error, (dbapi.NotSupportedError, dbapi.ProgrammingError)) or "RETURNING" in str(
+                error
+            ):
+                _log.warning(
+                    "an UPDATE of %s failed that had%s added to it; if that is why, give its Table implicit_returning=False: %s",
+                    self.table,
+                    self.returning(context),
+                    error,
+                )
+            raise
+
     def give(self, cursor: Any, context: Any) -> None:
         rows = cursor.fetchall()
         context._rowcount = len(rows)  # some drivers do not know it now
@@ -274,6 +296,10 @@ class _Asked:
         told = [(tuple(row[: -len(self.columns)]), tuple(row[-len(self.columns) :])) for row in rows]
         for each in self.takers:
             each.update(told)
+
+
+_RETURNING = ("postgresql", "sqlite")
+"""Those that say RETURNING at the end."""
 
 
 def ask_for(
@@ -284,8 +310,8 @@ def ask_for(
 ) -> None:
     """Have an UPDATE that is about to run return columns of the rows it changes, as the driver gives them.
 
-    Where the database cannot, where the statement returns something already or several sets of parameters are given,
-    it returns nothing. Several who ask for the same table ask for the same columns.
+    Where the database cannot, or says it in other words, where the statement returns something already or several sets of
+    parameters are given, it returns nothing. Several who ask for the same table ask for the same columns.
 
     Args:
         context: of the execution.
@@ -295,7 +321,8 @@ def ask_for(
     """
     compiled = context.compiled
     if (
-        context.dialect.update_returning
+        context.dialect.name in _RETURNING
+        and context.dialect.update_returning
         and table.implicit_returning
         and not compiled.effective_returning
         and compiled.statement.table is table

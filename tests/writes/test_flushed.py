@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, ForeignKey, String, event, exc, insert, select, update
+from sqlalchemy import Connection, Engine, ForeignKey, String, event, exc, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, attributes, mapped_column, object_session
 from sqlalchemy.orm.exc import StaleDataError
@@ -130,6 +130,75 @@ def test_names_that_need_quotes_and_tables_that_return_nothing(library: Library,
         assert library.is_right(within)
     finally:
         Own.metadata.drop_all(library.engine)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_table_whose_updates_return_nothing_is_named(
+    sqlite_engine: Engine, caplog: pytest.LogCaptureFixture, silent: bool
+) -> None:
+    """A virtual table cannot return anything; nor can views with rules, or columns that must not be read."""
+
+    class Virtual(DeclarativeBase):
+        pass
+
+    class Note(Virtual):
+        __tablename__ = "note"
+        __table_args__ = {"implicit_returning": False} if silent else {}
+        rowid: Mapped[int] = mapped_column(primary_key=True)
+        author_id: Mapped[int] = mapped_column(ForeignKey(Author.id))
+        words: Mapped[str]
+
+    library = Library(sqlite_engine)
+    with library.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE VIRTUAL TABLE note USING fts5 (author_id, words)")
+        connection.execute(insert(Note).values(rowid=1, author_id=1, words="old"))
+    words = select(Note.words).where(Note.author_id == 1)
+    library.fill(words)
+    with library.sessions() as session:
+        session.get_one(Note, 1).words = "new"
+        if silent:
+            session.commit()
+        else:
+            with pytest.raises(exc.OperationalError):
+                session.commit()
+    assert library.is_right(words)
+    assert bool(caplog.records) is not silent
+    assert silent or "implicit_returning=False" in caplog.text
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+@pytest.mark.parametrize("how", ["flush", "statement", "text"])
+def test_what_is_written_through_a_view(request: pytest.FixtureRequest, database: str, how: str) -> None:
+    class Views(DeclarativeBase):
+        pass
+
+    class Offer(Views):
+        __tablename__ = "offer"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        price: Mapped[int]
+
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    with library.engine.begin() as connection:
+        connection.exec_driver_sql("CREATE OR REPLACE VIEW offer AS SELECT id, price FROM book")
+    library.cache.depends("offer", on=["book"])
+    one, offered = select(Book.price).where(Book.id == 2), select(Offer.id, Offer.price)
+    library.fill(one, offered)
+    try:
+        with library.sessions() as session:
+            if how == "flush":
+                session.get_one(Offer, 2).price = 66
+                session.flush()
+            elif how == "statement":
+                session.execute(update(Offer).where(Offer.id == 2).values(price=66))
+            else:
+                session.execute(text("UPDATE offer SET price = 66 WHERE id = 2"))
+            assert library.ask(one, session) == [(66,)]
+            session.commit()
+        assert library.is_right(one)
+        assert library.is_right(offered)
+    finally:
+        with library.engine.begin() as connection:
+            connection.exec_driver_sql("DROP VIEW offer")
 
 
 # --- a flush that fails ------------------------------------------------------------------------------------------
