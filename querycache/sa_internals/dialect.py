@@ -282,7 +282,7 @@ class _Asked:
                 error
             ):
                 _log.warning(
-                    "an UPDATE of %s failed that had%s added to it; if that is why, give its Table implicit_returning=False: %s",
+                    "an UPDATE of %s failed that had%s added; if that is why, give the Table implicit_returning=False: %s",
                     self.table,
                     self.returning(context),
                     error,
