@@ -21,7 +21,7 @@ from typing import Any, cast
 from sqlalchemy import Alias, BindParameter, ColumnClause, ColumnElement, Select, String, Table, TextClause
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping
+from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping, quoted_name
 from sqlalchemy.sql.visitors import iterate
 
 from querycache.keys import structure_digest
@@ -130,7 +130,10 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_table(table, asfrom=asfrom, **kwargs)
 
         def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-            self.analysis.functions.add(".".join((*func.packagenames, func.name)).lower())
+            name = func.name
+            if not (isinstance(name, quoted_name) and name.quote is not False):
+                name = name.lower()  # as it means without quotes
+            self.analysis.functions.add(".".join((*map(str.lower, func.packagenames), name)))
             return super().visit_function(func, *args, **kwargs)
 
         def visit_cast(self, cast: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,9 +248,14 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
         elif _WORDS_OF_QUERIES.search(text):
             analysis.opaque = True
         else:
-            calls = {_QUOTES.sub("", name).lower() for name in _CALL.findall(text)}
-            analysis.functions |= calls - _NOT_CALLED
+            analysis.functions |= _called(text)
             analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
+
+
+def _called(text: str) -> set[str]:
+    """The functions that a piece of SQL calls."""
+    names = {name if _QUOTES.search(name) else name.lower() for name in _CALL.findall(text)}
+    return {_QUOTES.sub("", name) for name in names} - _NOT_CALLED
 
 
 def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:

@@ -98,8 +98,9 @@ def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:
 
 def unstable_function(analysis: Analysis, plan: Plan, declared: Declarations) -> str:
     """Name of a function whose answer may change without a write; empty where there is none."""
+    dialect = plan.engine.dialect.name
     for name in sorted(analysis.functions):
-        if not is_stable(name) and declared.sources.keys().isdisjoint(spellings(name)):
+        if not is_stable(name, dialect) and declared.sources.keys().isdisjoint(spellings(name.lower())):
             return name
     for name, value in plan.values.items():
         for each in value if isinstance(value, (list, tuple)) else (value,):

@@ -11,239 +11,76 @@ import re
 
 __all__ = ["is_stable", "is_system_table"]
 
-_STABLE = frozenset(
-    [
-        "abs",
-        "acos",
-        "any_value",
-        "array_agg",
-        "array_append",
-        "array_cat",
-        "array_length",
-        "array_position",
-        "array_prepend",
-        "array_remove",
-        "array_to_string",
-        "ascii",
-        "asin",
-        "atan",
-        "atan2",
-        "avg",
-        "bit_and",
-        "bit_length",
-        "bit_or",
-        "bool_and",
-        "bool_or",
-        "btrim",
-        "cast",
-        "ceil",
-        "ceiling",
-        "char_length",
-        "character_length",
-        "char",
-        "chr",
-        "coalesce",
-        "concat",
-        "concat_ws",
-        "corr",
-        "cos",
-        "count",
-        "covar_pop",
-        "covar_samp",
-        "cume_dist",
-        "cardinality",
-        "date_add",
-        "date_format",
-        "date_part",
-        "date_sub",
-        "date_trunc",
-        "datediff",
-        "day",
-        "dayofmonth",
-        "dayofweek",
-        "dayofyear",
-        "degrees",
-        "dense_rank",
-        "div",
-        "encode",
-        "every",
-        "exp",
-        "extract",
-        "field",
-        "find_in_set",
-        "first_value",
-        "floor",
-        "format",
-        "greatest",
-        "group_concat",
-        "grouping",
-        "hex",
-        "hour",
-        "if",
-        "ifnull",
-        "instr",
-        "isnull",
-        "json_agg",
-        "json_array",
-        "json_array_elements",
-        "json_array_length",
-        "json_build_array",
-        "json_build_object",
-        "json_contains",
-        "json_each",
-        "json_extract",
-        "json_extract_path",
-        "json_extract_path_text",
-        "json_group_array",
-        "json_group_object",
-        "json_length",
-        "json_object",
-        "json_object_agg",
-        "json_query",
-        "json_quote",
-        "json_set",
-        "json_type",
-        "json_unquote",
-        "json_valid",
-        "json_value",
-        "jsonb_agg",
-        "jsonb_array_elements",
-        "jsonb_array_elements_text",
-        "jsonb_array_length",
-        "jsonb_build_array",
-        "jsonb_build_object",
-        "jsonb_each",
-        "jsonb_each_text",
-        "jsonb_extract_path",
-        "jsonb_extract_path_text",
-        "jsonb_object_agg",
-        "jsonb_object_keys",
-        "jsonb_set",
-        "jsonb_typeof",
-        "lag",
-        "last_value",
-        "lcase",
-        "lead",
-        "least",
-        "left",
-        "length",
-        "listagg",
-        "ln",
-        "locate",
-        "log",
-        "log10",
-        "log2",
-        "lower",
-        "lpad",
-        "ltrim",
-        "make_date",
-        "make_interval",
-        "max",
-        "md5",
-        "median",
-        "mid",
-        "min",
-        "minute",
-        "mod",
-        "mode",
-        "month",
-        "monthname",
-        "nth_value",
-        "ntile",
-        "nullif",
-        "octet_length",
-        "overlay",
-        "percent_rank",
-        "percentile_cont",
-        "percentile_disc",
-        "plainto_tsquery",
-        "position",
-        "pow",
-        "power",
-        "printf",
-        "quarter",
-        "quote",
-        "radians",
-        "range_merge",
-        "rank",
-        "regexp_matches",
-        "regexp_replace",
-        "regexp_split_to_array",
-        "regexp_split_to_table",
-        "regr_slope",
-        "repeat",
-        "replace",
-        "reverse",
-        "right",
-        "round",
-        "row_number",
-        "row_to_json",
-        "rpad",
-        "rtrim",
-        "second",
-        "sha1",
-        "sha2",
-        "sign",
-        "sin",
-        "soundex",
-        "split_part",
-        "sqrt",
-        "starts_with",
-        "stddev",
-        "stddev_pop",
-        "stddev_samp",
-        "str",
-        "string_agg",
-        "string_to_array",
-        "strpos",
-        "substr",
-        "substring",
-        "substring_index",
-        "sum",
-        "tan",
-        "time_format",
-        "to_char",
-        "to_date",
-        "to_json",
-        "to_jsonb",
-        "to_number",
-        "to_timestamp",
-        "to_tsquery",
-        "to_tsvector",
-        "total",
-        "translate",
-        "trim",
-        "trunc",
-        "truncate",
-        "ts_headline",
-        "ts_rank",
-        "ts_rank_cd",
-        "typeof",
-        "ucase",
-        "unhex",
-        "unicode",
-        "unistr",
-        "unnest",
-        "upper",
-        "var_pop",
-        "var_samp",
-        "variance",
-        "week",
-        "weekday",
-        "weekofyear",
-        "width_bucket",
-        "year",
-        "yearweek",
-    ]
-)
+
+def _names(lines: str) -> frozenset[str]:
+    return frozenset(lines.split())
 
 
-def is_stable(name: str) -> bool:
-    """True if a function of this name (in lower case) gives the same for the same rows, on every database.
-
-    ``date``, ``julianday``, ``strftime`` and their like are not: SQLite's take the text ``'now'``.
+_EVERYWHERE = _names(
     """
-    return name.removeprefix("pg_catalog.") in _STABLE
+    abs acos asin atan atan2 avg cast ceil ceiling char_length coalesce cos count cume_dist degrees
+    dense_rank exp first_value floor format json_object lag last_value lead length ln log log10 lower
+    ltrim max min mod nth_value ntile nullif percent_rank pow power radians rank replace round row_number
+    rtrim sign sin sqrt substr substring sum tan trim upper
+    """
+)
+_ONLY_IN = {
+    "postgresql": _names(
+        """
+        array_agg array_append array_cat array_length array_position array_prepend array_remove
+        array_to_string ascii bit_and bit_length bit_or bool_and bool_or btrim cardinality
+        character_length chr concat concat_ws corr covar_pop covar_samp date_part date_trunc div
+        encode every extract greatest grouping json_agg json_array_elements json_array_length
+        json_build_array json_build_object json_each json_extract_path json_extract_path_text
+        json_object_agg jsonb_agg jsonb_array_elements jsonb_array_elements_text jsonb_array_length
+        jsonb_build_array jsonb_build_object jsonb_each jsonb_each_text jsonb_extract_path
+        jsonb_extract_path_text jsonb_object_agg jsonb_object_keys jsonb_set jsonb_typeof least left
+        lpad make_date make_interval md5 mode octet_length overlay percentile_cont percentile_disc
+        plainto_tsquery position range_merge regexp_matches regexp_replace regexp_split_to_array
+        regexp_split_to_table regr_slope repeat reverse right row_to_json rpad split_part starts_with
+        stddev stddev_pop stddev_samp string_agg string_to_array strpos to_char to_date to_json
+        to_jsonb to_number to_timestamp to_tsquery to_tsvector translate trunc ts_headline ts_rank
+        ts_rank_cd unnest var_pop var_samp variance width_bucket
+        """
+    ),
+    "mysql": _names(
+        """
+        ascii bit_and bit_length bit_or char character_length concat concat_ws date_add date_format
+        date_sub datediff day dayofmonth dayofweek dayofyear extract field find_in_set greatest
+        group_concat hex hour if ifnull instr isnull json_array json_contains json_extract json_length
+        json_quote json_set json_type json_unquote json_valid json_value lcase least left locate log2
+        lpad md5 mid minute month monthname octet_length position quarter quote regexp_replace repeat
+        reverse right rpad second sha1 sha2 soundex stddev stddev_pop stddev_samp substring_index
+        time_format truncate ucase unhex var_pop var_samp variance week weekday weekofyear year
+        yearweek
+        """
+    ),
+    "sqlite": _names(
+        """
+        char group_concat hex ifnull instr json_array json_array_length json_each json_extract
+        json_group_array json_group_object json_quote json_set json_type json_valid log2 printf quote
+        total trunc typeof unicode
+        """
+    ),
+}
+_ONLY_IN["mariadb"] = _ONLY_IN["mysql"]
+
+
+def is_stable(name: str, dialect: str) -> bool:
+    """True if a function gives the same for the same rows, and is the database's own.
+
+    A name that a database does not know can only be of a function of the application's, which may read whatever it
+    likes. Known is what all its versions know that are maintained (of MySQL and MariaDB, what both do), or what
+    SQLAlchemy renders as something that they know.
+
+    ``date``, ``julianday``, ``strftime`` and their like are not stable: SQLite's take the text ``'now'``.
+
+    Args:
+        name: in lower case, unless it was quoted and is not.
+        dialect: SQLAlchemy's name of the dialect.
+    """
+    bare = name.removeprefix("pg_catalog.")
+    return bare in _EVERYWHERE or bare in _ONLY_IN.get(dialect, ())
 
 
 # as they are called without their schema

@@ -155,13 +155,13 @@ def _read(sql: str, dialect: str) -> TextStatement:
 
 def _parsed(text: str, dialect: str) -> TextStatement:
     try:
-        import sqlglot
         from sqlglot import errors, exp
     except ImportError:
         return _ANYTHING
     token = _parsing.set(True)
     try:
-        statements = sqlglot.parse(text, dialect=dialect or None)
+        parser = _parser(dialect)
+        statements = parser.parse(parser.dialect.tokenize(text), text)
     except (errors.SqlglotError, RecursionError):
         return _ANYTHING
     finally:
@@ -185,9 +185,58 @@ def _parsed(text: str, dialect: str) -> TextStatement:
                 # or a CTE, which may well have the name of the table that it is made from
                 reads.add(name)
         functions.update(_function_name(each, exp) for each in statement.find_all(exp.Func))
+    functions.discard("")
     return TextStatement(True, frozenset(reads), frozenset(writes), frozenset(functions))
 
 
+def _parser(dialect: str) -> Any:
+    """A parser that leaves functions the names that they were given.
+
+    Otherwise NVL, which may be the application's own, would become COALESCE.
+    """
+    from sqlglot.dialects.dialect import Dialect
+
+    known = Dialect.get_or_raise(dialect)
+    made = _parsers.get(dialect)
+    if made is None:
+        usual = known.parser_class
+        special = _SPECIAL.get(dialect, frozenset())
+        members = {
+            "FUNCTIONS": {},
+            "FUNCTION_PARSERS": {
+                name: parse for name, parse in usual.FUNCTION_PARSERS.items() if name in special
+            },
+        }
+        made = _parsers[dialect] = type(usual.__name__, (usual,), members)
+    return made(dialect=known)
+
+
+_parsers: dict[str, Any] = {}
+# Those whose arguments have a syntax of their own, and which nobody can declare.
+_SPECIAL = {
+    "": frozenset({"CAST", "EXTRACT", "TRIM"}),
+    "mysql": frozenset(
+        {"CAST", "CHAR", "CONVERT", "EXTRACT", "GROUP_CONCAT", "MATCH", "POSITION", "SUBSTRING", "TRIM"}
+    ),
+    "postgres": frozenset({"CAST", "EXTRACT", "OVERLAY", "POSITION", "SUBSTRING", "TRIM", "XMLTABLE"}),
+    "sqlite": frozenset({"CAST"}),
+}
+# What the parser calls functions, and are operators and the like.
+_OPERATORS = frozenset(
+    [
+        "and",
+        "array",
+        "case",
+        "collate",
+        "exists",
+        "json_extract",
+        "json_extract_scalar",
+        "or",
+        "regexp_like",
+        "xor",
+    ]
+)
+_AS_WRITTEN = {"chr": "char", "str_position": "position"}
 _parsing: ContextVar[bool] = ContextVar("querycache_parsing", default=False)
 # It warns of what it does not understand. Here that is nobody's fault, and has been provided for.
 logging.getLogger("sqlglot").addFilter(lambda record: not _parsing.get())
@@ -218,10 +267,20 @@ def _targets(statement: Any, exp: Any) -> list[Any] | None:
 
 
 def _function_name(function: Any, exp: Any) -> str:
-    name = function.name if isinstance(function, exp.Anonymous) else function.sql_name()
+    """Empty for what the parser calls a function and is none."""
+    if isinstance(function, exp.Anonymous):
+        # what is quoted is not the database's own unless it is in lower case
+        name = function.name if isinstance(function.this, exp.Identifier) else function.name.lower()
+    else:
+        in_case = isinstance(function, exp.If) and isinstance(function.parent, exp.Case)
+        name = "case" if in_case else function.sql_name().lower()
+        if name in _OPERATORS:
+            return ""
+        name = _AS_WRITTEN.get(name, name)
     parent, schema = function.parent, ""
     if isinstance(parent, exp.Dot) and parent.this is not function:
         schema = parent.this.sql()
     elif isinstance(parent, exp.Table):
         schema = parent.db
-    return f"{schema}.{name}".replace('"', "").replace("'", "").strip(".").lower()
+    schema = schema.replace('"', "").replace("'", "").lower()
+    return f"{schema}.{name}" if schema else name
