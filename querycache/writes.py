@@ -174,6 +174,7 @@ class Writes:
         connection: Connection = context.root_connection
         if known.old_views or "isolation_level" in context.execution_options:
             self._transactions.before_statement(connection)
+        sql = _as_text(sql, context)
         compiled = context.compiled
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):
@@ -217,7 +218,7 @@ class Writes:
     def executed(self, context: Any, outcome: sa_internals.Outcome) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
-        self._transactions.committed_itself(connection, context.statement)
+        self._transactions.committed_itself(connection, _as_text(context.statement, context))
         transaction = self._transactions.of(connection.info)
         if transaction is not None:
             self.phases.two(transaction.marking, certain=outcome != "unknown")
@@ -369,6 +370,21 @@ class Writes:
         transaction = self._transactions.of(info) if outcome == "open" else self._transactions.end(info)
         if transaction is not None:
             self.phases.two(transaction.marking, certain=outcome != "unknown")
+
+
+def _as_text(sql: Any, context: Any) -> str:
+    """A statement as it is sent; drivers may take bytes, and objects of their own that they make text of.
+
+    Empty where that cannot be told, which may be any statement.
+    """
+    if isinstance(sql, str):
+        return sql
+    try:
+        if isinstance(sql, (bytes, bytearray)):
+            return sql.decode()
+        return str(sql.as_string(context.root_connection.connection.driver_connection))
+    except Exception:  # noqa: BLE001 - what the driver has to say of it, it says when it is sent
+        return ""
 
 
 def _told(sql: str, context: Any) -> TextStatement | None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import psycopg.sql
 import pytest
 from sqlalchemy import (
     Column,
@@ -582,3 +583,55 @@ def test_a_query_that_writes_is_told_without_the_parser(
     statement = text(raising).columns(id=Integer).execution_options(cache_ttl=60)
     assert on_postgresql.outcome(statement) == "bypass not a select"
     read_text.cache_clear()
+
+
+# --- E2: statements that are no text -----------------------------------------------------------------------
+
+
+class Unreadable:
+    """As objects of a driver that gives no text of them."""
+
+    def __init__(self, sql: str) -> None:
+        self.sql = sql
+
+    def as_string(self, connection: object) -> str:
+        raise TypeError(connection)
+
+
+def _given_as(kind: str, sql: str) -> Any:
+    if kind == "composed":
+        return psycopg.sql.SQL("{}{}").format(psycopg.sql.SQL(sql), psycopg.sql.SQL(""))
+    return {"text": sql, "bytes": sql.encode()}[kind]
+
+
+@pytest.mark.parametrize("kind", ["text", "composed", "bytes"])
+def test_E2_a_statement_that_is_no_text(on_postgresql: Library, kind: str) -> None:
+    on_postgresql.fill(*EVERY_WAY)
+    with on_postgresql.sessions.begin() as session:
+        session.connection().exec_driver_sql(_given_as(kind, "UPDATE book SET price = 77 WHERE id = 2"))
+        asked = session.connection().exec_driver_sql(_given_as(kind, "SELECT price FROM book WHERE id = 2"))
+        assert asked.scalar() == 77
+    check(on_postgresql)
+
+
+@pytest.mark.parametrize("kind", ["composed", "bytes"])
+def test_E2_a_statement_that_is_no_text_and_commits_itself(on_postgresql: Library, kind: str) -> None:
+    on_postgresql.fill(*EVERY_WAY)
+    with on_postgresql.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(_given_as(kind, "UPDATE book SET price = 77 WHERE id = 2"))
+        check(on_postgresql)
+
+
+def test_E2_a_statement_that_a_driver_makes_no_text_of(
+    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(cursor: Any, sql: Any, parameters: Any, context: Any = None) -> None:
+        cursor.execute(getattr(sql, "sql", sql), parameters)
+
+    monkeypatch.setattr(sqlite_engine.dialect, "do_execute", run)
+    library = Library(sqlite_engine)
+    library.fill(*EVERY_WAY)
+    with library.sessions.begin() as session:
+        statement: Any = Unreadable("UPDATE book SET price = 77 WHERE id = 2")
+        session.connection().exec_driver_sql(statement)
+    check(library)
