@@ -20,6 +20,7 @@ from querycache.tables import (
     cascades,
     cascades_elsewhere,
     follows_all,
+    is_name,
     set_write_tags,
     tracked_columns,
     translated,
@@ -27,7 +28,7 @@ from querycache.tables import (
 )
 from querycache.tags import EVERYTHING
 
-__all__ = ["Changes", "WrittenTable", "changes_of"]
+__all__ = ["Changes", "WrittenTable", "changes_of", "tags_of_actions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +117,13 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
             sa_internals.declared(table.metadata)
     declared = sa_internals.declared()  # of all of them, and before anything is looked at
     for table, deletes, updates in written:
-        if table is None:
+        if table is None or not is_name(table.schema, table.name):
             tags.add(EVERYTHING)
             continue
         schema, name = translated((table.schema, table.name), schemas)
         whole = frozenset(set_write_tags((schema, name), default))
-        if sa_internals.replaces(table) or not follows_all(table, schema, default):
+        # without a primary key in the database, rows are not told apart
+        if sa_internals.replaces(table) or not (table.primary_key and follows_all(table, schema, default)):
             tags.update(whole)
         else:
             tracked = tracked_columns(table)
@@ -131,11 +133,12 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
             tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed))
         for delete, does in ((True, deletes), (False, updates)):
             if does:
-                tags.update(_tags_of_actions(table, delete, schemas, default))
+                tags.update(tags_of_actions(table, delete, schemas, default))
     return Changes(frozenset(tags), tuple(tables), schemas, declared)
 
 
-def _tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:
+def tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:
+    """The tags that foreign keys change when rows of a table are deleted, or updated."""
     for each in cascades(table, delete=delete):
         yield from set_write_tags(translated((each.schema, each.name), schemas), default)
     # it may be declared once more, and the tables that refer to it refer to that

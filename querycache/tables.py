@@ -36,6 +36,7 @@ been connected.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -55,6 +56,7 @@ __all__ = [
     "cascades_elsewhere",
     "declared_tags",
     "follows_all",
+    "is_name",
     "label_of",
     "reader_labels",
     "row_labels",
@@ -155,6 +157,17 @@ _DIGITS = frozenset("0123456789eE")
 
 
 # --- names -------------------------------------------------------------------------------------------
+
+
+def is_name(*names: str | None) -> bool:
+    """False if one of them, for which the application has forbidden quotes, is rendered as something else than one name."""
+    return all(
+        getattr(each, "quote", None) is not False or _PLAIN.fullmatch(each) is not None  # type: ignore[arg-type]
+        for each in names
+    )
+
+
+_PLAIN = re.compile(r"[^\W\d][\w$]*")
 
 
 def translated(table: TableName, translate: SchemaMap) -> TableName:

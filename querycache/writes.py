@@ -31,14 +31,14 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, UOWTransaction
 
 from querycache import forks, sa_internals
-from querycache.changes import WrittenTable, changes_of
+from querycache.changes import WrittenTable, changes_of, tags_of_actions
 from querycache.declarations import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
 from querycache.options import names
 from querycache.phases import Phases
 from querycache.regions import Regions
-from querycache.tables import SchemaMap, cascades_elsewhere, set_write_tags, translated
+from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
 from querycache.transactions import Transaction, Transactions
@@ -284,10 +284,15 @@ class Writes:
     def _note_ddl(self, connection: Connection, context: Any) -> None:
         element = getattr(context.compiled.statement, "element", None)
         table = element if isinstance(element, Table) else getattr(element, "table", None)
-        if isinstance(table, Table):
+        if isinstance(table, Table) and is_name(table.schema, table.name):
             schemas: SchemaMap = context.execution_options.get("schema_translate_map") or {}
-            name = translated((table.schema, table.name), schemas)
-            self._note(connection, set_write_tags(name, connection.dialect.default_schema_name))
+            name, default = (
+                translated((table.schema, table.name), schemas),
+                connection.dialect.default_schema_name,
+            )
+            self._note(connection, set_write_tags(name, default))
+            # SQLite deletes all rows of a table that it drops
+            self._note(connection, tags_of_actions(table, True, schemas, default))
         else:
             self._note(connection, [EVERYTHING])
 

@@ -15,8 +15,10 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    ForeignKey,
     Integer,
     MetaData,
+    String,
     Table,
     UniqueConstraint,
     column,
@@ -30,6 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.schema import DropTable
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
 from querycache.temporary import temporary_tables
@@ -635,3 +638,72 @@ def test_E2_a_statement_that_a_driver_makes_no_text_of(
         statement: Any = Unreadable("UPDATE book SET price = 77 WHERE id = 2")
         session.connection().exec_driver_sql(statement)
     check(library)
+
+
+# --- E2: rows that are not told apart, and those that go with a table ------------------------------------------
+
+
+class OwnBase(DeclarativeBase):
+    pass
+
+
+class Shelf(OwnBase):
+    __tablename__ = "shelf"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+PLACE = Table(
+    "place",
+    OwnBase.metadata,
+    Column("number", Integer),
+    Column("shelf_id", ForeignKey("shelf.id", ondelete="CASCADE")),
+    Column("label", String(10)),
+    Column("note", String(10)),
+)
+
+
+class Place(OwnBase):
+    """The table says nothing of the primary key."""
+
+    __table__ = PLACE
+    __mapper_args__ = {"primary_key": [PLACE.c.number]}
+
+
+@pytest.fixture
+def with_places(library: Library) -> Library:
+    OwnBase.metadata.create_all(library.engine)
+    with library.sessions.begin() as session:
+        session.add_all(Shelf(id=number) for number in (1, 2, 3))
+        session.flush()
+        session.add_all([Place(number=1, shelf_id=1, label="a"), Place(number=2, shelf_id=3, label="b")])
+    return library
+
+
+def test_E2_a_table_without_a_primary_key(with_places: Library) -> None:
+    """Of two objects one is on another shelf meanwhile, and each is written by an UPDATE of its own."""
+    of_shelf = select(PLACE.c.number, PLACE.c.label).where(PLACE.c.shelf_id == 2)
+    with with_places.sessions(expire_on_commit=False) as session:
+        one, other = session.get_one(Place, 1), session.get_one(Place, 2)
+        session.commit()
+        with with_places.sessions.begin() as another:
+            another.get_one(Place, 1).shelf_id = 2
+        with_places.fill(of_shelf)
+        one.label, other.note = "changed", "changed"
+        session.commit()
+    assert with_places.is_right(of_shelf)
+
+
+@pytest.mark.parametrize("how", ["statement", "method"])
+def test_E2_what_goes_with_a_table_that_is_dropped(sqlite_engine: Engine, how: str) -> None:
+    """SQLite deletes all rows of it before, and what refers to them."""
+    library = Library(sqlite_engine)
+    OwnBase.metadata.create_all(sqlite_engine)
+    library.write(insert(Shelf).values(id=1), insert(PLACE).values(number=1, shelf_id=1))
+    places = select(PLACE.c.number)
+    library.fill(places)
+    with library.engine.begin() as connection:
+        if how == "statement":
+            connection.execute(DropTable(Shelf.__table__))  # type: ignore[arg-type]
+        else:
+            Shelf.__table__.drop(connection)  # type: ignore[attr-defined]
+    assert library.ask(places) == library.database(places) == []
