@@ -18,19 +18,32 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
-from sqlalchemy import Alias, BindParameter, ColumnClause, ColumnElement, Select, String, Table, TextClause
+from sqlalchemy import (
+    Alias,
+    BindParameter,
+    ColumnClause,
+    ColumnElement,
+    Function,
+    Select,
+    String,
+    Table,
+    TableClause,
+    TextClause,
+    TypeDecorator,
+)
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping, quoted_name
 from sqlalchemy.sql.visitors import iterate
+from sqlalchemy.types import TypeEngine
 
 from querycache.keys import structure_digest
-from querycache.sa_internals import custom_constructs, key_place, suffixes
-from querycache.tables import TableName, tracked_columns, tracked_everywhere
+from querycache.sa_internals import custom_constructs, key_place, known_tables, suffixes
+from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
 from querycache.textual import read_text
-from querycache.wording import is_query, locks_rows, only_reads
+from querycache.wording import is_query, locks_rows, only_reads, without_comments
 
-__all__ = ["MOMENT", "Analysis", "Pin", "analyse"]
+__all__ = ["MOMENT", "Analysis", "Pin", "analyse", "is_text_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +73,7 @@ class Analysis:
         pins: tracked columns that it compares with parameters, for tables that appear once.
         functions: lower-case names of the functions it calls.
         casts: names of parameters that it casts to another type.
+        compared_as_text: names of parameters that it compares with text, and does nothing else with.
         texts: pieces of textual SQL in it.
         text_tables: tables that these name.
         opaque: True where they may read what nobody can tell.
@@ -73,6 +87,7 @@ class Analysis:
     pins: tuple[Pin, ...] = ()
     functions: set[str] = field(default_factory=set)
     casts: set[str] = field(default_factory=set)
+    compared_as_text: set[str] = field(default_factory=set)
     texts: list[str] = field(default_factory=list)
     text_tables: frozenset[TableName] = frozenset()
     opaque: bool = False
@@ -107,6 +122,11 @@ def analyse(compiled: SQLCompiler) -> Analysis:
             memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
+        memo.compared_as_text = {
+            name
+            for bind, name in rendered.bind_names.items()
+            if 0 < rendered.binds_rendered[bind.key] == rendered.binds_compared[bind.key]
+        }
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):
             memo.key_place = key_place(compiled)
@@ -122,11 +142,16 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
         def __init__(self, *args: Any, analysis: Analysis, **kwargs: Any) -> None:
             self.analysis = analysis
             self.cast: list[BindParameter[Any]] = []
+            # how often a parameter is rendered, and how often beside text that it is compared with
+            self.binds_rendered: Counter[str] = Counter()
+            self.binds_compared: Counter[str] = Counter()
             super().__init__(*args, **kwargs)
 
         def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
             if asfrom:
-                self.analysis.tables[getattr(table, "schema", None), table.name] += 1
+                schema = getattr(table, "schema", None)
+                self.analysis.tables[schema, table.name] += 1
+                self.analysis.opaque |= not is_name(schema, table.name)
             return super().visit_table(table, asfrom=asfrom, **kwargs)
 
         def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,6 +166,20 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
             return super().visit_cast(cast, *args, **kwargs)
 
+        def visit_bindparam(self, bindparam: Any, *args: Any, **kwargs: Any) -> Any:
+            self.binds_rendered[bindparam.key] += 1
+            return super().visit_bindparam(bindparam, *args, **kwargs)
+
+        def visit_binary(self, binary: Any, *args: Any, **kwargs: Any) -> Any:
+            for one, other in ((binary.left, binary.right), (binary.right, binary.left)):
+                if (
+                    isinstance(one, BindParameter)
+                    and binary.operator in _COMPARING_TEXT
+                    and _is_text_column(other)
+                ):
+                    self.binds_compared[one.key] += 1
+            return super().visit_binary(binary, *args, **kwargs)
+
         def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
             self.analysis.writes |= not is_query(taf.element.text)
             return super().visit_textual_select(taf, *args, **kwargs)
@@ -154,16 +193,22 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_textclause(textclause, *args, **kwargs)
 
         def get_statement_hint_text(self, hint_texts: Any) -> Any:
-            self.analysis.opaque |= any(map(_WORDS_OF_QUERIES.search, hint_texts))
+            for text in hint_texts:
+                _read_hint(self.analysis, text)
             return super().get_statement_hint_text(hint_texts)
 
         def get_from_hint_text(self, table: Any, text: Any) -> Any:
-            self.analysis.opaque |= bool(text and _WORDS_OF_QUERIES.search(text))
+            if text:
+                _read_hint(self.analysis, text)
             return super().get_from_hint_text(table, text)
 
         def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
-            if column.is_literal:
+            if column.name == "'%'":
+                pass  # SQLAlchemy's own, for contains() and its like
+            elif column.is_literal or _is_text(column.name):
                 self.analysis.texts.append(column.name)
+            if _of_sequence(column):
+                self.analysis.functions.add(repr(str(column.name)))
             return super().visit_column(column, *args, **kwargs)
 
         def visit_sequence(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,6 +252,40 @@ _NILADIC = re.compile(
     r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
     re.IGNORECASE,
 )
+# Numbers of a sequence, also where it is read as a table; and a part of a table by chance.
+_OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
+_CHANGING = re.compile(
+    r"\b(?:next|previous)\s+value\s+for\b|\.\s*(?:nextval|currval)\b|\btablesample\b"
+    r"|\blast_value\b(?!\s*\()|\bnext_not_cached_value\b",
+    re.IGNORECASE,
+)
+_COMPARING_TEXT = frozenset(
+    [
+        operators.contains_op,
+        operators.endswith_op,
+        operators.eq,
+        operators.ge,
+        operators.gt,
+        operators.icontains_op,
+        operators.iendswith_op,
+        operators.ilike_op,
+        operators.in_op,
+        operators.istartswith_op,
+        operators.le,
+        operators.like_op,
+        operators.lt,
+        operators.ne,
+        operators.not_ilike_op,
+        operators.not_in_op,
+        operators.not_like_op,
+        operators.startswith_op,
+    ]
+)
+_IN_TABLE = re.compile(r"""\bin\s*(?:["'`\[]|(?<=\s)\w)""", re.IGNORECASE)
+_NO_WORDS = re.compile(
+    r"""(?P<string>'(?:[^']|'')*')|(?P<comment>--[^\n]*|/\*.*?\*/)|"[^"]*"|`[^`]*`|\[[^\]]*\]""", re.DOTALL
+)
+_NOT_CALLED_IN_HINTS = frozenset(["by", "index", "key", "partition"])
 _NOT_CALLED = frozenset(
     [
         "and",
@@ -236,6 +315,7 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
     for text in analysis.texts:
         for literal in _LITERAL.finditer(text):
             analysis.functions |= {repr(each.lower()) for each in MOMENT.findall(literal.group())}
+        analysis.functions |= _changing(text)
         if dialect in ("mysql", "mariadb"):
             analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
         if is_query(text):
@@ -248,8 +328,55 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
         elif _WORDS_OF_QUERIES.search(text):
             analysis.opaque = True
         else:
-            analysis.functions |= _called(text)
-            analysis.functions |= {match.group(0).lower() for match in _NILADIC.finditer(text)}
+            analysis.functions |= _functions(text)
+            if dialect == "sqlite" and _IN_TABLE.search(_NO_WORDS.sub(_blank, text)):
+                analysis.opaque = True
+
+
+def _blank(found: re.Match[str]) -> str:
+    return "''" if found.group("string") else " " if found.group("comment") else found.group()
+
+
+def _read_hint(analysis: Analysis, text: str) -> None:
+    """Add what a hint of the table or the statement reads, as that of a MySQL table to be read as it was."""
+    analysis.opaque = analysis.opaque or _WORDS_OF_QUERIES.search(text) is not None or "/*!" in text
+    called = _functions(without_comments(text)) - _NOT_CALLED_IN_HINTS
+    analysis.functions |= called | {match.group().lower() for match in _OF_MYSQL.finditer(text)}
+
+
+def _functions(text: str) -> set[str]:
+    """What a piece of SQL calls, with brackets or without."""
+    return _called(text) | {match.group().lower() for match in _NILADIC.finditer(text)} | _changing(text)
+
+
+def _changing(text: str) -> set[str]:
+    """What makes an answer change by itself, and is no function."""
+    found = {each.lower() for way in (text, without_comments(text)) for each in _CHANGING.findall(way)}
+    return {repr(" ".join(each.split())) for each in found}
+
+
+def _is_text(name: str) -> bool:
+    """True for the name of a column that is rendered as it is, and may be something else."""
+    return not is_name(name) or (getattr(name, "quote", None) is False and bool(_NILADIC.search(name)))
+
+
+def _is_text_column(element: Any) -> bool:
+    """True for a column that holds text, or for such a one in lower or upper case."""
+    if isinstance(element, Function) and element.name in ("lower", "upper"):
+        return all(map(_is_text_column, element.clauses))
+    return isinstance(element, ColumnClause) and not element.is_literal and is_text_type(element.type)
+
+
+def is_text_type(kind: TypeEngine[Any]) -> bool:
+    """True for a type of text, also where the application decorates it."""
+    return isinstance(kind.impl if isinstance(kind, TypeDecorator) else kind, String)
+
+
+def _of_sequence(column: Any) -> bool:
+    """True if a column may be a number of a sequence, which can be read as a table."""
+    owner = column.table.element if isinstance(column.table, Alias) else column.table
+    named = _OF_SEQUENCES.fullmatch(column.name) is not None
+    return named and isinstance(owner, TableClause) and not known_tables(owner.name)
 
 
 def _called(text: str) -> set[str]:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sqlalchemy import String, TypeDecorator
-
-from querycache.analysis import MOMENT, Analysis, Pin
+from querycache.analysis import MOMENT, Analysis, Pin, is_text_type
 from querycache.declarations import Declarations, spellings
 from querycache.functions import is_stable, is_system_table
-from querycache.sa_internals import Plan
+from querycache.sa_internals import Plan, known_tables
 from querycache.tables import declared_tags, label_of, reader_labels, row_labels, slot_of, translated
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 from querycache.temporary import is_temporary_schema
@@ -115,16 +113,20 @@ def _stays_text(name: str, analysis: Analysis, plan: Plan) -> bool:
     bind = plan.compiled.binds.get(name)
     if bind is None or name in analysis.casts or analysis.texts:
         return False
-    kind = bind.type.impl if isinstance(bind.type, TypeDecorator) else bind.type
-    return isinstance(kind, String)
+    # A parameter of a function, or beside a column of another type, may be taken for one of its type.
+    return name in analysis.compared_as_text and is_text_type(bind.type)
 
 
-def system_table(analysis: Analysis, declared: Declarations) -> str:
+def system_table(analysis: Analysis, plan: Plan, declared: Declarations) -> str:
     """Name of a table that the database itself writes; empty where there is none."""
+    dialect = plan.engine.dialect.name
     named = {*analysis.tables, *analysis.text_tables}
     for schema, name in sorted(named, key=lambda table: (table[0] or "", table[1])):
         label = label_of(schema, name)
-        if is_system_table(schema, name) and declared.sources.keys().isdisjoint(spellings(label)):
+        sequence = name.lower().endswith("_seq") and not known_tables(name)  # as PostgreSQL calls them
+        if (sequence or is_system_table(schema, name, dialect)) and declared.sources.keys().isdisjoint(
+            spellings(label)
+        ):
             return label
     return ""
 

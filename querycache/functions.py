@@ -83,20 +83,17 @@ def is_stable(name: str, dialect: str) -> bool:
     return bare in _EVERYWHERE or bare in _ONLY_IN.get(dialect, ())
 
 
-# as they are called without their schema
-_SYSTEM_NAMES = re.compile(
-    r"sqlite_(master|schema|temp_master|temp_schema|sequence|stat\d)"
-    r"|pg_(am|attribute|authid|cast|class|collation|constraint|cursors|database|depend|description|enum|extension|group"
-    r"|index|indexes|inherits|language|largeobject|locks|matviews|namespace|opclass|operator|partitioned_table|policies"
-    r"|policy|prepared_statements|prepared_xacts|proc|roles|rules|sequence|sequences|settings|shadow|tables|tablespace"
-    r"|trigger|type|user|views|(attr|available|default|event|file|foreign|hba|init|publication|replication|sec"
-    r"|shdep|shmem|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
-)
 _SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
+# Where a schema is said, it is the application's own on PostgreSQL; SQLite has them in each.
+_SYSTEM_NAMES = {
+    "postgresql": re.compile(r"pg_.*"),
+    "sqlite": re.compile(r"(sqlite|pragma)_.*|dbstat"),
+}
 
 
-def is_system_table(schema: str | None, name: str) -> bool:
+def is_system_table(schema: str | None, name: str, dialect: str) -> bool:
     """True for a table or view that the database itself writes, so that nobody can follow what changes in it."""
-    return (schema or "").lower() in _SYSTEM_SCHEMAS or (
-        schema is None and bool(_SYSTEM_NAMES.fullmatch(name.lower()))
-    )
+    if schema is not None and dialect != "sqlite":
+        return schema.lower() in _SYSTEM_SCHEMAS
+    pattern = _SYSTEM_NAMES.get(dialect)
+    return pattern is not None and pattern.fullmatch(name.lower()) is not None

@@ -341,7 +341,7 @@ class Requests:
         unstable = dependencies.unstable_function(analysis, plan, self._declared)
         if unstable:
             raise Refused(f"function {unstable}")
-        system = dependencies.system_table(analysis, self._declared)
+        system = dependencies.system_table(analysis, plan, self._declared)
         if system:
             raise Refused(f"system table {system}")
         if analysis.opaque and not options.tables:

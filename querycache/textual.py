@@ -175,6 +175,13 @@ def _parsed(text: str, dialect: str) -> TextStatement:
         targets = _targets(statement, exp)
         if targets is None:
             return _ANYTHING
+        for each in statement.find_all(exp.In) if dialect == "sqlite" else ():
+            # x IN t is x IN (SELECT * FROM t)
+            field = each.args.get("field")
+            if isinstance(field, exp.Column):
+                reads.add((field.table or None, field.name))
+            elif field is not None and not isinstance(field, exp.Func):
+                return _ANYTHING
         for table in statement.find_all(exp.Table):
             if isinstance(table.this, exp.Func):
                 continue  # one of the functions below
