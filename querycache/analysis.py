@@ -24,6 +24,7 @@ from sqlalchemy import (
     ColumnClause,
     ColumnElement,
     Function,
+    Integer,
     Select,
     String,
     Table,
@@ -38,7 +39,7 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
 from querycache.keys import structure_digest
-from querycache.sa_internals import custom_constructs, key_place, known_tables, suffixes
+from querycache.sa_internals import custom_constructs, is_exact, key_place, known_tables, suffixes
 from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads, without_comments
@@ -55,12 +56,14 @@ class Pin:
         column: name of the column.
         parameters: names of the parameters, of which one may hold a list.
         key: True for a column of the primary key.
+        number: True for a column of integers.
     """
 
     table: TableName
     column: str
     parameters: tuple[str, ...]
     key: bool
+    number: bool
 
 
 @dataclass(slots=True)
@@ -411,10 +414,13 @@ def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
             if conjunct.operator is operators.in_op and not value.expanding:
                 continue
             # the parameter must be compared as the column's type: '1' = 1 may hold in the database
-            if isinstance(value.type, type(tracked[column.name].type)) or isinstance(
-                tracked[column.name].type, type(value.type)
+            kind = tracked[column.name].type
+            if is_exact(value.type) and (
+                isinstance(value.type, type(kind)) or isinstance(kind, type(value.type))
             ):
-                yield Pin(key, column.name, (name,), tracked[column.name].primary_key)
+                yield Pin(
+                    key, column.name, (name,), tracked[column.name].primary_key, isinstance(kind, Integer)
+                )
 
 
 def _stands_alone(element: Any) -> bool:

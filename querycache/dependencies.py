@@ -37,7 +37,7 @@ def tags(analysis: Analysis, plan: Plan, declared: Declarations) -> list[str]:
     pinned = set()
     for pin in analysis.pins:
         values = _pinned_values(pin, plan)
-        slots = {slot_of(value, declared.slots) for value in values} if values is not None else {None}
+        slots = {_slot(pin, value, declared.slots) for value in values} if values is not None else {None}
         if None in slots or pin.table in pinned:
             continue
         pinned.add(pin.table)
@@ -73,11 +73,16 @@ def tags_by_key(analysis: Analysis, plan: Plan, declared: Declarations) -> dict[
     labels = row_labels(*translated(pin.table, plan.schema_translate_map))
     own: dict[object, list[str]] = {}
     for value in values:
-        slot = slot_of(value, declared.slots)
+        slot = _slot(pin, value, declared.slots)
         if slot is None:
             return None
         own[value] = [slot_tag(label, pin.column, slot) for label in labels]
     return own or None
+
+
+def _slot(pin: Pin, value: object, slots: int) -> int | None:
+    # what number a database makes of text, only it knows
+    return None if pin.number and not isinstance(value, int) else slot_of(value, slots)
 
 
 def _pinned_values(pin: Pin, plan: Plan) -> Sequence[object] | None:

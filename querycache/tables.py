@@ -42,7 +42,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import Column, ForeignKey, Integer, MetaData, Table, UniqueConstraint, Uuid
+from sqlalchemy import Column, ForeignKey, MetaData, Table, UniqueConstraint
 from sqlalchemy.exc import NoReferenceError
 
 from querycache import sa_internals
@@ -95,7 +95,7 @@ def _tracked(table: Table) -> tuple[Column[Any], ...]:
     for index in list(table.indexes):
         if index.unique:
             tracked.update(dict.fromkeys(index.columns))
-    return tuple(column for column in tracked if isinstance(column.type, (Integer, Uuid)))
+    return tuple(column for column in tracked if sa_internals.is_exact(column.type))
 
 
 def follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:

@@ -182,6 +182,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_starting_event_idx": lambda live: live.states[0],
     "_trans_ctx_check": lambda live: import_module("sqlalchemy.engine.util").TransactionalContext,
     "_transaction": lambda live: live.session,
+    "_variant_mapping": lambda live: Parent.__table__.c.id.type,
     "_values": lambda live: update(Parent).values(name="a"),
     "_where_criteria": lambda live: live.statement,
     "_with_options": lambda live: live.statement,

@@ -44,6 +44,7 @@ from querycache.sa_internals.handlers import (
 )
 from querycache.sa_internals.mapping import (
     declared,
+    is_exact,
     known_metadata,
     known_tables,
     load_in_order,
@@ -143,6 +144,7 @@ __all__ = [
     "in_transaction",
     "inserts_one",
     "is_autocommit",
+    "is_exact",
     "is_flushing",
     "is_initializing",
     "is_of_flush",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Constraint, Index, MetaData, Table, event, inspect, util
+from sqlalchemy import Column, Constraint, Index, Integer, MetaData, Table, Uuid, event, inspect, util
 from sqlalchemy.orm import Mapper, MapperProperty
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.schema import SchemaItem
@@ -16,6 +16,7 @@ from querycache.errors import ConfigurationError
 
 __all__ = [
     "declared",
+    "is_exact",
     "known_metadata",
     "known_tables",
     "load_in_order",
@@ -53,6 +54,27 @@ def remembered(table: Table, make: Callable[[Table], T]) -> T:
 
 
 _REMEMBERED = "_querycache_remembered"
+
+
+def is_exact(kind: Any) -> bool:
+    """True for a type of integers or UUIDs by which a value of a parameter is the one that the database has.
+
+    One of the application's own may make another one of it, by its own code or by SQL.
+    """
+    return all(
+        isinstance(each, (Integer, Uuid))
+        and all(getattr(type(each), name).__module__.startswith("sqlalchemy.") for name in _PROCESSING)
+        for each in (kind, *kind._variant_mapping.values())
+    )
+
+
+_PROCESSING = (
+    "bind_expression",
+    "bind_processor",
+    "column_expression",
+    "literal_processor",
+    "result_processor",
+)
 
 
 def mappers_of(registry: Any) -> Iterator[Mapper[Any]]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import DDL, Column, Table
+from sqlalchemy import DDL, Column, Integer, Table
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -289,6 +289,7 @@ class Held(NamedTuple):
         position: in the mapper's primary key; None where it is not of that.
         left_out: whether a row that was inserted without a value has none.
         remade: whether a flush may by itself put a value into an object that was there before.
+        number: whether it is of integers.
     """
 
     name: str
@@ -297,6 +298,7 @@ class Held(NamedTuple):
     position: int | None
     left_out: bool
     remade: bool
+    number: bool
 
 
 def held(mapper: Mapper[Any], column: Column[Any]) -> Held:
@@ -312,6 +314,7 @@ def held(mapper: Mapper[Any], column: Column[Any]) -> Held:
         mapper.primary_key.index(column) if column in mapper.primary_key else None,
         column.server_default is None,
         column.onupdate is not None or column is mapper.version_id_col,
+        isinstance(column.type, Integer),
     )
 
 
@@ -337,6 +340,8 @@ def old_and_new(state: Any, held: Held) -> tuple[object, object]:
     if old is LoaderCallableStatus.NO_VALUE:
         # what was never set had no value before an INSERT; otherwise it was not loaded
         old = None if state.key is None else UNKNOWN
+    if held.number and new is not None and not isinstance(new, int):
+        new = UNKNOWN  # what number it makes of text, for example
     return old, new
 
 
