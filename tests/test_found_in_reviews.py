@@ -40,6 +40,7 @@ from sqlalchemy import (
     select,
     table,
     text,
+    type_coerce,
     update,
 )
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, ResourceClosedError
@@ -197,6 +198,41 @@ def test_found_a_function_of_the_application_that_renders_a_subquery(Sessions: s
     cached = statement.execution_options(cache_key=True)
     with Sessions() as db:
         db.execute(cached).all()
+    with Sessions() as db, db.begin():
+        db.execute(update(Part).values(amount=2))
+    with Sessions() as db:
+        assert db.execute(cached).all() == db.execute(statement).all()
+
+
+class WithAmount(TypeDecorator[str]):
+    impl = String
+    cache_ok = True
+
+    def column_expression(self, column: Any) -> Any:
+        return column.op("||")(amount_of_all_parts())
+
+
+class FromAmount(TypeDecorator[int]):
+    impl = Integer
+    cache_ok = True
+
+    def bind_expression(self, bindvalue: Any) -> Any:
+        return bindvalue + amount_of_all_parts()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        select(type_coerce(Item.name, WithAmount)).where(Item.id == 1),
+        select(Item.name, literal(1, FromAmount)).where(Item.id == 1),
+    ],
+    ids=["column", "parameter"],
+)
+def test_found_such_a_function_that_a_type_makes(Sessions: sessionmaker[Session], statement: Any) -> None:
+    cached = statement.execution_options(cache_key=True)
+    for _ in range(2):
+        with Sessions() as db:
+            db.execute(cached).all()
     with Sessions() as db, db.begin():
         db.execute(update(Part).values(amount=2))
     with Sessions() as db:

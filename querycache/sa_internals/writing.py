@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import DDL, Column, Integer, Table
+from sqlalchemy import DDL, BindParameter, Column, ColumnElement, Dialect, Integer, Table
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -362,8 +362,9 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
     """What the application renders itself in a statement: ``@compiles.`` and the name, in lower case."""
     state = rendered.compile_state
     statement = getattr(state, "statement", None)
+    root = cast("Any", rendered.statement if statement is None else statement)
     found = set()
-    for element in iterate(cast("Any", rendered.statement if statement is None else statement)):
+    for element in [*iterate(root), *_made_by_types(root, rendered.dialect)]:
         dispatcher = getattr(type(element), "_compiler_dispatcher", None)
         if dispatcher is not None:
             specs = dispatcher.specs
@@ -373,6 +374,19 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
                 name = getattr(element, "name", None)
                 found.add(f"@compiles.{name if isinstance(name, str) else type(element).__name__}".lower())
     return found
+
+
+def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:
+    """What types of the application put around columns and parameters, which is only made when these are rendered."""
+    for element in iterate(root):
+        if isinstance(element, ColumnElement):
+            made: Any = None
+            with suppress(Exception):  # it may not be for all columns that it is rendered
+                kind: Any = element.type.dialect_impl(dialect)
+                put = kind.bind_expression if isinstance(element, BindParameter) else kind.column_expression
+                made = put(element)
+            if made is not None:
+                yield from iterate(made)
 
 
 def cache_key_of(statement: Any) -> Any:
