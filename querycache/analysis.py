@@ -21,6 +21,7 @@ from typing import Any, cast
 from sqlalchemy import (
     Alias,
     BindParameter,
+    Cast,
     ColumnClause,
     ColumnElement,
     Function,
@@ -178,7 +179,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 if (
                     isinstance(one, BindParameter)
                     and binary.operator in _COMPARING_TEXT
-                    and _is_text_column(other)
+                    and _is_text_value(other)
                 ):
                     self.binds_compared[one.key] += 1
             return super().visit_binary(binary, *args, **kwargs)
@@ -363,11 +364,14 @@ def _is_text(name: str) -> bool:
     return not is_name(name) or (getattr(name, "quote", None) is False and bool(_NILADIC.search(name)))
 
 
-def _is_text_column(element: Any) -> bool:
-    """True for a column that holds text, or for such a one in lower or upper case."""
+def _is_text_value(element: Any) -> bool:
+    """True for what can only be text in the database: a column of it, in lower or upper case as well, or what is cast to it,
+    or another parameter."""
     if isinstance(element, Function) and element.name in ("lower", "upper"):
-        return all(map(_is_text_column, element.clauses))
-    return isinstance(element, ColumnClause) and not element.is_literal and is_text_type(element.type)
+        return all(map(_is_text_value, element.clauses))
+    if isinstance(element, ColumnClause) and element.is_literal:
+        return False
+    return isinstance(element, (BindParameter, Cast, ColumnClause)) and is_text_type(element.type)
 
 
 def is_text_type(kind: TypeEngine[Any]) -> bool:
