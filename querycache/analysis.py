@@ -432,7 +432,7 @@ def _stands_alone(element: Any) -> bool:
     conjunct beside it one of several alternatives."""
     if isinstance(element, TextClause):
         return _COMPARISON.fullmatch(element.text) is not None
-    if isinstance(element, ColumnClause) and element.is_literal:
+    if isinstance(element, ColumnClause) and (element.is_literal or _is_text(element.name)):
         return _COMPARISON.fullmatch(element.name) is not None
     operator = getattr(element, "operator", None)
     return not isinstance(operator, operators.custom_op) or _SYMBOL.fullmatch(operator.opstring) is not None
