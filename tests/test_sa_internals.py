@@ -32,6 +32,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.dialects.sqlite import insert as upsert
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.result import ChunkedIteratorResult
@@ -190,7 +191,14 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
 }
 
 # Looked for where some versions have it, and done without elsewhere.
-OPTIONAL = {"_extra_froms", "_ordered_values", "_update_execution_options"}
+# The last two are of one driver and of one driver's adapter.
+OPTIONAL = {
+    "_extra_froms",
+    "_ordered_values",
+    "_update_execution_options",
+    "_in_transaction",
+    "_started",
+}
 
 
 def private_names(source: str) -> set[str]:
@@ -346,6 +354,10 @@ def test_a_transaction_knows_its_connections(live: Live) -> None:
     assert live.transaction._connections[live.engine][0] is connection
     with live.session.begin_nested():
         assert live.session._transaction._parent is not None
+
+
+def test_the_adapter_of_asyncpg_keeps_the_transaction_that_it_has_begun() -> None:
+    assert hasattr(AsyncAdapt_asyncpg_connection, "_transaction")
 
 
 def test_a_connection_that_is_checked_out_is_found_without_the_sessions_checks(live: Live) -> None:

@@ -17,7 +17,7 @@ from sqlalchemy.engine.cursor import _NO_CURSOR_DML
 from sqlalchemy.exc import DBAPIError
 
 from querycache.errors import CacheUnavailable
-from querycache.sa_internals.transactions import info_of
+from querycache.sa_internals.transactions import driver_connection, info_of
 
 __all__ = [
     "Outcome",
@@ -379,7 +379,8 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
         return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
     failed = error is not None and dialect.name == "sqlite"
-    return "open" if failed and getattr(connection, "in_transaction", False) else "over"
+    is_open = failed and getattr(driver_connection(dialect, connection), "in_transaction", False)
+    return "open" if is_open else "over"
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

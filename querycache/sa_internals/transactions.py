@@ -99,13 +99,23 @@ def checked_out(session: Session, bind: Engine | Connection) -> Connection | Non
 
 def is_autocommit(connection: Connection) -> bool:
     """True if each statement of the connection commits itself. Where one was BEGIN, few drivers know."""
-    driver: Any = connection.connection.dbapi_connection
-    if getattr(driver, "in_transaction", False):  # SQLite's
-        return False
-    told = getattr(driver, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
+    adapter: Any = connection.connection.dbapi_connection
+    told = getattr(adapter, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
     if told is not None:
         return bool(told())
-    return connection._is_autocommit_isolation() or getattr(driver, "autocommit", None) is True
+    is_open = _is_in_transaction(_driver(connection))
+    if is_open and connection.dialect.name != "postgresql":  # of SQLite, and MySQL Connector
+        return False
+    if is_open is False and _has_started(adapter):
+        return True
+    return connection._is_autocommit_isolation() or getattr(adapter, "autocommit", None) is True
+
+
+def _has_started(adapter: Any) -> bool:
+    """True if SQLAlchemy's adapter of asyncpg has begun a transaction: it begins no other, whoever has ended this one."""
+    # 2.0 notes it beside the transaction, 2.1 goes by that alone
+    started: bool = getattr(adapter, "_started", getattr(adapter, "_transaction", None) is not None)
+    return started
 
 
 def default_isolation_level(dialect: Any) -> str | None:
@@ -179,46 +189,65 @@ def reads_uncommitted(session: Session) -> bool:
 
 
 def in_transaction(connection: Connection) -> bool:
-    """True if SQLite's driver has a transaction open, whose view of the database may be an old one.
+    """True if SQLite's driver has a transaction open, whose view of the database may be an old one."""
+    return bool(_is_in_transaction(_driver(connection)))
 
-    Most other drivers do not tell.
-    """
-    return bool(getattr(connection.connection.dbapi_connection, "in_transaction", False))
+
+def _driver(connection: Connection) -> Any:
+    return driver_connection(connection.dialect, connection.connection)
+
+
+def driver_connection(dialect: Dialect, pooled: Any) -> Any:
+    """The driver's own of a pooled connection, detached or not: without the adapter that drivers of asyncio have."""
+    adapter = pooled.dbapi_connection
+    return None if adapter is None else dialect.get_driver_connection(adapter)
 
 
 def has_begun(connection: Connection) -> bool:
     """True if the driver tells of an open transaction, whoever has begun it, be it a raw cursor. Some do not tell."""
-    driver: Any = connection.connection.driver_connection
-    status = getattr(getattr(driver, "info", None), "transaction_status", None)
-    if status is not None:  # of psycopg and psycopg2; 0 is "idle"
-        return bool(status != 0)
+    driver = _driver(connection)
     flags = getattr(driver, "server_status", None)
-    if isinstance(flags, int):  # of PyMySQL, which takes them from all but what returns rows
+    if isinstance(flags, int) and not flags & 1:  # PyMySQL takes them from all but what returns rows
         result: Any = getattr(driver, "_result", None)
-        if flags & 1 or getattr(result, "description", None) is None:
-            return bool(flags & 1)
+        if getattr(result, "description", None) is None:
+            return False
         if result.unbuffered_active or not type(driver).__module__.startswith("pymysql"):
             return True
         try:
             driver.ping(reconnect=False)  # rows of what was no table begin nothing
         except connection.dialect.loaded_dbapi.Error:
             return True  # of a lost connection nothing is known; the statement will say so
-        return bool(driver.server_status & 1)
-    told = getattr(driver, "is_in_transaction", None)  # of asyncpg
-    return bool(told() if callable(told) else getattr(driver, "in_transaction", False))
+    status = _transaction_status(driver)
+    return status != 0 if status is not None else bool(_is_in_transaction(driver))
 
 
 def tells_open(connection: Connection) -> bool | None:
     """Whether the driver tells that a transaction is open, just after a statement; None where it does not tell."""
-    driver: Any = connection.connection.driver_connection
+    driver = _driver(connection)
+    status = _transaction_status(driver)
+    if status is not None:
+        return {0: False, 2: True, 3: True}.get(status)  # idle, in one, in one that failed
+    return _is_in_transaction(driver)
+
+
+def _transaction_status(driver: Any) -> int | None:
+    """What psycopg and psycopg2 tell of a transaction; 0 is "idle"."""
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
-    if status is not None:  # of psycopg and psycopg2
-        return {0: False, 2: True, 3: True}.get(int(status))  # idle, in one, in one that failed
+    return None if status is None else int(status)
+
+
+def _is_in_transaction(driver: Any) -> bool | None:
+    """What other drivers tell of it; None for nothing."""
     flags = getattr(driver, "server_status", None)
-    if isinstance(flags, int):  # of PyMySQL, which takes them from all but what returns rows
+    if isinstance(flags, int):  # of PyMySQL
         return bool(flags & 1)
     told = getattr(driver, "is_in_transaction", None)  # of asyncpg
-    found: bool | None = told() if callable(told) else getattr(driver, "in_transaction", None)
+    if told is not None:
+        return None if driver.is_closed() else bool(told())
+    try:  # of sqlite3 and MySQL Connector; of pg8000
+        found: bool | None = getattr(driver, "in_transaction", getattr(driver, "_in_transaction", None))
+    except ValueError:  # of aiosqlite, for a connection that is closed
+        return None
     return found
 
 
