@@ -368,19 +368,38 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
         if connection.invalidated:
             return "unknown"
         connection = connection.connection
+    if isinstance(error, DBAPIError):  # where that ends it by statements of SQLAlchemy's own
+        error = error.orig
+    answered = error is None
     if isinstance(error, dialect.loaded_dbapi.Error):
         try:
             answered = not dialect.is_disconnect(cast("Any", error), connection, None)
         except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
             answered = False
-    else:
-        answered = error is None or isinstance(error, DBAPIError)
+        answered = answered and _is_from_server(dialect, error)
     if not answered:
         return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
     failed = error is not None and dialect.name == "sqlite"
     is_open = failed and getattr(driver_connection(dialect, connection), "in_transaction", False)
     return "open" if is_open else "over"
+
+
+def _is_from_server(dialect: Dialect, error: Any) -> bool:
+    """False for an error by which a driver itself has given up, as after a timeout; the server may be at it still."""
+    if dialect.name == "sqlite":
+        return True
+    if dialect.name in ("mysql", "mariadb"):
+        number = getattr(error, "errno", error.args[0] if error.args else None)
+        if (
+            not isinstance(number, int) or number < 1000 or 2000 <= number < 3000
+        ):  # the latter are of the client
+            return False
+        return (
+            getattr(error, "sqlstate", "") is not None
+        )  # MySQL Connector uses a server's number for its timeouts
+    # psycopg, asyncpg's adapter and psycopg2 have None where the server did not say it; others do not tell
+    return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

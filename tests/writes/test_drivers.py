@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import pytest
 from sqlalchemy import Connection, create_engine, event, insert, select
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from querycache import QueryCache, sa_internals
+from querycache.sa_internals import dialect as dialects
 from tests.writes.test_endings import Child, Parent, Tree, ask
 
 
@@ -113,3 +114,63 @@ def test_aiosqlite_tells_of_a_transaction_while_it_is_open(closed: bool) -> None
         await engine.dispose()
 
     asyncio.run(look())
+
+
+class PyMySQL(Exception):
+    pass
+
+
+class MySQLConnector(Exception):
+    def __init__(self, errno: int, sqlstate: str | None) -> None:
+        super().__init__(errno, "message", sqlstate)
+        self.errno, self.sqlstate = errno, sqlstate
+
+
+class Psycopg(Exception):
+    def __init__(self, sqlstate: str | None) -> None:
+        super().__init__("message")
+        self.sqlstate = sqlstate
+
+
+class Psycopg2(Exception):
+    def __init__(self, pgcode: str | None) -> None:
+        super().__init__("message")
+        self.pgcode = pgcode
+
+
+class Pg8000(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("dialect", "error", "outcome"),
+    [
+        ("mysql", PyMySQL(1213, "Deadlock found when trying to get lock"), "over"),
+        ("mysql", PyMySQL(2013, "Lost connection"), "unknown"),
+        ("mysql", PyMySQL(0, ""), "unknown"),
+        ("mysql", PyMySQL("Packet sequence number wrong"), "unknown"),
+        ("mysql", PyMySQL(), "unknown"),
+        ("mariadb", MySQLConnector(1213, "40001"), "over"),
+        ("mariadb", MySQLConnector(3024, "HY000"), "over"),
+        ("mariadb", MySQLConnector(3024, None), "unknown"),
+        ("mariadb", MySQLConnector(2013, "HY000"), "unknown"),
+        ("mariadb", MySQLConnector(-1, None), "unknown"),
+        ("postgresql", Psycopg("40P01"), "over"),
+        ("postgresql", Psycopg(None), "unknown"),
+        ("postgresql", Psycopg2("40P01"), "over"),
+        ("postgresql", Psycopg2(None), "unknown"),
+        ("postgresql", Pg8000({"S": "ERROR", "C": "40P01"}), "over"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_a_driver_says_itself_is_no_answer_of_the_server(
+    dialect: str, error: Exception, outcome: str, wrapped: bool
+) -> None:
+    shown: Any = SimpleNamespace(
+        name=dialect,
+        loaded_dbapi=SimpleNamespace(Error=type(error)),
+        is_disconnect=lambda *arguments: False,
+    )
+    raised = DBAPIError("COMMIT", None, error) if wrapped else error
+    assert dialects._outcome(shown, object(), raised) == outcome
