@@ -32,7 +32,7 @@ __all__ = ["Known", "Transaction", "Transactions"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 _PERHAPS = "perhaps"
-"""Said of a transaction that was begun by hand, and then given a statement that may have committed it."""
+"""Said of a transaction that was begun by hand, and then given a statement that may have ended it."""
 
 
 @dataclass(slots=True)
@@ -153,12 +153,20 @@ class Transactions:
         if is_open is False:
             info.pop(self._begun_key, None)
         elif is_open is None and self._begun_key in info and word not in ("begin", "start"):
-            info[self._begun_key] = _PERHAPS
-            self.see_unknown(connection)
+            self._begun_perhaps(info)
         elif is_open and sa_internals.is_autocommit(connection) and info.get(self._begun_key) is not True:
             # by one of several statements in a text, or by COMMIT AND CHAIN
             info[self._begun_key] = True
             self.began_unseen(connection)
+
+    def failed(self, info: dict[Any, Any]) -> None:
+        """A statement has failed. Some errors end a transaction at the server, as deadlocks do on MySQL."""
+        if self._begun_key in info:
+            self._begun_perhaps(info)
+
+    def _begun_perhaps(self, info: dict[Any, Any]) -> None:
+        info[self._begun_key] = _PERHAPS
+        self._see_unknown(info)
 
     def may_go_on(self, connection: Connection) -> bool:
         """True if after a statement that commits itself the transaction may be open still."""
@@ -167,7 +175,9 @@ class Transactions:
     def is_autocommit(self, connection: Connection) -> bool:
         """True if each statement commits itself, or may: where the connection is set so, and nobody has said BEGIN."""
         begun = connection.info.get(self._begun_key)
-        return (begun is None or begun == _PERHAPS) and sa_internals.is_autocommit(connection)
+        if begun == _PERHAPS:  # and what the driver tells may be from before an error
+            return True
+        return begun is None and sa_internals.is_autocommit(connection)
 
     def ends_savepoint(self, connection: Connection, word: str) -> bool:
         """True where SQLite may be about to commit: a savepoint outside of a transaction begins one."""
@@ -213,7 +223,10 @@ class Transactions:
 
     def see_unknown(self, connection: Connection) -> None:
         """Nobody knows when this transaction's snapshot began: it is given nothing, and its answers are not stored."""
-        self.ensure(connection.info).snapshot = dict.fromkeys(self._regions.ledgers)
+        self._see_unknown(connection.info)
+
+    def _see_unknown(self, info: dict[Any, Any]) -> None:
+        self.ensure(info).snapshot = dict.fromkeys(self._regions.ledgers)
 
     def before_statement(self, connection: Connection) -> None:
         """What a transaction sees of the database is settled by its first statement: remember what was there before."""

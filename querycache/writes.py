@@ -229,6 +229,10 @@ class Writes:
                     named.named, named.tags = transaction.named, set(transaction.named)
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
+    def failed(self, info: dict[Any, Any]) -> None:
+        """A statement has failed, or its rows could not be fetched."""
+        self._transactions.failed(info)
+
     def _is_committing(self, connection: Connection, sql: str) -> bool:
         transaction = self._transactions.of(connection.info)
         if transaction is not None and transaction.marking.tags is not None:

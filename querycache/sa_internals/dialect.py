@@ -15,6 +15,7 @@ from sqlalchemy import Column, Table, event
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.cursor import _NO_CURSOR_DML
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache.errors import CacheUnavailable
 from querycache.sa_internals.transactions import driver_connection, info_of
@@ -52,6 +53,8 @@ class Tap(Protocol):
     def executing(self, sql: str, context: Any) -> bool: ...
 
     def executed(self, context: Any, outcome: Outcome) -> None: ...
+
+    def failed(self, info: dict[Any, Any]) -> None: ...
 
     def unseen(self, info: dict[Any, Any]) -> None: ...
 
@@ -473,7 +476,20 @@ def _resetting(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callab
     return rollback
 
 
-_WRAPPED = {
+def _failing(dialect: Dialect, run: Callable[..., bool], taps: _Taps) -> Callable[..., bool]:
+    """What SQLAlchemy asks of each error of a driver, be it of a statement or of rows that were to be fetched."""
+
+    def is_disconnect(error: Any, connection: Any, cursor: Any) -> bool:
+        if isinstance(connection, PoolProxiedConnection) and (info := info_of(connection)):
+            for each in taps.listeners:
+                each.failed(info)
+        return run(error, connection, cursor)
+
+    return is_disconnect
+
+
+_WRAPPED: dict[str, Callable[..., Callable[..., Any]]] = {
+    "is_disconnect": _failing,
     "do_prepare_twophase": _preparing,
     "do_commit": _committing,
     "do_commit_twophase": _committing,

@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +304,60 @@ def test_a_driver_that_does_not_tell_whether_a_transaction_is_open(
 ) -> None:
     monkeypatch.setattr(sa_internals, "tells_open", lambda connection: None)
     check_steps(Library(mariadb_engine), steps)
+
+
+def lose_a_deadlock(library: Library, connection: Connection, statement: Any) -> None:
+    """Have a statement of a transaction that holds book 1 wait for book 2, whose holder waits for book 1."""
+    with library.engine.connect() as other, ThreadPoolExecutor() as thread:
+        # a transaction that has changed more is not the one to be given up
+        other.execute(update(Book).where(Book.id > 1).values(title="other"))
+        waits = thread.submit(other.execute, update(Book).where(Book.id == 1).values(title="other"))
+        time.sleep(0.3)
+        with pytest.raises(DBAPIError, match="1213"):
+            connection.execute(statement)
+        waits.result()
+        other.rollback()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_deadlock_ends_a_transaction_that_was_begun_by_hand(
+    mariadb_engine: Engine, monkeypatch: pytest.MonkeyPatch, reads: bool, tells: bool
+) -> None:
+    if not tells:
+        monkeypatch.setattr(sa_internals, "tells_open", lambda connection: None)
+    library = Library(mariadb_engine)
+    library.fill(PRICES)
+    of_the_other = select(Book.id).where(Book.id == 2).with_for_update()
+    statement = of_the_other if reads else update(Book).where(Book.id == 2).values(title="own")
+    with mariadb_engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("START TRANSACTION"))
+        connection.execute(update(Book).where(Book.id == 1).values(title="own"))
+        lose_a_deadlock(library, connection, statement)
+        connection.execute(update(Book).values(price=97))
+        assert library.is_right(PRICES)
+        connection.execute(update(Book).values(price=98))
+        assert library.is_right(PRICES)
+    assert library.is_right(PRICES)
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_a_transaction_that_was_begun_by_hand_goes_on_after_an_error(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    library.fill(PRICES)
+    with library.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for step in ("BEGIN", UP, "SAVEPOINT x"):
+            connection.exec_driver_sql(step)
+        with pytest.raises(IntegrityError):
+            connection.execute(insert(Author).values(id=1, name="again"))
+        for step in ("ROLLBACK TO SAVEPOINT x", UP, UP):
+            connection.exec_driver_sql(step)
+        library.fill(PRICES)
+        connection.exec_driver_sql("COMMIT")
+        assert library.is_right(PRICES)
+    assert library.is_right(PRICES)
 
 
 def test_a_commit_by_text_of_what_was_to_be_prepared(postgresql_engine: Engine) -> None:
