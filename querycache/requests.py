@@ -195,7 +195,7 @@ class Requests:
         self._refuse(state)
         session = state.session
         try:
-            prepared = sa_internals.prepare(Invocation.take(state))
+            prepared = _prepare(state)
             plan = prepared.plan
             bind = prepared.invocation.bind
             if isinstance(bind, Connection) and bind.closed:
@@ -229,7 +229,7 @@ class Requests:
         """
         try:
             self._refuse(state, within=True)
-            prepared = sa_internals.prepare(Invocation.take(state))
+            prepared = _prepare(state)
             plan = prepared.plan
             self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(plan.compiled)
@@ -406,6 +406,19 @@ class Requests:
         tags.extend(map(user_tag, options.tags))
         tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
         return tags
+
+
+def _prepare(state: ORMExecuteState) -> Prepared:
+    """The statement, ready to run.
+
+    Raises:
+        Refused: it is for a driver of asyncio, whose results are made otherwise.
+        Unpreparable: it cannot be compiled ahead of its execution.
+    """
+    invocation = Invocation.take(state)
+    if invocation.engine.dialect.is_async:
+        raise Refused("asyncio")
+    return sa_internals.prepare(invocation)
 
 
 def _remember(plan: Plan, memo: object, value: _T) -> _T:
