@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache.errors import CacheUnavailable
-from querycache.sa_internals.transactions import driver_connection, info_of
+from querycache.sa_internals.transactions import driver_connection, info_of, is_open
 
 __all__ = [
     "Outcome",
@@ -456,10 +456,27 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
                     each.commit(info, dialect)
         if not info:
             return run(connection, *args, **kwargs)
-        with _Ending(taps.listeners, lambda tap, outcome: tap.end(info, outcome), dialect, connection):
+
+        def tell(tap: Tap, outcome: Outcome) -> None:
+            tap.end(
+                info, "open" if outcome == "over" and _rolls_nothing_back(dialect, connection) else outcome
+            )
+
+        with _Ending(taps.listeners, tell, dialect, connection):
             return run(connection, *args, **kwargs)
 
     return rollback
+
+
+def _rolls_nothing_back(dialect: Any, connection: Any) -> bool:
+    """True where a transaction is open still: one that was begun by text, on an engine that does not roll back in
+    autocommit mode."""
+    return (
+        getattr(dialect, "skip_autocommit_rollback", False)
+        and not isinstance(connection, Connection)  # of two phases
+        and is_open(driver_connection(dialect, connection)) is not False
+        and dialect.detect_autocommit_setting(connection)
+    )
 
 
 def _resetting(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

@@ -103,10 +103,10 @@ def is_autocommit(connection: Connection) -> bool:
     told = getattr(adapter, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
     if told is not None:
         return bool(told())
-    is_open = _is_in_transaction(_driver(connection))
-    if is_open and connection.dialect.name != "postgresql":  # of SQLite, and MySQL Connector
+    begun = _is_in_transaction(_driver(connection))
+    if begun and connection.dialect.name != "postgresql":  # of SQLite, and MySQL Connector
         return False
-    if is_open is False and _has_started(adapter):
+    if begun is False and _has_started(adapter):
         return True
     return connection._is_autocommit_isolation() or getattr(adapter, "autocommit", None) is True
 
@@ -223,7 +223,11 @@ def has_begun(connection: Connection) -> bool:
 
 def tells_open(connection: Connection) -> bool | None:
     """Whether the driver tells that a transaction is open, just after a statement; None where it does not tell."""
-    driver = _driver(connection)
+    return is_open(_driver(connection))
+
+
+def is_open(driver: Any) -> bool | None:
+    """The same of a driver's own connection."""
     status = _transaction_status(driver)
     if status is not None:
         return {0: False, 2: True, 3: True}.get(status)  # idle, in one, in one that failed

@@ -360,6 +360,56 @@ def test_a_transaction_that_was_begun_by_hand_goes_on_after_an_error(
     assert library.is_right(PRICES)
 
 
+AUTHOR_OF_2 = select(Book.author_id).where(Book.id == 2)
+SKIPS: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True, "pool_size": 1}
+
+
+@pytest.mark.parametrize("ends", ["COMMIT", "ROLLBACK"])
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_a_transaction_begun_by_text_that_is_not_rolled_back_in_autocommit_mode(
+    request: pytest.FixtureRequest, database: str, ends: str
+) -> None:
+    """The next user of its connection is in it still."""
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    library.fill(PRICES)
+    engine = create_engine(library.engine.url, **SKIPS)
+    sessions = sessionmaker(engine)
+    library.cache.attach(engine).attach(sessions)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql(UP)
+        connection.exec_driver_sql("UPDATE book SET author_id = 3 WHERE id = 2")
+    library.fill(PRICES)
+    with sessions() as session:
+        library.ask(AUTHOR_OF_2, session)  # which nobody has stored, and which it must not
+        assert library.ask(PRICES, session) == session.connection().execute(PRICES).all()
+    assert library.is_right(PRICES)
+    assert library.is_right(AUTHOR_OF_2)
+    with engine.connect() as connection:
+        connection.exec_driver_sql(ends)
+    assert library.is_right(PRICES)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_nothing_is_kept_of_what_was_over_before_a_rollback_was_left_out(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    library = Library(request.getfixturevalue(f"{database}_engine"))
+    engine = create_engine(library.engine.url, **SKIPS)
+    sessions = sessionmaker(engine)
+    library.cache.attach(engine).attach(sessions)
+    for steps in ([UP], ["BEGIN", UP, "COMMIT"], ["BEGIN", UP, "ROLLBACK"]):
+        with engine.connect() as connection:
+            for step in steps:
+                connection.exec_driver_sql(step)
+        assert library.is_right(PRICES)
+        library.fill(PRICES)
+        with sessions() as session:
+            assert library.outcome(PRICES, session) == "hit"
+    engine.dispose()
+
+
 def test_a_commit_by_text_of_what_was_to_be_prepared(postgresql_engine: Engine) -> None:
     library = Library(postgresql_engine)
     library.fill(PRICES)
