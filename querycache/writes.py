@@ -30,7 +30,7 @@ from sqlalchemy.engine import Connection, Dialect, Engine, TwoPhaseTransaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, UOWTransaction
 
-from querycache import forks, sa_internals
+from querycache import sa_internals
 from querycache.changes import WrittenTable, changes_of, tags_of_actions
 from querycache.declarations import Declarations
 from querycache.errors import ConfigurationError
@@ -60,7 +60,6 @@ class Writes:
         self._declared = declared
         self.phases = phases
         self._transactions = Transactions(regions)
-        self._lock = forks.lock()
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
 
     # --- where it listens ----------------------------------------------------------------------------
@@ -70,7 +69,7 @@ class Writes:
         known = self._transactions.known(engine.dialect)
         if known.watched:
             return False
-        with self._lock:
+        with sa_internals.listening:
             if known.watched:
                 return False
             engine = sa_internals.root_engine(engine)
@@ -99,7 +98,7 @@ class Writes:
 
     def unwatch(self) -> None:
         """Leave all engines alone again."""
-        with self._lock:
+        with sa_internals.listening:
             for engine in self._watched:
                 sa_internals.untap(engine, self)
                 self._transactions.known(engine.dialect).watched = False

@@ -6,12 +6,13 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, create_engine, event
 
-from querycache import QueryCache, forks
+from querycache import QueryCache, forks, sa_internals
 from querycache.backends.breaker import CircuitBreaker
 from querycache.backends.memory import MemoryBackend
 from querycache.events import Telemetry
@@ -46,9 +47,11 @@ def lock_for_a_moment(lock: Any) -> None:
     locked.wait()
 
 
-@pytest.mark.parametrize("which", ["store", "ledger", "breaker", "telemetry", "phases", "writes"])
+@pytest.mark.parametrize("which", ["store", "ledger", "breaker", "telemetry", "phases", "listeners"])
 def test_what_another_thread_had_locked_is_free(sqlite_engine: Engine, which: str) -> None:
     cache = QueryCache("memory://").attach(sqlite_engine)
+    other = create_engine("sqlite://")
+    event.listen(other, "do_execute", lambda *arguments: None)
     store = MemoryBackend({})
     ledger, breaker, telemetry = Ledger(store, "witness"), CircuitBreaker("it"), Telemetry()
     owner, work = {
@@ -57,7 +60,7 @@ def test_what_another_thread_had_locked_is_free(sqlite_engine: Engine, which: st
         "breaker": (breaker, lambda: breaker.failed(OSError())),
         "telemetry": (telemetry, lambda: telemetry.emit("hit", "", "")),
         "phases": (cache._writes.phases, cache._writes.phases._lock.acquire),
-        "writes": (cache._writes, cache._writes._lock.acquire),
+        "listeners": (SimpleNamespace(_lock=sa_internals.listening), lambda: cache.attach(other)),
     }[which]
     lock_for_a_moment(owner._lock)
     assert child_succeeds(work)

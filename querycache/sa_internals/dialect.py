@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,6 +16,7 @@ from sqlalchemy.engine.cursor import _NO_CURSOR_DML
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 
+from querycache import forks
 from querycache.errors import CacheUnavailable
 from querycache.sa_internals.transactions import driver_connection, info_of, is_open
 
@@ -29,6 +29,7 @@ __all__ = [
     "has_listeners",
     "heed_others",
     "json_serializer",
+    "listening",
     "note_reading",
     "sent",
     "tap",
@@ -145,7 +146,7 @@ def heed_others(dialect: Any) -> bool:
     first = all(found[name] and found[name][0] is _in_front.get(name) for name in found)
     if crowded is taps.beside_others and (first or not crowded):
         return False
-    with _changing:
+    with listening:
         taps.beside_others = crowded
         (_beside_others.add if crowded else _beside_others.discard)(dialect)
         if crowded or not _beside_others:
@@ -171,7 +172,9 @@ _in_front: dict[str, Callable[..., Any]] = {}
 _beside_others: weakref.WeakSet[Any] = weakref.WeakSet()
 """The dialects that have others."""
 
-_changing = threading.Lock()
+listening = forks.lock()
+"""Held while it changes who listens to whom. It is one lock for all, since none that a fork waits for is taken within
+another."""
 
 _EXECUTING = ("do_execute", "do_executemany", "do_execute_no_params")
 """The methods by which a dialect runs a statement. The context is the last of their arguments."""
