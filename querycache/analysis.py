@@ -39,13 +39,25 @@ from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Groupin
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
+from querycache.fragments import (
+    calls,
+    calls_of_hint,
+    changing,
+    hides,
+    is_clock,
+    is_comparison,
+    may_query,
+    moments,
+    names_table,
+    variables,
+)
 from querycache.keys import structure_digest
 from querycache.sa_internals import custom_constructs, is_exact, key_place, known_tables, suffixes
 from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
 from querycache.textual import read_text
-from querycache.wording import is_query, locks_rows, only_reads, without_comments
+from querycache.wording import is_query, locks_rows, only_reads
 
-__all__ = ["MOMENT", "Analysis", "Pin", "analyse", "is_text_type"]
+__all__ = ["Analysis", "Pin", "analyse", "is_text_type"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         )
         constructs = custom_constructs(rendered)
         memo.functions |= constructs
-        if not constructs and not any(map(_COMMENT.search, memo.texts)):
+        if not constructs and not any(map(hides, memo.texts)):
             # of several the first is taken that can be: a key changes least
             memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
@@ -238,31 +250,8 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
     return Collector
 
 
-_WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
-_COMMENT = re.compile(r"--|/\*|#")
-"""What hides the rest of a line or a statement, in one database or another."""
-_COMPARISON = re.compile(
-    r"\s*[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b)\s*(:?[\w.]+|'[^']*')\s*)?", re.IGNORECASE
-)
 _SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
-_CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
-_QUOTES = re.compile(r"""["`\[\]\s]""")
-MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
-"""What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
-_LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
-_OF_MYSQL = re.compile(r"""(?<![\w'"`@.])(@@?[\w`]+|utc_(date|time|timestamp)\b)""", re.IGNORECASE)
-"""What is neither a column nor called: its variables, of the connection or of the server, and its clocks."""
-_NILADIC = re.compile(
-    r"\b(current_(date|time|timestamp|user|role|schema|catalog)|localtime(stamp)?|session_user|sysdate|user)\b",
-    re.IGNORECASE,
-)
-# Numbers of a sequence, also where it is read as a table; and a part of a table by chance.
 _OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
-_CHANGING = re.compile(
-    r"\b(?:next|previous)\s+value\s+for\b|\.\s*(?:nextval|currval)\b|\btablesample\b"
-    r"|\blast_value\b(?!\s*\()|\bnext_not_cached_value\b",
-    re.IGNORECASE,
-)
 _COMPARING_TEXT = frozenset(
     [
         operators.contains_op,
@@ -285,43 +274,14 @@ _COMPARING_TEXT = frozenset(
         operators.startswith_op,
     ]
 )
-_IN_TABLE = re.compile(r"""\bin\s*(?:["'`\[]|(?<=\s)\w)""", re.IGNORECASE)
-_NO_WORDS = re.compile(
-    r"""(?P<string>'(?:[^']|'')*')|(?P<comment>--[^\n]*|/\*.*?\*/)|"[^"]*"|`[^`]*`|\[[^\]]*\]""", re.DOTALL
-)
-_NOT_CALLED_IN_HINTS = frozenset(["by", "index", "key", "partition"])
-_NOT_CALLED = frozenset(
-    [
-        "and",
-        "as",
-        "between",
-        "case",
-        "else",
-        "exists",
-        "filter",
-        "in",
-        "is",
-        "like",
-        "not",
-        "on",
-        "or",
-        "over",
-        "then",
-        "values",
-        "when",
-        "where",
-    ]
-)
 
 
 def _read_texts(analysis: Analysis, dialect: str) -> None:
     """Add what textual SQL in the statement reads: of whole statements their tables, of pieces their functions."""
     for text in analysis.texts:
-        for literal in _LITERAL.finditer(text):
-            analysis.functions |= {repr(each.lower()) for each in MOMENT.findall(literal.group())}
-        analysis.functions |= _changing(text)
+        analysis.functions |= moments(text) | changing(text)
         if dialect in ("mysql", "mariadb"):
-            analysis.functions |= {match.group().lower() for match in _OF_MYSQL.finditer(text)}
+            analysis.functions |= variables(text)
         if is_query(text):
             statement = read_text(text, dialect)
             analysis.opaque = analysis.opaque or not statement.understood
@@ -329,39 +289,20 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
             analysis.writes = analysis.writes or bool(statement.writes) or not read
             analysis.text_tables |= statement.reads
             analysis.functions |= statement.functions
-        elif _WORDS_OF_QUERIES.search(text):
+        elif may_query(text) or (dialect == "sqlite" and names_table(text)):
             analysis.opaque = True
         else:
-            analysis.functions |= _functions(text)
-            if dialect == "sqlite" and _IN_TABLE.search(_NO_WORDS.sub(_blank, text)):
-                analysis.opaque = True
-
-
-def _blank(found: re.Match[str]) -> str:
-    return "''" if found.group("string") else " " if found.group("comment") else found.group()
+            analysis.functions |= calls(text)
 
 
 def _read_hint(analysis: Analysis, text: str) -> None:
-    """Add what a hint of the table or the statement reads, as that of a MySQL table to be read as it was."""
-    analysis.opaque = analysis.opaque or _WORDS_OF_QUERIES.search(text) is not None or "/*!" in text
-    called = _functions(without_comments(text)) - _NOT_CALLED_IN_HINTS
-    analysis.functions |= called | {match.group().lower() for match in _OF_MYSQL.finditer(text)}
-
-
-def _functions(text: str) -> set[str]:
-    """What a piece of SQL calls, with brackets or without."""
-    return _called(text) | {match.group().lower() for match in _NILADIC.finditer(text)} | _changing(text)
-
-
-def _changing(text: str) -> set[str]:
-    """What makes an answer change by itself, and is no function."""
-    found = {each.lower() for way in (text, without_comments(text)) for each in _CHANGING.findall(way)}
-    return {repr(" ".join(each.split())) for each in found}
+    analysis.opaque = analysis.opaque or may_query(text) or "/*!" in text
+    analysis.functions |= calls_of_hint(text)
 
 
 def _is_text(name: str) -> bool:
     """True for the name of a column that is rendered as it is, and may be something else."""
-    return not is_name(name) or (getattr(name, "quote", None) is False and bool(_NILADIC.search(name)))
+    return not is_name(name) or (getattr(name, "quote", None) is False and is_clock(name))
 
 
 def _is_text_value(element: Any) -> bool:
@@ -384,12 +325,6 @@ def _of_sequence(column: Any) -> bool:
     owner = column.table.element if isinstance(column.table, Alias) else column.table
     named = _OF_SEQUENCES.fullmatch(column.name) is not None
     return named and isinstance(owner, TableClause) and not known_tables(owner.name)
-
-
-def _called(text: str) -> set[str]:
-    """The functions that a piece of SQL calls."""
-    names = {name if _QUOTES.search(name) else name.lower() for name in _CALL.findall(text)}
-    return {_QUOTES.sub("", name) for name in names} - _NOT_CALLED
 
 
 def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
@@ -431,9 +366,9 @@ def _stands_alone(element: Any) -> bool:
     """False for what SQLAlchemy renders in a WHERE clause as it was given, and without parentheses: an OR in it would make a
     conjunct beside it one of several alternatives."""
     if isinstance(element, TextClause):
-        return _COMPARISON.fullmatch(element.text) is not None
+        return is_comparison(element.text)
     if isinstance(element, ColumnClause) and (element.is_literal or _is_text(element.name)):
-        return _COMPARISON.fullmatch(element.name) is not None
+        return is_comparison(element.name)
     operator = getattr(element, "operator", None)
     return not isinstance(operator, operators.custom_op) or _SYMBOL.fullmatch(operator.opstring) is not None
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from querycache.analysis import MOMENT, Analysis, Pin, is_text_type
+from querycache.analysis import Analysis, Pin, is_text_type
 from querycache.declarations import Declarations, spellings
+from querycache.fragments import MOMENT
 from querycache.functions import is_stable, is_system_table
 from querycache.sa_internals import Plan, known_tables
 from querycache.tables import declared_tags, label_of, reader_labels, row_labels, slot_of, translated
