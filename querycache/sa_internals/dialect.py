@@ -397,13 +397,9 @@ def _is_from_server(dialect: Dialect, error: Any) -> bool:
         return True
     if dialect.name in ("mysql", "mariadb"):
         number = getattr(error, "errno", error.args[0] if error.args else None)
-        if (
-            not isinstance(number, int) or number < 1000 or 2000 <= number < 3000
-        ):  # the latter are of the client
-            return False
-        return (
-            getattr(error, "sqlstate", "") is not None
-        )  # MySQL Connector uses a server's number for its timeouts
+        # From 2000 on they are of the client; and MySQL Connector has a server's number for timeouts of its own.
+        of_server = isinstance(number, int) and number >= 1000 and not 2000 <= number < 3000
+        return of_server and getattr(error, "sqlstate", "") is not None
     # psycopg, asyncpg's adapter and psycopg2 have None where the server did not say it; others do not tell
     return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
 
@@ -461,9 +457,8 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
             return run(connection, *args, **kwargs)
 
         def tell(tap: Tap, outcome: Outcome) -> None:
-            tap.end(
-                info, "open" if outcome == "over" and _rolls_nothing_back(dialect, connection) else outcome
-            )
+            still = outcome == "over" and _rolls_nothing_back(dialect, connection)
+            tap.end(info, "open" if still else outcome)
 
         with _Ending(taps.listeners, tell, dialect, connection):
             return run(connection, *args, **kwargs)
