@@ -129,10 +129,10 @@ def system_table(analysis: Analysis, plan: Plan, declared: Declarations) -> str:
     named = {*analysis.tables, *analysis.text_tables}
     for schema, name in sorted(named, key=lambda table: (table[0] or "", table[1])):
         label = label_of(schema, name)
-        sequence = name.lower().endswith("_seq") and not known_tables(name)  # as PostgreSQL calls them
-        if (sequence or is_system_table(schema, name, dialect)) and declared.sources.keys().isdisjoint(
-            spellings(label)
-        ):
+        mapped = bool(known_tables(name))
+        system = is_system_table(schema, name, dialect, mapped)
+        sequence = name.lower().endswith("_seq") and not mapped  # as PostgreSQL calls them
+        if (system or sequence) and declared.sources.keys().isdisjoint(spellings(label)):
             return label
     return ""
 

@@ -86,14 +86,27 @@ def is_stable(name: str, dialect: str) -> bool:
 _SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema", "pg_catalog", "sys"})
 # Where a schema is said, it is the application's own on PostgreSQL; SQLite has them in each.
 _SYSTEM_NAMES = {
-    "postgresql": re.compile(r"pg_.*"),
+    "postgresql": re.compile(
+        r"pg_(aggregate|am|attribute|authid|backend_memory_contexts|cast|class|collation|config|constraint|conversion|cursors"
+        r"|database|depend|description|enum|extension|group|index|indexes|inherits|language|largeobject|largeobject_metadata"
+        r"|locks|matviews|namespace|opclass|operator|opfamily|parameter_acl|partitioned_table|policies|policy"
+        r"|prepared_statements|prepared_xacts|proc|range|rewrite|roles|rules|sequence|sequences|settings|shadow|tables"
+        r"|tablespace|transform|trigger|type|user|views|wait_events|(am|attr|available|default|event|file|foreign|hba|ident"
+        r"|init|publication|replication|sec|shdep|shmem|shsec|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
+    ),
     "sqlite": re.compile(r"(sqlite|pragma)_.*|dbstat"),
 }
 
 
-def is_system_table(schema: str | None, name: str, dialect: str) -> bool:
-    """True for a table or view that the database itself writes, so that nobody can follow what changes in it."""
+def is_system_table(schema: str | None, name: str, dialect: str, mapped: bool) -> bool:
+    """True for a table or view that the database itself writes, so that nobody can follow what changes in it.
+
+    Args:
+        mapped: whether the application has mapped a table of this name, which may then be its own.
+    """
     if schema is not None and dialect != "sqlite":
         return schema.lower() in _SYSTEM_SCHEMAS
+    if dialect == "postgresql" and name.lower().startswith("pg_") and not mapped:
+        return True
     pattern = _SYSTEM_NAMES.get(dialect)
     return pattern is not None and pattern.fullmatch(name.lower()) is not None

@@ -181,6 +181,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_rowcount": lambda live: live.contexts["SELECT"],
     "_setup_result_proxy": lambda live: live.contexts["SELECT"],
     "_starting_event_idx": lambda live: live.states[0],
+    "_suffixes": lambda live: live.statement,
     "_trans_ctx_check": lambda live: import_module("sqlalchemy.engine.util").TransactionalContext,
     "_transaction": lambda live: live.session,
     "_variant_mapping": lambda live: Parent.__table__.c.id.type,

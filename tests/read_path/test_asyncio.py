@@ -14,7 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 
 from querycache import QueryCache
 
-CACHED = {"cache_key": True, "cache_tables": ["book"]}
+CACHED = {"cache_key": True, "cache_tables": ["pamphlet"]}
 
 
 class Base(DeclarativeBase):
@@ -22,7 +22,7 @@ class Base(DeclarativeBase):
 
 
 class Book(Base):
-    __tablename__ = "book"
+    __tablename__ = "pamphlet"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     price: Mapped[int]
@@ -33,7 +33,9 @@ async def by_core(session: AsyncSession) -> Any:
 
 
 async def by_text(session: AsyncSession) -> Any:
-    return (await session.execute(text("SELECT price FROM book"), execution_options=CACHED)).scalars().all()
+    return (
+        (await session.execute(text("SELECT price FROM pamphlet"), execution_options=CACHED)).scalars().all()
+    )
 
 
 async def by_entity(session: AsyncSession) -> Any:

@@ -109,8 +109,8 @@ def _plain_bump() -> None:
         if transaction is not None and transaction.wrote:
             for session in list(transaction.unresolved):
                 self._resolve(transaction, session)
-            for each, keys in self.phases._regions.tag_keys(transaction.tags):
-                each.bump(keys)
+            for each in self.phases._regions.ledgers:
+                each.bump(self.phases._regions.tag_keys(transaction.tags))
 
     writes.Writes.commit = commit  # type: ignore[method-assign]
 

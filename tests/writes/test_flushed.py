@@ -141,8 +141,8 @@ def test_a_table_whose_updates_return_nothing_is_named(
     class Virtual(DeclarativeBase):
         pass
 
-    class Note(Virtual):
-        __tablename__ = "note"
+    class Jotting(Virtual):
+        __tablename__ = "jotting"
         __table_args__ = {"implicit_returning": False} if silent else {}
         rowid: Mapped[int] = mapped_column(primary_key=True)
         author_id: Mapped[int] = mapped_column(ForeignKey(Author.id))
@@ -150,12 +150,12 @@ def test_a_table_whose_updates_return_nothing_is_named(
 
     library = Library(sqlite_engine)
     with library.engine.begin() as connection:
-        connection.exec_driver_sql("CREATE VIRTUAL TABLE note USING fts5 (author_id, words)")
-        connection.execute(insert(Note).values(rowid=1, author_id=1, words="old"))
-    words = select(Note.words).where(Note.author_id == 1)
+        connection.exec_driver_sql("CREATE VIRTUAL TABLE jotting USING fts5 (author_id, words)")
+        connection.execute(insert(Jotting).values(rowid=1, author_id=1, words="old"))
+    words = select(Jotting.words).where(Jotting.author_id == 1)
     library.fill(words)
     with library.sessions() as session:
-        session.get_one(Note, 1).words = "new"
+        session.get_one(Jotting, 1).words = "new"
         if silent:
             session.commit()
         else:
