@@ -52,7 +52,7 @@ from querycache.fragments import (
     variables,
 )
 from querycache.keys import structure_digest
-from querycache.sa_internals import custom_constructs, is_exact, key_place, known_tables, suffixes
+from querycache.sa_internals import custom_constructs, is_exact, key_place, suffixes
 from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads
@@ -187,6 +187,9 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             return super().visit_bindparam(bindparam, *args, **kwargs)
 
         def visit_binary(self, binary: Any, *args: Any, **kwargs: Any) -> Any:
+            opstring = getattr(binary.operator, "opstring", "")
+            if self.dialect.name == "sqlite" and names_table(f"x {opstring} y"):
+                self.analysis.opaque = True
             for one, other in ((binary.left, binary.right), (binary.right, binary.left)):
                 if (
                     isinstance(one, BindParameter)
@@ -195,6 +198,18 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 ):
                     self.binds_compared[one.key] += 1
             return super().visit_binary(binary, *args, **kwargs)
+
+        def visit_case(self, clause: Any, *args: Any, **kwargs: Any) -> Any:
+            results = [
+                each for each in (clause.else_, *(result for _, result in clause.whens)) if each is not None
+            ]
+            compared = [clause.value, *(when for when, _ in clause.whens)] if clause.value is not None else []
+            for members in (results, compared):
+                if all(map(_is_text_value, members)):
+                    self.binds_compared.update(
+                        each.key for each in members if isinstance(each, BindParameter)
+                    )
+            return super().visit_case(clause, *args, **kwargs)
 
         def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
             self.analysis.writes |= not is_query(taf.element.text)
@@ -254,6 +269,7 @@ _SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
 _OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
 _COMPARING_TEXT = frozenset(
     [
+        operators.concat_op,
         operators.contains_op,
         operators.endswith_op,
         operators.eq,
@@ -268,9 +284,16 @@ _COMPARING_TEXT = frozenset(
         operators.like_op,
         operators.lt,
         operators.ne,
+        operators.is_distinct_from,
+        operators.is_not_distinct_from,
+        operators.match_op,
+        operators.not_contains_op,
+        operators.not_endswith_op,
         operators.not_ilike_op,
         operators.not_in_op,
         operators.not_like_op,
+        operators.not_startswith_op,
+        operators.regexp_match_op,
         operators.startswith_op,
     ]
 )
@@ -324,7 +347,7 @@ def _of_sequence(column: Any) -> bool:
     """True if a column may be a number of a sequence, which can be read as a table."""
     owner = column.table.element if isinstance(column.table, Alias) else column.table
     named = _OF_SEQUENCES.fullmatch(column.name) is not None
-    return named and isinstance(owner, TableClause) and not known_tables(owner.name)
+    return named and isinstance(owner, TableClause) and not isinstance(owner, Table)
 
 
 def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:

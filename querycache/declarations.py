@@ -9,7 +9,7 @@ from typing import ClassVar
 from sqlalchemy import Table
 
 from querycache.keys import canonical, digest
-from querycache.tables import label_of, reader_labels, set_write_tags
+from querycache.tables import reader_labels
 from querycache.temporary import temporary_tables
 
 __all__ = ["DEFAULT_SLOTS", "Declarations", "spellings", "written_by_triggers"]
@@ -62,15 +62,6 @@ class Declarations:
                 fresh = {*self.sources.get(name, ()), *_by_triggers.get(name, ())} - found
                 found |= fresh
                 todo.extend(fresh)
-        return found
-
-    def written_through(self, schema: str | None, name: str) -> set[str]:
-        """The tags that change with what a table is made from, where it is a view through which that is written."""
-        found: set[str] = set()
-        if self.sources:
-            for source in self.made_from([label_of(schema, name)]):
-                source_schema, _, source_name = source.rpartition(".")
-                found.update(set_write_tags((source_schema or None, source_name), None))
         return found
 
     def note_temporary(self, sql: str, dialect: str) -> None:

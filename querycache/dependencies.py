@@ -106,7 +106,8 @@ def unstable_function(analysis: Analysis, plan: Plan, declared: Declarations) ->
     for name in sorted(analysis.functions):
         if not is_stable(name, dialect) and declared.sources.keys().isdisjoint(spellings(name.lower())):
             return name
-    for name, value in plan.values.items():
+    # of MySQL and MariaDB none is a moment
+    for name, value in plan.values.items() if dialect not in ("mysql", "mariadb") else ():
         for each in value if isinstance(value, (list, tuple)) else (value,):
             moment = MOMENT.search(each) if type(each) is str else None
             if moment is not None and not _stays_text(name, analysis, plan):
@@ -131,7 +132,8 @@ def system_table(analysis: Analysis, plan: Plan, declared: Declarations) -> str:
         label = label_of(schema, name)
         mapped = bool(known_tables(name))
         system = is_system_table(schema, name, dialect, mapped)
-        sequence = name.lower().endswith("_seq") and not mapped  # as PostgreSQL calls them
+        # as PostgreSQL calls them
+        sequence = dialect == "postgresql" and name.lower().endswith("_seq") and not mapped
         if (system or sequence) and declared.sources.keys().isdisjoint(spellings(label)):
             return label
     return ""

@@ -12,7 +12,7 @@ then until the transaction ends, for it has written the row.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class FlushedRows:
         known: False if there are some that only the database knows; None as long as nobody has told of any row.
         updated: primary keys of rows that were there before, and still are.
         moved: True if some are gone, or have other values in tracked columns than before.
+        inserted: the last INSERT whose parameters were taken in.
     """
 
     written: WrittenTable
@@ -53,11 +54,19 @@ class FlushedRows:
     known: bool | None = None
     updated: set[tuple[object, ...]] = field(default_factory=set)
     moved: bool = False
+    inserted: Any = None
 
-    def inserting(self, parameters: Iterable[Mapping[str, object]]) -> None:
+    def inserting(self, context: Any) -> None:
         """Take in what an INSERT is given. The object may tell otherwise by the end of the flush, where a listener has set or
-        refreshed an attribute."""
-        for given in parameters:
+        refreshed an attribute.
+
+        Args:
+            context: of the execution. It has all parameters at each of its batches.
+        """
+        if context is self.inserted:
+            return
+        self.inserted = context
+        for given in context.compiled_parameters:
             for column in self.written.tracked:
                 if column.key in given:
                     self.values.add((column.name, given[column.key]))

@@ -26,9 +26,13 @@ __all__ = [
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
 _COMMENT = re.compile(r"--|/\*|#")
 _COMPARISON = re.compile(
-    r"\s*[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b)\s*(:?[\w.]+|'[^']*')\s*)?", re.IGNORECASE
+    r"\s*(?:\*|[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b|\b(?:not\s+)?i?like\b)\s*(:?[\w.]+|'[^'\\]*')\s*)?)",
+    re.IGNORECASE,
 )
-_CALL = re.compile(r"""((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE)
+# From the beginning of a name only, or a long word would be tried from each of its letters.
+_CALL = re.compile(
+    r"""(?<![\w"`\]\[.])((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE
+)
 _QUOTES = re.compile(r"""["`\[\]\s]""")
 MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
 """What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
@@ -42,7 +46,7 @@ _NILADIC = re.compile(
 # Numbers of a sequence, also where it is read as a table; and a part of a table by chance.
 _CHANGING = re.compile(
     r"\b(?:next|previous)\s+value\s+for\b|\.\s*(?:nextval|currval)\b|\btablesample\b"
-    r"|\blast_value\b(?!\s*\()|\bnext_not_cached_value\b",
+    r"|\bnext_not_cached_value\b",
     re.IGNORECASE,
 )
 _IN_TABLE = re.compile(r"""\bin\s*(?:["'`\[]|(?<=\s)\w)""", re.IGNORECASE)
@@ -85,7 +89,7 @@ def hides(text: str) -> bool:
 
 
 def is_comparison(text: str) -> bool:
-    """True for a column, or one comparison of a column with a value, which needs no parentheses."""
+    """True for a column (or ``*``), or one comparison of a column with a value, which needs no parentheses."""
     return _COMPARISON.fullmatch(text) is not None
 
 

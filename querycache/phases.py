@@ -10,6 +10,7 @@ they are owed, this process takes no answer from it, and a thread tries to tell 
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -132,17 +133,27 @@ class Phases:
                 self._telemetry.emit("error", "", "", "unavailable after commit")
                 if not ledger.store.atomic:
                     unmarked.append(ledger)
-        for ledger in unmarked:
-            self._owe(ledger, tags, _Commit(certain))
-            if self.owes(ledger, essential=True):
-                self._telemetry.emit("error", "", "", "unavailable at commit")
+        if unmarked or self._owed:
+            for ledger in unmarked:
+                self._owe(ledger, tags, _Commit(certain))
+            try:
+                for ledger in unmarked:
+                    if self.owes(ledger, essential=True):
+                        self._telemetry.emit("error", "", "", "unavailable at commit")
+                owing = self.pay()
+            except BaseException:  # a signal, for example
                 self._pay_later()
-        if self._owed:
-            self.pay()
+                raise
+            if owing:
+                self._pay_later()
 
     def _owe(self, ledger: Ledger, tags: set[str], commit: _Commit) -> None:
         with self._lock:
-            owed = self._owed.get(ledger, {}) | dict.fromkeys(self._regions.tag_keys(tags), commit)
+            owed = dict(self._owed.get(ledger, {}))
+            for key in self._regions.tag_keys(tags):
+                before = owed.get(key)
+                # what nobody knows of a commit, a later one does not tell
+                owed[key] = commit if before is None or before.certain else _Commit(False)
             if len(owed) > MOST_OWED:
                 commit = _Commit(all(each.certain for each in owed.values()))
                 owed = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), commit)
@@ -150,6 +161,8 @@ class Phases:
 
     def _pay_later(self) -> None:
         """Have a thread pay what is owed, since nobody may ask or commit here for a long time."""
+        if sys.is_finalizing():
+            return  # no thread begins any more, and start() would wait for it
         with self._lock:
             if self._payer is None or not self._payer.is_alive():  # as after a fork
                 payer = threading.Thread(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from querycache.fragments import calls
 from querycache.wording import (
     COMMITTING,
     chains,
@@ -160,7 +161,7 @@ def _parsed(text: str, dialect: str) -> TextStatement:
         return _ANYTHING
     token = _parsing.set(True)
     try:
-        parser = _parser(dialect)
+        parser, as_written = _parser(dialect)
         statements = parser.parse(parser.dialect.tokenize(text), text)
     except (errors.SqlglotError, RecursionError):
         return _ANYTHING
@@ -180,7 +181,7 @@ def _parsed(text: str, dialect: str) -> TextStatement:
             field = each.args.get("field")
             if isinstance(field, exp.Column):
                 reads.add((field.table or None, field.name))
-            elif field is not None and not isinstance(field, exp.Func):
+            elif field is not None and not isinstance(field, (exp.Func, exp.Parameter, exp.Placeholder)):
                 return _ANYTHING
         for table in statement.find_all(exp.Table):
             if isinstance(table.this, exp.Func):
@@ -192,14 +193,16 @@ def _parsed(text: str, dialect: str) -> TextStatement:
                 # or a CTE, which may well have the name of the table that it is made from
                 reads.add(name)
         functions.update(_function_name(each, exp) for each in statement.find_all(exp.Func))
+    if not as_written:
+        functions |= calls(text) - _NO_FUNCTIONS
     functions.discard("")
     return TextStatement(True, frozenset(reads), frozenset(writes), frozenset(functions))
 
 
-def _parser(dialect: str) -> Any:
-    """A parser that leaves functions the names that they were given.
+def _parser(dialect: str) -> tuple[Any, bool]:
+    """A parser, and whether it leaves functions the names that they were given.
 
-    Otherwise NVL, which may be the application's own, would become COALESCE.
+    Otherwise NVL, which may be the application's own, becomes COALESCE. Where sqlglot is compiled, that cannot be helped.
     """
     from sqlglot.dialects.dialect import Dialect
 
@@ -214,8 +217,12 @@ def _parser(dialect: str) -> Any:
                 name: parse for name, parse in usual.FUNCTION_PARSERS.items() if name in special
             },
         }
-        made = _parsers[dialect] = type(usual.__name__, (usual,), members)
-    return made(dialect=known)
+        try:
+            made = type(usual.__name__, (usual,), members)
+        except TypeError:
+            made = usual
+        _parsers[dialect] = made
+    return made(dialect=known), made is not known.parser_class
 
 
 _parsers: dict[str, Any] = {}
@@ -241,6 +248,42 @@ _OPERATORS = frozenset(
         "or",
         "regexp_like",
         "xor",
+    ]
+)
+# What may stand before a bracket, and is none either.
+_NO_FUNCTIONS = frozenset(
+    [
+        "all",
+        "any",
+        "array",
+        "by",
+        "distinct",
+        "except",
+        "fetch",
+        "from",
+        "group",
+        "having",
+        "insert",
+        "intersect",
+        "interval",
+        "into",
+        "join",
+        "lateral",
+        "limit",
+        "offset",
+        "order",
+        "partition",
+        "returning",
+        "row",
+        "select",
+        "set",
+        "some",
+        "table",
+        "union",
+        "update",
+        "using",
+        "window",
+        "with",
     ]
 )
 _AS_WRITTEN = {"chr": "char", "str_position": "position"}

@@ -154,14 +154,20 @@ class Transactions:
             info.pop(self._begun_key, None)
         elif is_open is None and self._begun_key in info and word not in ("begin", "start"):
             self._begun_perhaps(info)
+        elif is_open and info.get(self._begun_key) == _PERHAPS:
+            info[self._begun_key] = True
         elif is_open and sa_internals.is_autocommit(connection) and info.get(self._begun_key) is not True:
             # by one of several statements in a text, or by COMMIT AND CHAIN
             info[self._begun_key] = True
             self.began_unseen(connection)
 
-    def failed(self, info: dict[Any, Any]) -> None:
-        """A statement has failed. Some errors end a transaction at the server, as deadlocks do on MySQL."""
-        if self._begun_key in info:
+    def failed(self, info: dict[Any, Any], is_open: bool | None) -> None:
+        """A statement has failed. Some errors end a transaction at the server, as deadlocks do on MySQL.
+
+        Args:
+            is_open: whether the driver tells that one is open still.
+        """
+        if self._begun_key in info and not is_open:
             self._begun_perhaps(info)
 
     def _begun_perhaps(self, info: dict[Any, Any]) -> None:

@@ -228,9 +228,9 @@ class Writes:
                     named.named, named.tags = transaction.named, set(transaction.named)
             # otherwise it may not have committed after all, so its tags change once more at the next COMMIT
 
-    def failed(self, info: dict[Any, Any]) -> None:
+    def failed(self, info: dict[Any, Any], is_open: bool | None) -> None:
         """A statement has failed, or its rows could not be fetched."""
-        self._transactions.failed(info)
+        self._transactions.failed(info, is_open)
 
     def _is_committing(self, connection: Connection, sql: str) -> bool:
         transaction = self._transactions.of(connection.info)
@@ -250,7 +250,6 @@ class Writes:
         transaction.tags |= changes.tags
         flush = sa_internals.flush_of(context) if changes.tables else None
         for written in changes.tables:
-            transaction.tags |= self._declared.written_through(written.schema, written.table.name)
             if flush is None:
                 transaction.tags |= written.tags
             else:
@@ -278,7 +277,7 @@ class Writes:
         if rows is None:
             rows = tables[key] = FlushedRows(written, schemas)
         if context.isinsert:
-            rows.inserting(context.compiled_parameters)
+            rows.inserting(context)
         elif context.isupdate:
             rows.setting(sa_internals.keys_set(context.compiled))
             if written.followed and not rows.moved:
@@ -307,7 +306,6 @@ class Writes:
         default = connection.dialect.default_schema_name
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default))
-            self._note(connection, self._declared.written_through(schema, name))
             for each in cascades_elsewhere(name, delete=True) | cascades_elsewhere(name, delete=False):
                 self._note(connection, set_write_tags((None, each), None))
         return bool(text.writes) or not text.understood

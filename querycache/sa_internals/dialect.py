@@ -18,7 +18,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache import forks
 from querycache.errors import CacheUnavailable
-from querycache.sa_internals.transactions import driver_connection, info_of, is_open
+from querycache.sa_internals.transactions import driver_connection, info_of, is_open, transaction_status
 
 __all__ = [
     "Outcome",
@@ -55,7 +55,7 @@ class Tap(Protocol):
 
     def executed(self, context: Any, outcome: Outcome) -> None: ...
 
-    def failed(self, info: dict[Any, Any]) -> None: ...
+    def failed(self, info: dict[Any, Any], is_open: bool | None) -> None: ...
 
     def unseen(self, info: dict[Any, Any]) -> None: ...
 
@@ -382,7 +382,7 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
             answered = not dialect.is_disconnect(cast("Any", error), connection, None)
         except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
             answered = False
-        answered = answered and _is_from_server(dialect, error)
+        answered = answered and (_is_from_server(dialect, error) or _is_at_rest(dialect, connection))
     if not answered:
         return "unknown"
     # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
@@ -402,6 +402,14 @@ def _is_from_server(dialect: Dialect, error: Any) -> bool:
         return of_server and getattr(error, "sqlstate", "") is not None
     # psycopg, asyncpg's adapter and psycopg2 have None where the server did not say it; others do not tell
     return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
+
+
+def _is_at_rest(dialect: Dialect, connection: Any) -> bool:
+    """True where a driver of PostgreSQL tells that its server is not at work, so that it has refused something itself."""
+    if dialect.name != "postgresql":
+        return False
+    # idle, in a transaction, in one that failed
+    return transaction_status(driver_connection(dialect, connection)) in (0, 2, 3)
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
@@ -497,10 +505,17 @@ def _failing(dialect: Dialect, run: Callable[..., bool], taps: _Taps) -> Callabl
     def is_disconnect(error: Any, connection: Any, cursor: Any) -> bool:
         if isinstance(connection, PoolProxiedConnection) and (info := info_of(connection)):
             for each in taps.listeners:
-                each.failed(info)
+                each.failed(info, _after_error(dialect, connection))
         return run(error, connection, cursor)
 
     return is_disconnect
+
+
+def _after_error(dialect: Dialect, connection: Any) -> bool | None:
+    """Whether a driver tells that a transaction is open after an error; None where it does not, or tells what was before."""
+    if dialect.name in ("mysql", "mariadb"):
+        return None
+    return is_open(driver_connection(dialect, connection))
 
 
 _WRAPPED: dict[str, Callable[..., Callable[..., Any]]] = {

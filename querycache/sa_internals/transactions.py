@@ -33,6 +33,7 @@ __all__ = [
     "reads_uncommitted",
     "root_engine",
     "tells_open",
+    "transaction_status",
     "was_given",
 ]
 
@@ -217,7 +218,7 @@ def has_begun(connection: Connection) -> bool:
             driver.ping(reconnect=False)  # rows of what was no table begin nothing
         except connection.dialect.loaded_dbapi.Error:
             return True  # of a lost connection nothing is known; the statement will say so
-    status = _transaction_status(driver)
+    status = transaction_status(driver)
     return status != 0 if status is not None else bool(_is_in_transaction(driver))
 
 
@@ -228,13 +229,13 @@ def tells_open(connection: Connection) -> bool | None:
 
 def is_open(driver: Any) -> bool | None:
     """The same of a driver's own connection."""
-    status = _transaction_status(driver)
+    status = transaction_status(driver)
     if status is not None:
         return {0: False, 2: True, 3: True}.get(status)  # idle, in one, in one that failed
     return _is_in_transaction(driver)
 
 
-def _transaction_status(driver: Any) -> int | None:
+def transaction_status(driver: Any) -> int | None:
     """What psycopg and psycopg2 tell of a transaction; 0 is "idle"."""
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
     return None if status is None else int(status)

@@ -11,6 +11,8 @@ import pytest
 from sqlalchemy import Engine, column, func, literal_column, select, text
 from sqlalchemy.sql.elements import quoted_name
 
+from querycache import textual
+from querycache.fragments import calls
 from querycache.functions import is_stable
 from querycache.textual import read_text
 from tests.writes.library import Book
@@ -138,3 +140,27 @@ def test_what_a_database_knows_is_stable_in_text_too(dialect: str, sql: str) -> 
     found = read_text(sql, dialect)
     assert found.understood
     assert {each for each in found.functions if not is_stable(each, dialect)} == set()
+
+
+def test_a_parser_that_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its classes none can be made."""
+
+    def refuse(*arguments: object) -> None:
+        raise TypeError("interpreted classes cannot inherit from compiled")
+
+    read_text.cache_clear()
+    monkeypatch.setattr(textual, "_parsers", {})
+    monkeypatch.setattr(textual, "type", refuse, raising=False)
+    try:
+        found = read_text("SELECT nvl(a, b), count(c) FROM t WHERE d IN (1) AND e = ANY(f)", "postgresql")
+        assert found.understood
+        assert found.reads == {(None, "t")}
+        assert [each for each in sorted(found.functions) if not is_stable(each, "postgresql")] == ["nvl"]
+        assert read_text("INSERT INTO t (a) VALUES (1)", "sqlite").writes == {(None, "t")}
+    finally:
+        read_text.cache_clear()
+
+
+def test_long_words_take_no_time() -> None:
+    for word in ("f" * 100_000, "a." * 50_000, "x'" + "0f" * 50_000 + "'"):
+        assert calls(f"{word}, lower(a)") >= {"lower"}

@@ -15,8 +15,10 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    bindparam,
     case,
     column,
+    delete,
     extract,
     func,
     insert,
@@ -103,12 +105,22 @@ def test_IN_and_a_table(library: Library, condition: str) -> None:
     assert _is_right_after(library, whole, insert(SHELF).values(book=3))
 
 
+@pytest.mark.parametrize("named", [text("shelf"), literal_column("shelf"), column("shelf")])
+def test_IN_as_an_operator_of_the_application(library: Library, named: Any) -> None:
+    for condition in (Book.id.op("IN")(named), Book.id.bool_op("NOT IN")(named)):
+        statement = select(Book.id).where(condition).order_by(Book.id)
+        assert _is_right_after(library, statement, insert(SHELF).values(book=4))
+        library.write(delete(SHELF).where(SHELF.c.book == 4))
+
+
 @pytest.mark.parametrize(
     "condition", ["book.id IN (1, 2)", "book.title <> 'in stock' -- in short", "instr(title, 'in') > 0"]
 )
 def test_no_IN_and_a_table(library: Library, condition: str) -> None:
     statement = select(Book.id).where(text(condition + "\n"))
     library.fill(statement)
+    whole = text(f"SELECT id FROM book WHERE id IN :ids AND {condition}\n").columns(column("id"))
+    library.fill(whole.bindparams(bindparam("ids", [1, 2], expanding=True)))
     assert _is_right_after(library, statement, RAISE_PRICE)
 
 
@@ -139,6 +151,10 @@ def test_tables_of_PostgreSQL_itself(on_postgresql: Library) -> None:
 
 
 def test_a_sequence_that_is_read_as_a_table(on_postgresql: Library, on_mariadb: Library) -> None:
+    named = text("SELECT id, last_value(id) OVER (ORDER BY id) AS last_value FROM book").columns(
+        column("id"), column("n")
+    )
+    on_postgresql.fill(named)
     for statement in (
         select(table("shelf_book_seq", column("last_value"))),
         select(func.max(table("shelf_book_seq", column("last_value")).alias().c.last_value)),
@@ -250,6 +266,10 @@ def test_a_moment_that_is_given_as_text(library: Library, statement: Any) -> Non
         EVENT.c.what.contains("now"),
         EVENT.c.what.istartswith("now"),
         func.lower(EVENT.c.what) == "now",
+        ~EVENT.c.what.contains("now"),
+        EVENT.c.what + "!" != "now" + EVENT.c.what,
+        case((EVENT.c.id == 1, "today"), else_="later") != "never",
+        case({"now": 1}, value=EVENT.c.what, else_=2) == 1,
     ],
     ids=str,
 )

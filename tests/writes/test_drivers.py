@@ -173,4 +173,4 @@ def test_what_a_driver_says_itself_is_no_answer_of_the_server(
         is_disconnect=lambda *arguments: False,
     )
     raised = DBAPIError("COMMIT", None, error) if wrapped else error
-    assert dialects._outcome(shown, object(), raised) == outcome
+    assert dialects._outcome(shown, SimpleNamespace(dbapi_connection=None), raised) == outcome

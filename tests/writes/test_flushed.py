@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -181,6 +182,7 @@ def test_what_is_written_through_a_view(request: pytest.FixtureRequest, database
     with library.engine.begin() as connection:
         connection.exec_driver_sql("CREATE OR REPLACE VIEW offer AS SELECT id, price FROM book")
     library.cache.depends("offer", on=["book"])
+    library.cache.depends("book", on=["offer"])
     one, offered = select(Book.price).where(Book.id == 2), select(Offer.id, Offer.price)
     library.fill(one, offered)
     try:
@@ -199,6 +201,30 @@ def test_what_is_written_through_a_view(request: pytest.FixtureRequest, database
     finally:
         with library.engine.begin() as connection:
             connection.exec_driver_sql("DROP VIEW offer")
+
+
+def test_a_flush_of_many_is_no_dearer_than_its_rows(sqlite_engine: Engine) -> None:
+    """They may be sent one by one, and each time the whole of them is at hand."""
+    library = Library(sqlite_engine)
+
+    def events_of(number: int) -> int:
+        count = 0
+
+        def note(frame: object, kind: str, argument: object) -> None:
+            nonlocal count
+            count += 1
+
+        with library.sessions() as session:
+            session.add_all([Book(title="new", price=1, author_id=2) for _ in range(number)])
+            sys.setprofile(note)
+            try:
+                session.flush()
+            finally:
+                sys.setprofile(None)
+        return count
+
+    events_of(10)
+    assert events_of(400) < 6 * events_of(100)
 
 
 # --- a flush that fails ------------------------------------------------------------------------------------------

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 from dogpile.cache import make_region
 from dogpile.cache.proxy import ProxyBackend
-from sqlalchemy import Engine, create_engine, select, update
+from sqlalchemy import Engine, create_engine, exc, insert, select, text, update
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sessionmaker
 
 from querycache import QueryCache
@@ -294,9 +297,10 @@ def test_the_thread_that_pays_ends(sqlite_engine: Engine, private_server: Callab
     assert not payer.is_alive()
 
 
+@pytest.mark.parametrize("then", ["nothing", "another commit"])
 @pytest.mark.parametrize("consistency", ["strict", "commit"])
 def test_a_commit_of_unknown_outcome_that_a_store_missed(
-    postgresql_engine: Engine, redis_store_url: str, consistency: Any
+    postgresql_engine: Engine, redis_store_url: str, consistency: Any, then: str
 ) -> None:
     """Whoever is told of it takes place before it may."""
     Base.metadata.drop_all(postgresql_engine)
@@ -309,7 +313,7 @@ def test_a_commit_of_unknown_outcome_that_a_store_missed(
 
     def ask() -> int | None:
         with elsewhere() as session:
-            return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
+            return session.scalar(select(Lamp.watts).order_by(Lamp.id).execution_options(cache_key=True))
 
     with other.recording() as events:
         while not events or events[-1].outcome != "hit":
@@ -320,6 +324,10 @@ def test_a_commit_of_unknown_outcome_that_a_store_missed(
         transaction = session.connection()
         with outage():
             writer._writes.commit(transaction.info, transaction.dialect)
+            if then == "another commit":
+                writer._writes.end(transaction.info, "unknown")
+                with mine.begin() as another:
+                    another.execute(insert(Lamp).values(id=2, watts=5))
         writer._writes.end(transaction.info, "unknown")  # and now the server is at it
         until = time.monotonic() + 2
         while time.monotonic() < until:
@@ -330,3 +338,67 @@ def test_a_commit_of_unknown_outcome_that_a_store_missed(
         connection.commit()
         session.invalidate()
     assert ask() == 1
+
+
+def test_a_signal_in_phase_two_loses_no_debt(sqlite_engine: Engine) -> None:
+    Base.metadata.create_all(sqlite_engine)
+    factory = sessionmaker(sqlite_engine)
+    urls = {"default": "redis://localhost:1/0", "pages": "redis://localhost:1/1"}
+    phases = QueryCache(urls).attach(factory)._writes.phases
+    before = threading.enumerate()
+    with (
+        mock.patch.object(RedisBackend, "bump", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+        factory.begin() as session,
+    ):
+        session.add(Lamp(watts=0))
+    assert len(phases._owed) == 2
+    assert [each.name for each in threading.enumerate() if each not in before] == ["querycache-debts"]
+
+
+def test_what_is_committed_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """No thread can begin any more, and who waits for it waits for ever."""
+    script = f"""if True:
+        from sqlalchemy import create_engine, select
+        from sqlalchemy.orm import sessionmaker
+        from querycache import QueryCache
+        from tests.writes.test_outages import Base, Lamp
+        engine = create_engine("sqlite:///{tmp_path / "x.db"}")
+        Base.metadata.create_all(engine)
+        factory = sessionmaker(engine)
+        QueryCache("redis://127.0.0.1:1/0").attach(factory)
+        class Buffer:
+            factory, lamp = factory, Lamp
+            def __del__(self):
+                with self.factory.begin() as session:
+                    session.add(self.lamp(watts=1))
+        with factory() as session:
+            session.scalars(select(Lamp).execution_options(cache_key=True)).all()
+        left = Buffer()
+    """
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_what_a_driver_refuses_by_itself_is_not_under_way(
+    postgresql_engine: Engine, redis_store_url: str
+) -> None:
+    Base.metadata.drop_all(postgresql_engine)
+    Base.metadata.create_all(postgresql_engine)
+    engine = create_engine(postgresql_engine.url, isolation_level="AUTOCOMMIT")
+    factory = sessionmaker(engine)
+    cache = QueryCache(redis_store_url, lease=600).attach(factory)
+    cache._regions.ledgers[0].lease = 0.1
+    asked = select(Lamp.watts).where(Lamp.id == 1).execution_options(cache_key=True)
+
+    def outcome() -> str:
+        with factory() as session, cache.recording() as events:
+            session.scalar(asked)
+        return events[-1].outcome
+
+    while outcome() != "hit":
+        time.sleep(0.05)
+    cache._regions.ledgers[0].lease = 600
+    with pytest.raises(exc.DataError), engine.connect() as connection:
+        connection.execute(text("UPDATE lamp SET watts = :watts"), {"watts": "\x00"})
+    assert [outcome(), outcome()] == ["fill", "hit"]
+    engine.dispose()

@@ -36,6 +36,7 @@ from sqlalchemy import (
     delete,
     event,
     exc,
+    exists,
     func,
     insert,
     literal_column,
@@ -783,6 +784,22 @@ def test_E16_only_top_level_conjuncts_pin(members: Library, statement: Any) -> N
     rename_member(members, 2, number=60)
     assert members.is_right(statement)
     assert members.outcome(statement) == "hit"
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        exists().where(aliased(Author).id == 1),
+        select(func.count()).select_from(aliased(Author)).scalar_subquery() > 0,
+    ],
+    ids=["exists", "count"],
+)
+def test_a_star_leaves_a_pin(library: Library, beside: Any) -> None:
+    statement = select(Book.price).where(Book.id == 1, beside)
+    library.fill(statement)
+    with library.sessions.begin() as session:
+        session.get_one(Book, 2).price = 1000
+    assert library.outcome(statement) == "hit"
 
 
 @pytest.mark.parametrize(
