@@ -133,7 +133,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         )
         constructs = custom_constructs(rendered)
         memo.functions |= constructs
-        if not constructs and not any(map(hides, memo.texts)):
+        if not constructs and not any(hides(text, compiled.dialect.name) for text in memo.texts):
             # of several the first is taken that can be: a key changes least
             memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint

@@ -24,7 +24,8 @@ __all__ = [
 ]
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
-_COMMENT = re.compile(r"--|/\*|#")
+_HIDING = {"mysql": re.compile(r"--|/\*|#"), "": re.compile(r"--|/\*")}
+_CLOSED = re.compile(r"/\*(?!!)(?:[^*]|\*(?!/))*\*/")
 _COMPARISON = re.compile(
     r"\s*(?:\*|[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b|\b(?:not\s+)?i?like\b)\s*(:?[\w.]+|'[^'\\]*')\s*)?)",
     re.IGNORECASE,
@@ -83,9 +84,10 @@ def may_query(text: str) -> bool:
     return _WORDS_OF_QUERIES.search(text) is not None
 
 
-def hides(text: str) -> bool:
-    """True if it may hide the rest of a line or a statement, in one database or another."""
-    return _COMMENT.search(text) is not None
+def hides(text: str, dialect: str) -> bool:
+    """True if it may hide the rest of a line or a statement."""
+    hiding = _HIDING["mysql" if dialect in ("mysql", "mariadb") else ""]
+    return hiding.search(_CLOSED.sub(" ", text)) is not None
 
 
 def is_comparison(text: str) -> bool:

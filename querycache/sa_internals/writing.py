@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import DDL, BindParameter, Column, ColumnElement, Dialect, Integer, Table
+from sqlalchemy import DDL, BindParameter, Column, Dialect, Integer, Select, Table
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -377,16 +377,22 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
 
 
 def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:
-    """What types of the application put around columns and parameters, which is only made when these are rendered."""
+    """What types of the application put around columns that are selected and around parameters, which is only made when these
+    are rendered."""
     for element in iterate(root):
-        if isinstance(element, ColumnElement):
-            made: Any = None
-            with suppress(Exception):  # it may not be for all columns that it is rendered
-                kind: Any = element.type.dialect_impl(dialect)
-                put = kind.bind_expression if isinstance(element, BindParameter) else kind.column_expression
-                made = put(element)
-            if made is not None:
-                yield from iterate(made)
+        if isinstance(element, BindParameter):
+            yield from _put_around(element, "bind_expression", dialect)
+        elif isinstance(element, Select):
+            for column in element.selected_columns:
+                yield from _put_around(column, "column_expression", dialect)
+
+
+def _put_around(element: Any, method: str, dialect: Dialect) -> Iterator[Any]:
+    made: Any = None
+    with suppress(Exception):  # it may not be for all of them that it is rendered
+        made = getattr(element.type.dialect_impl(dialect), method)(element)
+    if made is not None:
+        yield from iterate(made)
 
 
 def cache_key_of(statement: Any) -> Any:
