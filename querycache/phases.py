@@ -123,28 +123,24 @@ class Phases:
             return
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
         marking.marks, marking.unmarked, marking.tags = [], [], None
-        for ledger, marks_there in marks:
-            if not certain and ledger.store.atomic:  # or else nothing was marked
-                continue
-            try:
-                ledger.end(marks_there)
-            except CacheUnavailable:
-                # the marks stay, where there are any: nothing that depends on them is served until they have healed
-                self._telemetry.emit("error", "", "", "unavailable after commit")
-                if not ledger.store.atomic:
-                    unmarked.append(ledger)
-        if unmarked or self._owed:
+        for ledger in unmarked:
+            self._owe(ledger, tags, _Commit(certain))
+        try:
+            for ledger, marks_there in marks:
+                if not certain and ledger.store.atomic:  # or else nothing was marked
+                    continue
+                try:
+                    ledger.end(marks_there)
+                except CacheUnavailable:
+                    # the marks stay, where there are any: nothing that depends on them is served until they have healed
+                    self._telemetry.emit("error", "", "", "unavailable after commit")
+                    if not ledger.store.atomic:
+                        self._owe(ledger, tags, _Commit(certain))
             for ledger in unmarked:
-                self._owe(ledger, tags, _Commit(certain))
-            try:
-                for ledger in unmarked:
-                    if self.owes(ledger, essential=True):
-                        self._telemetry.emit("error", "", "", "unavailable at commit")
-                owing = self.pay()
-            except BaseException:  # a signal, for example
-                self._pay_later()
-                raise
-            if owing:
+                if self.owes(ledger, essential=True):
+                    self._telemetry.emit("error", "", "", "unavailable at commit")
+        finally:  # also for a signal
+            if self._owed:
                 self._pay_later()
 
     def _owe(self, ledger: Ledger, tags: set[str], commit: _Commit) -> None:
@@ -173,7 +169,10 @@ class Phases:
                     self._payer = payer
 
     def pay(self) -> bool:
-        """Tell the ledgers what they are owed, as far as they can be reached. Returns True while there is some left."""
+        """Tell the ledgers what they are owed, as far as they can be reached. Returns True while there is some left.
+
+        For the thread that does nothing else.
+        """
         for ledger in list(self._owed):
             self.owes(ledger)
         with self._lock:
