@@ -173,7 +173,8 @@ class Writes:
         connection: Connection = context.root_connection
         if known.old_views or "isolation_level" in context.execution_options:
             self._transactions.before_statement(connection)
-        sql = _as_text(sql, context)
+        if type(sql) is not str:
+            sql = _as_text(sql, context)
         compiled = context.compiled
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or sa_internals.holds_text(compiled):

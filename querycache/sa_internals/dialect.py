@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Literal, Protocol, cast
@@ -206,8 +206,11 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
             with nullcontext() if ending is None else _executed(ending, context):
                 if asked is None or not one_set or hasattr(context, _SENT):
                     return run(cursor, sql, parameters, context)
-                with asked.blame(context):
+                try:
                     run(cursor, sql + asked.returning(context), parameters, context)
+                except dialect.loaded_dbapi.Error as error:
+                    asked.blame(context, error)
+                    raise
                 asked.give(cursor, context)
         finally:
             setattr(context, _ASKED, None)
@@ -277,23 +280,17 @@ class _Asked:
             known = context.compiled.__dict__[_ASKED] = self.columns, f" RETURNING {', '.join(names)}"
         return known[1]
 
-    @contextmanager
-    def blame(self, context: Any) -> Iterator[None]:
+    def blame(self, context: Any, error: Any) -> None:
         """Say so where an UPDATE may have failed for what it was to return: of that the application's error shows nothing."""
         dbapi = context.dialect.loaded_dbapi
-        try:
-            yield
-        except dbapi.Error as error:
-            if isinstance(error, (dbapi.NotSupportedError, dbapi.ProgrammingError)) or "RETURNING" in str(
-                error
-            ):
-                _log.warning(
-                    "an UPDATE of %s failed that had%s added; if that is why, give the Table implicit_returning=False: %s",
-                    self.table,
-                    self.returning(context),
-                    error,
-                )
-            raise
+        refused = isinstance(error, (dbapi.NotSupportedError, dbapi.ProgrammingError))
+        if refused or "RETURNING" in str(error):
+            _log.warning(
+                "an UPDATE of %s failed that had%s added; if that is why, give the Table implicit_returning=False: %s",
+                self.table,
+                self.returning(context),
+                error,
+            )
 
     def give(self, cursor: Any, context: Any) -> None:
         rows = cursor.fetchall()

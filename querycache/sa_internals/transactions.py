@@ -104,10 +104,11 @@ def is_autocommit(connection: Connection) -> bool:
     told = getattr(adapter, "get_autocommit", None)  # drivers of MySQL, whose server tells of SET autocommit
     if told is not None:
         return bool(told())
-    begun = _is_in_transaction(_driver(connection))
-    if begun and connection.dialect.name != "postgresql":  # of SQLite, and MySQL Connector
-        return False
-    if begun is False and _has_started(adapter):
+    dialect = connection.dialect
+    if dialect.name != "postgresql":
+        if _is_in_transaction(_driver(connection)):  # of SQLite, and MySQL Connector
+            return False
+    elif dialect.is_async and _is_in_transaction(_driver(connection)) is False and _has_started(adapter):
         return True
     return connection._is_autocommit_isolation() or getattr(adapter, "autocommit", None) is True
 

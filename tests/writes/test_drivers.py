@@ -21,7 +21,9 @@ from tests.writes.test_endings import Child, Parent, Tree, ask
 def connection_of(driver: Any, adapter: Any = None, dialect: str = "postgresql") -> Connection:
     """A connection by a driver, or what stands in for one; with the adapter that SQLAlchemy puts before it."""
     pooled = SimpleNamespace(dbapi_connection=driver if adapter is None else adapter)
-    shown = SimpleNamespace(name=dialect, get_driver_connection=lambda connection: driver)
+    shown = SimpleNamespace(
+        name=dialect, is_async=adapter is not None, get_driver_connection=lambda connection: driver
+    )
     return cast(
         "Connection",
         SimpleNamespace(connection=pooled, dialect=shown, _is_autocommit_isolation=lambda: False),
