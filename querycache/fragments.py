@@ -51,7 +51,7 @@ _CHANGING = re.compile(
     re.IGNORECASE,
 )
 _IN_TABLE = re.compile(r"""\bin\s*(?:["'`\[]|(?<=\s)\w)""", re.IGNORECASE)
-_NO_WORDS = re.compile(
+_QUOTED_IN_SQLITE = re.compile(
     r"""(?P<string>'(?:[^']|'')*')|(?P<comment>--[^\n]*|/\*.*?\*/)|"[^"]*"|`[^`]*`|\[[^\]]*\]""", re.DOTALL
 )
 _NOT_CALLED_IN_HINTS = frozenset(["by", "index", "key", "partition"])
@@ -97,7 +97,7 @@ def is_comparison(text: str) -> bool:
 
 def names_table(text: str) -> bool:
     """True if SQLite may take a name in it for that of a table, as in ``x IN t``."""
-    return _IN_TABLE.search(_NO_WORDS.sub(_blank, text)) is not None
+    return _IN_TABLE.search(_QUOTED_IN_SQLITE.sub(_blank, text)) is not None
 
 
 def _blank(found: re.Match[str]) -> str:

@@ -12,13 +12,13 @@ private name of SQLAlchemy.
 ``transactions``    sessions, their connections, and what transactions of these see
 ``mapping``         what is mapped and declared
 ``dialect``         what a dialect does: it executes each statement, and ends each transaction
+``endings``         what has become of a transaction that was to end
+``returning``       what an UPDATE is to return for us beside its work
 ``writing``         what statements write, and what a flush has written
 ==================  ============================================================================================
 """
 
 from querycache.sa_internals.dialect import (
-    Outcome,
-    ask_for,
     driver_settings,
     has_listeners,
     heed_others,
@@ -29,6 +29,7 @@ from querycache.sa_internals.dialect import (
     tell_of_reading,
     untap,
 )
+from querycache.sa_internals.endings import Outcome
 from querycache.sa_internals.executing import Invocation, Prepared, prepare
 from querycache.sa_internals.handlers import (
     StatementOption,
@@ -55,6 +56,7 @@ from querycache.sa_internals.mapping import (
     tables_of,
 )
 from querycache.sa_internals.planning import Plan, Unpreparable, key_place
+from querycache.sa_internals.returning import ask_for
 from querycache.sa_internals.transactions import (
     autobegin,
     begins_transaction,

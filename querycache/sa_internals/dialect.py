@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
-from sqlalchemy import Column, Table, event
+from sqlalchemy import event
 from sqlalchemy.engine import Connection, Dialect, Engine
-from sqlalchemy.engine.cursor import _NO_CURSOR_DML
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache import forks
 from querycache.errors import CacheUnavailable
-from querycache.sa_internals.transactions import driver_connection, info_of, is_open, transaction_status
+from querycache.sa_internals.endings import Ending, Outcome, rolls_nothing_back
+from querycache.sa_internals.returning import ASKED, Asked
+from querycache.sa_internals.transactions import driver_connection, info_of, is_open
 
 __all__ = [
-    "Outcome",
     "Row",
     "Tap",
-    "ask_for",
     "driver_settings",
     "has_listeners",
     "heed_others",
@@ -38,14 +35,7 @@ __all__ = [
 ]
 
 
-_log = logging.getLogger("querycache")
-
 Row = Sequence[object]
-
-
-Outcome = Literal["over", "open", "unknown"]
-"""What has become of a transaction that was to end: it did, as far as shows; it is open still; or the server may be at it
-still, as where the connection was lost meanwhile."""
 
 
 class Tap(Protocol):
@@ -80,7 +70,6 @@ class _Taps:
     beside_others: bool = False
 
 
-_ASKED = "_querycache_asked"
 _SENT = "_querycache_sent"
 _TAPS = "_querycache_taps"
 _READING = "_querycache_reading"
@@ -199,21 +188,16 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
         ):
             return run(cursor, sql, parameters, context)
         ending = _tell(taps, name, sql, parameters, context)
-        asked: _Asked | None = getattr(context, _ASKED, None)
+        asked: Asked | None = getattr(context, ASKED, None)
         if ending is None and asked is None:
             return run(cursor, sql, parameters, context)
         try:
             with nullcontext() if ending is None else _executed(ending, context):
                 if asked is None or not one_set or hasattr(context, _SENT):
                     return run(cursor, sql, parameters, context)
-                try:
-                    run(cursor, sql + asked.returning(context), parameters, context)
-                except dialect.loaded_dbapi.Error as error:
-                    asked.blame(context, error)
-                    raise
-                asked.give(cursor, context)
+                asked.run(run, cursor, sql, parameters, context)
         finally:
-            setattr(context, _ASKED, None)
+            setattr(context, ASKED, None)
 
     return (
         (lambda cursor, sql, context=None: execute(cursor, sql, None, context)) if no_parameters else execute
@@ -264,149 +248,14 @@ def sent(context: Any) -> tuple[str, Any]:
     return given
 
 
-@dataclass(slots=True)
-class _Asked:
-    """What an UPDATE is to return for us, of which SQLAlchemy is to see nothing."""
+def _executed(taps: Sequence[Tap], context: Any) -> Ending:
+    """Around a statement that commits itself."""
 
-    table: Table
-    columns: tuple[Column[Any], ...]
-    takers: list[dict[tuple[object, ...], tuple[object, ...]]]
+    def tell(outcome: Outcome) -> None:
+        for each in taps:
+            each.executed(context, outcome)
 
-    def returning(self, context: Any) -> str:
-        known: tuple[object, str] | None = context.compiled.__dict__.get(_ASKED)
-        if known is None or known[0] is not self.columns:
-            columns = *self.table.primary_key, *self.columns
-            names = map(context.dialect.identifier_preparer.format_column, columns)
-            known = context.compiled.__dict__[_ASKED] = self.columns, f" RETURNING {', '.join(names)}"
-        return known[1]
-
-    def blame(self, context: Any, error: Any) -> None:
-        """Say so where an UPDATE may have failed for what it was to return: of that the application's error shows nothing."""
-        dbapi = context.dialect.loaded_dbapi
-        refused = isinstance(error, (dbapi.NotSupportedError, dbapi.ProgrammingError))
-        if refused or "RETURNING" in str(error):
-            _log.warning(
-                "an UPDATE of %s failed that had%s added; if that is why, give the Table implicit_returning=False: %s",
-                self.table,
-                self.returning(context),
-                error,
-            )
-
-    def give(self, cursor: Any, context: Any) -> None:
-        rows = cursor.fetchall()
-        context._rowcount = len(rows)  # some drivers do not know it now
-        context.cursor_fetch_strategy = _NO_CURSOR_DML
-        told = [(tuple(row[: -len(self.columns)]), tuple(row[-len(self.columns) :])) for row in rows]
-        for each in self.takers:
-            each.update(told)
-
-
-_RETURNING = ("postgresql", "sqlite")
-"""Those that say RETURNING at the end."""
-
-
-def ask_for(
-    context: Any,
-    table: Table,
-    columns: tuple[Column[Any], ...],
-    returned: dict[tuple[object, ...], tuple[object, ...]],
-) -> None:
-    """Have an UPDATE that is about to run return columns of the rows it changes, as the driver gives them.
-
-    Where the database cannot, or says it in other words, where the statement returns something already or several sets of
-    parameters are given, it returns nothing. Several who ask for the same table ask for the same columns.
-
-    Args:
-        context: of the execution.
-        table: what it updates.
-        columns: which ones.
-        returned: gets them by the primary keys of their rows.
-    """
-    compiled = context.compiled
-    if (
-        context.dialect.name in _RETURNING
-        and context.dialect.update_returning
-        and table.implicit_returning
-        and not compiled.effective_returning
-        and compiled.statement.table is table
-    ):
-        asked = getattr(context, _ASKED, None)
-        if asked is None:
-            asked = _Asked(table, columns, [])
-            setattr(context, _ASKED, asked)
-        asked.takers.append(returned)
-
-
-@dataclass(slots=True)
-class _Ending:
-    """Around what ends a transaction: tells the taps what has become of it, whatever happens.
-
-    Attributes:
-        tell: what is called for each tap.
-        connection: of the driver, or its stand-in.
-    """
-
-    taps: Sequence[Tap]
-    tell: Callable[[Tap, Outcome], None]
-    dialect: Dialect
-    connection: Any
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        outcome = _outcome(self.dialect, self.connection, error)
-        for each in self.taps:
-            self.tell(each, outcome)
-
-
-def _executed(taps: Sequence[Tap], context: Any) -> _Ending:
-    """The same around a statement that commits itself."""
-    connection = context.root_connection.connection
-    return _Ending(taps, lambda tap, outcome: tap.executed(context, outcome), context.dialect, connection)
-
-
-def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> Outcome:
-    if isinstance(connection, Connection):  # by whose statements a transaction in two phases ends
-        if connection.invalidated:
-            return "unknown"
-        connection = connection.connection
-    if isinstance(error, DBAPIError):  # where that ends it by statements of SQLAlchemy's own
-        error = error.orig
-    answered = error is None
-    if isinstance(error, dialect.loaded_dbapi.Error):
-        try:
-            answered = not dialect.is_disconnect(cast("Any", error), connection, None)
-        except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
-            answered = False
-        answered = answered and (_is_from_server(dialect, error) or _is_at_rest(dialect, connection))
-    if not answered:
-        return "unknown"
-    # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
-    failed = error is not None and dialect.name == "sqlite"
-    is_open = failed and getattr(driver_connection(dialect, connection), "in_transaction", False)
-    return "open" if is_open else "over"
-
-
-def _is_from_server(dialect: Dialect, error: Any) -> bool:
-    """False for an error by which a driver itself has given up, as after a timeout; the server may be at it still."""
-    if dialect.name == "sqlite":
-        return True
-    if dialect.name in ("mysql", "mariadb"):
-        number = getattr(error, "errno", error.args[0] if error.args else None)
-        # From 2000 on they are of the client; and MySQL Connector has a server's number for timeouts of its own.
-        of_server = isinstance(number, int) and number >= 1000 and not 2000 <= number < 3000
-        return of_server and getattr(error, "sqlstate", "") is not None
-    # psycopg, asyncpg's adapter and psycopg2 have None where the server did not say it; others do not tell
-    return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
-
-
-def _is_at_rest(dialect: Dialect, connection: Any) -> bool:
-    """True where a driver of PostgreSQL tells that its server is not at work, so that it has refused something itself."""
-    if dialect.name != "postgresql":
-        return False
-    # idle, in a transaction, in one that failed
-    return transaction_status(driver_connection(dialect, connection)) in (0, 2, 3)
+    return Ending(context.dialect, context.root_connection.connection, tell)
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
@@ -430,7 +279,12 @@ def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Calla
                     for every in taps.listeners:
                         every.end(info, "over")
                 raise
-        with _Ending(taps.listeners, lambda tap, outcome: tap.end(info, outcome), dialect, connection):
+
+        def tell(outcome: Outcome) -> None:
+            for each in taps.listeners:
+                each.end(info, outcome)
+
+        with Ending(dialect, connection, tell):
             return run(connection, *args, **kwargs)
 
     return commit
@@ -461,25 +315,15 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
         if not info:
             return run(connection, *args, **kwargs)
 
-        def tell(tap: Tap, outcome: Outcome) -> None:
-            still = outcome == "over" and _rolls_nothing_back(dialect, connection)
-            tap.end(info, "open" if still else outcome)
+        def tell(outcome: Outcome) -> None:
+            still = outcome == "over" and rolls_nothing_back(dialect, connection)
+            for each in taps.listeners:
+                each.end(info, "open" if still else outcome)
 
-        with _Ending(taps.listeners, tell, dialect, connection):
+        with Ending(dialect, connection, tell):
             return run(connection, *args, **kwargs)
 
     return rollback
-
-
-def _rolls_nothing_back(dialect: Any, connection: Any) -> bool:
-    """True where a transaction is open still: one that was begun by text, on an engine that does not roll back in
-    autocommit mode."""
-    return (
-        getattr(dialect, "skip_autocommit_rollback", False)
-        and not isinstance(connection, Connection)  # of two phases
-        and is_open(driver_connection(dialect, connection)) is not False
-        and dialect.detect_autocommit_setting(connection)
-    )
 
 
 def _resetting(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from querycache import QueryCache, sa_internals
-from querycache.sa_internals import dialect as dialects
+from querycache.sa_internals import endings
 from tests.writes.test_endings import Child, Parent, Tree, ask
 
 
@@ -175,4 +175,4 @@ def test_what_a_driver_says_itself_is_no_answer_of_the_server(
         is_disconnect=lambda *arguments: False,
     )
     raised = DBAPIError("COMMIT", None, error) if wrapped else error
-    assert dialects._outcome(shown, SimpleNamespace(dbapi_connection=None), raised) == outcome
+    assert endings._outcome(shown, SimpleNamespace(dbapi_connection=None), raised) == outcome

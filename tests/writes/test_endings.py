@@ -18,7 +18,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, StaticPool
 
 from querycache import QueryCache, sa_internals
-from querycache.sa_internals import dialect as dialects
+from querycache.sa_internals import endings
 from tests.writes.library import Author, Book
 from tests.writes.test_pitfalls_e import AUTHORS, PRICES, RAISE_PRICE, Library, check_unknown_outcome, naive
 
@@ -96,7 +96,7 @@ def test_a_commit_that_goes_on_when_its_connection_is_lost(postgresql_engine: En
             "FOR EACH ROW EXECUTE FUNCTION slowly()"
         )
     check_commit_that_goes_on(library)
-    with naive(dialects, "_outcome", as_if_over):
+    with naive(endings, "_outcome", as_if_over):
         check_commit_that_goes_on(Library(postgresql_engine))
 
 
@@ -126,7 +126,7 @@ def test_a_statement_that_goes_on_when_its_client_has_given_up(
     check_statement_that_goes_on(Library(engine), gives_up)
     with engine.begin() as connection:
         connection.execute(update(Book).values(price=1))
-    with naive(dialects, "_outcome", as_if_over):
+    with naive(endings, "_outcome", as_if_over):
         check_statement_that_goes_on(Library(engine), gives_up)
     gives_up.dispose()
 

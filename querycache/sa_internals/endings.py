@@ -1,0 +1,92 @@
+"""What has become of a transaction that was to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.exc import DBAPIError
+
+from querycache.sa_internals.transactions import driver_connection, is_open, transaction_status
+
+__all__ = ["Ending", "Outcome", "rolls_nothing_back"]
+
+Outcome = Literal["over", "open", "unknown"]
+"""What has become of a transaction that was to end: it did, as far as shows; it is open still; or the server may be at it
+still, as where the connection was lost meanwhile."""
+
+
+@dataclass(slots=True)
+class Ending:
+    """Around what ends a transaction: tells what has become of it, whatever happens.
+
+    Attributes:
+        connection: of the driver, or its stand-in.
+        tell: is called with it.
+    """
+
+    dialect: Dialect
+    connection: Any
+    tell: Callable[[Outcome], None]
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.tell(_outcome(self.dialect, self.connection, error))
+
+
+def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> Outcome:
+    if isinstance(connection, Connection):  # by whose statements a transaction in two phases ends
+        if connection.invalidated:
+            return "unknown"
+        connection = connection.connection
+    if isinstance(error, DBAPIError):  # where that ends it by statements of SQLAlchemy's own
+        error = error.orig
+    answered = error is None
+    if isinstance(error, dialect.loaded_dbapi.Error):
+        try:
+            answered = not dialect.is_disconnect(cast("Any", error), connection, None)
+        except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
+            answered = False
+        answered = answered and (_is_from_server(dialect, error) or _is_at_rest(dialect, connection))
+    if not answered:
+        return "unknown"
+    # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
+    failed = error is not None and dialect.name == "sqlite"
+    is_open = failed and getattr(driver_connection(dialect, connection), "in_transaction", False)
+    return "open" if is_open else "over"
+
+
+def _is_from_server(dialect: Dialect, error: Any) -> bool:
+    """False for an error by which a driver itself has given up, as after a timeout; the server may be at it still."""
+    if dialect.name == "sqlite":
+        return True
+    if dialect.name in ("mysql", "mariadb"):
+        number = getattr(error, "errno", error.args[0] if error.args else None)
+        # From 2000 on they are of the client; and MySQL Connector has a server's number for timeouts of its own.
+        of_server = isinstance(number, int) and number >= 1000 and not 2000 <= number < 3000
+        return of_server and getattr(error, "sqlstate", "") is not None
+    # psycopg, asyncpg's adapter and psycopg2 have None where the server did not say it; others do not tell
+    return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
+
+
+def _is_at_rest(dialect: Dialect, connection: Any) -> bool:
+    """True where a driver of PostgreSQL tells that its server is not at work, so that it has refused something itself."""
+    if dialect.name != "postgresql":
+        return False
+    # idle, in a transaction, in one that failed
+    return transaction_status(driver_connection(dialect, connection)) in (0, 2, 3)
+
+
+def rolls_nothing_back(dialect: Any, connection: Any) -> bool:
+    """True where a transaction is open still: one that was begun by text, on an engine that does not roll back in
+    autocommit mode."""
+    return (
+        getattr(dialect, "skip_autocommit_rollback", False)
+        and not isinstance(connection, Connection)  # of two phases
+        and is_open(driver_connection(dialect, connection)) is not False
+        and dialect.detect_autocommit_setting(connection)
+    )
