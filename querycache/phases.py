@@ -4,7 +4,7 @@
 hits or fills under it while the commit becomes visible. **Phase two**, just after: each tag gets a new version; always,
 also where COMMIT failed or its outcome is unknown.
 
-A ledger that cannot be reached in phase one is owed the new versions where the transaction commits all the same. As long as
+A ledger that cannot be reached in phase one is tried once more after the COMMIT, and then owed the new versions. As long as
 they are owed, this process takes no answer from it, and a thread tries to tell it.
 """
 
@@ -79,7 +79,7 @@ class Phases:
         self._consistency = consistency
         self._on_outage = on_outage
         self._lock = forks.lock()
-        # By tag, for the commit that owes it last: what is owed anew while it is paid is owed still.
+        # By tag, for the commit that owes it last: what is owed anew while it is told is owed still.
         self._owed: dict[Ledger, dict[str, _Commit]] = {}
         self._payer: threading.Thread | None = None
 
@@ -123,40 +123,82 @@ class Phases:
             return
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
         marking.marks, marking.unmarked, marking.tags = [], [], None
-        for ledger in unmarked:
-            self._owe(ledger, tags, _Commit(certain))
+        # where nothing was marked, what is not told now is owed, also where a signal comes between
+        left = [*unmarked, *(ledger for ledger, _ in marks if not ledger.store.atomic)]
+        debts: dict[str, _Commit] = {}
+        if left:
+            debts = dict.fromkeys(self._regions.tag_keys(tags), _Commit(certain))
         try:
+            if self._consistency == "strict":
+                for ledger in unmarked:
+                    self._owe(ledger, debts)
             for ledger, marks_there in marks:
-                if not certain and ledger.store.atomic:  # or else nothing was marked
+                if not certain and ledger.store.atomic:
                     continue
                 try:
                     ledger.end(marks_there)
                 except CacheUnavailable:
                     # the marks stay, where there are any: nothing that depends on them is served until they have healed
                     self._telemetry.emit("error", "", "", "unavailable after commit")
+                else:
                     if not ledger.store.atomic:
-                        self._owe(ledger, tags, _Commit(certain))
+                        left.remove(ledger)
             for ledger in unmarked:
-                if self.owes(ledger, essential=True):
+                if self._tell(ledger, debts, essential=True):
+                    self._settle(ledger, debts)
+                    left.remove(ledger)
+                else:
                     self._telemetry.emit("error", "", "", "unavailable at commit")
-        finally:  # also for a signal
-            if self._owed:
+        finally:
+            for ledger in left:
+                self._owe(ledger, debts)
+            if left:
                 self._pay_later()
 
-    def _owe(self, ledger: Ledger, tags: set[str], commit: _Commit) -> None:
+    def _tell(self, ledger: Ledger, debts: dict[str, _Commit], *, essential: bool = False) -> bool:
+        """Tell a ledger of tags that have changed. Returns False if it cannot be reached.
+
+        Args:
+            essential: try it although the server failed a moment ago.
+        """
+        try:
+            ledger.bump(list(debts), essential=essential)
+            uncertain = [tag for tag, commit in debts.items() if not commit.certain]
+            if uncertain and ledger.store.atomic:
+                ledger.begin(uncertain)  # to heal, as the marks of a writer that died
+        except CacheUnavailable:
+            return False
+        return True
+
+    # Nothing is copied and put back here: a signal, or an object that is deleted, may commit in between.
+
+    def _owe(self, ledger: Ledger, debts: dict[str, _Commit]) -> None:
         with self._lock:
-            owed = dict(self._owed.get(ledger, {}))
-            for key in self._regions.tag_keys(tags):
-                before = owed.get(key)
+            owed = self._owed.setdefault(ledger, {})
+            paid: list[str] = []
+            if len(owed) + len(debts) > MOST_OWED:
+                certain = all(commit.certain for each in (owed, debts) for commit in list(each.values()))
+                paid = list(owed)
+                debts = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), _Commit(certain))
+            for tag, commit in debts.items():
+                before = owed.get(tag)
                 # what nobody knows of a commit, a later one does not tell
-                owed[key] = commit if before is None or before.certain else _Commit(False)
-            if len(owed) > MOST_OWED:
-                commit = _Commit(all(each.certain for each in owed.values()))
-                owed = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), commit)
-            self._owed[ledger] = owed
+                owed[tag] = commit if before is None or before.certain else _Commit(False)
+            for tag in paid:
+                if tag not in debts:
+                    owed.pop(tag, None)
+
+    def _settle(self, ledger: Ledger, debts: dict[str, _Commit]) -> None:
+        """Forget what was told, unless it is owed anew."""
+        with self._lock:
+            owed = self._owed.get(ledger, {})
+            for tag, commit in debts.items():
+                found = owed.pop(tag, commit)
+                if found is not commit:
+                    owed.setdefault(tag, found)
 
     def _pay_later(self) -> None:
-        """Have a thread pay what is owed, since nobody may ask or commit here for a long time."""
+        """Have a thread pay what is owed, since nobody may commit here for a long time."""
         if sys.is_finalizing():
             return  # no thread begins any more, and start() would wait for it
         with self._lock:
@@ -173,50 +215,29 @@ class Phases:
 
         For the thread that does nothing else.
         """
-        for ledger in list(self._owed):
-            self.owes(ledger)
+        for ledger, owed in list(self._owed.items()):
+            debts = dict(owed)
+            if debts and self._tell(ledger, debts):
+                self._settle(ledger, debts)
         with self._lock:
-            if not self._owed and self._payer is threading.current_thread():
+            left = any(self._owed.values())
+            if not left and self._payer is threading.current_thread():
                 self._payer = None  # it ends now, and must not be taken for one that pays what is owed next
-            return bool(self._owed)
+            return left
 
-    def owes(self, ledger: Ledger, *, essential: bool = False) -> bool:
-        """True while a ledger could not be told of a commit; tells it, if it can be reached now.
-
-        Args:
-            essential: try it although the server failed a moment ago.
-        """
-        if not self._owed:
+    def owes(self, ledger: Ledger) -> bool:
+        """True while a ledger could not be told of a commit."""
+        if not self._owed.get(ledger):
             return False
-        with self._lock:
-            owed = dict(self._owed.get(ledger, {}))
-        if not owed:
-            return False
-        try:
-            ledger.bump(list(owed), essential=essential)
-            uncertain = [tag for tag, commit in owed.items() if not commit.certain]
-            if uncertain and ledger.store.atomic:
-                ledger.begin(uncertain)  # to heal, as the marks of a writer that died
-        except CacheUnavailable:
-            return True
-        with self._lock:
-            left = {
-                tag: commit
-                for tag, commit in self._owed.get(ledger, {}).items()
-                if commit is not owed.get(tag)
-            }
-            if left:
-                self._owed[ledger] = left
-            else:
-                self._owed.pop(ledger, None)
-        return bool(left)
+        self._pay_later()  # the thread is not there any more after a fork
+        return True
 
     def marks(self, ledger: Ledger) -> bool:
         """True if no commit becomes visible before its tags were marked in a ledger, so that what is clean is current."""
         return self._consistency == "strict" and ledger.store.atomic
 
 
-_PAY_EVERY = 1.0
+_PAY_EVERY = 0.5
 """Seconds between two attempts."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from querycache import QueryCache
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable
-from querycache.phases import MOST_OWED
+from querycache.phases import MOST_OWED, Marking
 from tests.servers import Server
 
 
@@ -60,7 +61,7 @@ def test_what_is_owed_while_another_thread_pays(
     factory = sessionmaker(sqlite_engine)
     other_engine = create_engine(sqlite_engine.url)
     payer, elsewhere = sessionmaker(other_engine), sessionmaker(other_engine)  # its own, and another process
-    QueryCache(redis_store_url, lease=0.1).attach(factory).attach(payer)
+    mine = QueryCache(redis_store_url, lease=0.1).attach(factory).attach(payer)
     other = QueryCache(redis_store_url, lease=0.1).attach(elsewhere)
     with factory.begin() as session:
         session.add_all([Lamp(id=1, watts=0), Candle(id=1, watts=0)])
@@ -83,20 +84,27 @@ def test_what_is_owed_while_another_thread_pays(
             session.execute(update(cls).values(watts=watts))
 
     pay: Callable[..., None] = RedisBackend.bump
+    paid = threading.Event()
 
     def pay_slowly(self: RedisBackend, *arguments: object, **options: object) -> None:
         pay(self, *arguments, **options)
-        fill(owed)
-        with outage():
-            write(owed, 2)
+        if not paid.is_set():
+            fill(owed)
+            with outage():
+                write(owed, 2)
+            paid.set()
 
     fill(Lamp)
     fill(Candle)
     with outage():
         write(Lamp, 1)
     with mock.patch.object(RedisBackend, "bump", pay_slowly):
-        ask(payer, Lamp)
+        assert paid.wait(20)
     assert ask(payer, owed) == 2
+    with mine.recording() as events:
+        while not events or events[-1].outcome != "fill":
+            assert ask(payer, owed) == 2
+            time.sleep(0.05)
     assert ask(elsewhere, owed) == 2
     other_engine.dispose()
 
@@ -354,6 +362,74 @@ def test_a_signal_in_phase_two_loses_no_debt(sqlite_engine: Engine) -> None:
         session.add(Lamp(watts=0))
     assert len(phases._owed) == 2
     assert [each.name for each in threading.enumerate() if each not in before] == ["querycache-debts"]
+
+
+def test_a_commit_within_the_noting_of_another_loses_no_debt(sqlite_engine: Engine) -> None:
+    """As by a signal handler, or by an object that the garbage collector deletes; before whichever line."""
+    Base.metadata.create_all(sqlite_engine)
+    factory = sessionmaker(sqlite_engine)
+    phases = QueryCache("redis://localhost:1/0").attach(factory)._writes.phases
+    code = type(phases)._owe.__code__
+
+    def owed_with_a_commit_before(number: int) -> tuple[bool, set[str]]:
+        lines = itertools.count()
+        nested = False
+
+        def trace(frame: Any, kind: str, argument: object) -> Any:
+            nonlocal nested
+            if frame.f_code is not code:
+                return None
+            if kind == "line" and next(lines) == number:
+                sys.settrace(None)
+                nested = True
+                phases.two(Marking({"candle"}, unmarked=list(phases._regions.ledgers)))
+            return trace
+
+        phases._owed.clear()
+        sys.settrace(trace)
+        try:
+            phases.two(Marking({"lamp"}, unmarked=list(phases._regions.ledgers)))
+        finally:
+            sys.settrace(None)
+        [debts] = phases._owed.values()
+        return nested, {tag.rpartition(":")[2] for tag in debts}
+
+    was = sys.gettrace()  # of what measures how much is tested
+    try:
+        for number in itertools.count():
+            nested, debts = owed_with_a_commit_before(number)
+            if not nested:
+                break
+            assert debts == {"candle", "lamp"}, number
+    finally:
+        sys.settrace(was)
+    assert number > 5
+
+
+def test_commits_side_by_side_are_no_outage(postgresql_engine: Engine, redis_store_url: str) -> None:
+    """In one phase each owes its tags for a moment, which is nobody else's business."""
+    Base.metadata.drop_all(postgresql_engine)
+    Base.metadata.create_all(postgresql_engine)
+    factory = sessionmaker(postgresql_engine)
+    cache = QueryCache(redis_store_url, lease=0.1, consistency="commit").attach(factory)
+
+    def work(number: int) -> None:
+        for watts in range(50):
+            with factory.begin() as session:
+                session.merge(Lamp(id=number, watts=watts))
+            with factory() as session:
+                session.scalar(select(Lamp.watts).where(Lamp.id == number).execution_options(cache_key=True))
+
+    before = threading.enumerate()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    with cache.recording() as events:
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        names = {each.name for each in threading.enumerate() if each not in before}
+    assert "querycache-debts" not in names  # it would last for half a second
+    assert not [each for each in events if "unavailable" in each.reason]
 
 
 def test_what_is_committed_when_the_interpreter_ends(tmp_path: Path) -> None:
