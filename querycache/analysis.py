@@ -89,7 +89,7 @@ class Analysis:
         pins: tracked columns that it compares with parameters, for tables that appear once.
         functions: lower-case names of the functions it calls.
         casts: names of parameters that it casts to another type.
-        compared_as_text: names of parameters that it compares with text, and does nothing else with.
+        compared_as_text: names of parameters that it compares with text or makes text of, and does nothing else with.
         texts: pieces of textual SQL in it.
         text_tables: tables that these name.
         opaque: True where they may read what nobody can tell.
@@ -138,10 +138,13 @@ def analyse(compiled: SQLCompiler) -> Analysis:
             memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
+        as_text = rendered.binds_compared
+        if not rendered.casts_what_is_made:
+            as_text += rendered.binds_made_text
         memo.compared_as_text = {
             name
             for bind, name in rendered.bind_names.items()
-            if 0 < rendered.binds_rendered[bind.key] == rendered.binds_compared[bind.key]
+            if 0 < rendered.binds_rendered[bind.key] == as_text[bind.key]
         }
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):
@@ -158,9 +161,12 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
         def __init__(self, *args: Any, analysis: Analysis, **kwargs: Any) -> None:
             self.analysis = analysis
             self.cast: list[BindParameter[Any]] = []
-            # how often a parameter is rendered, and how often beside text that it is compared with
+            # how often a parameter is rendered, how often beside text that it is compared with, and how often as a part of
+            # text that is made of it
             self.binds_rendered: Counter[str] = Counter()
             self.binds_compared: Counter[str] = Counter()
+            self.binds_made_text: Counter[str] = Counter()
+            self.casts_what_is_made = False
             super().__init__(*args, **kwargs)
 
         def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
@@ -179,7 +185,11 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
         def visit_cast(self, cast: Any, *args: Any, **kwargs: Any) -> Any:
             if not isinstance(cast.type, String):
-                self.cast += [each for each in iterate(cast.clause) if isinstance(each, BindParameter)]
+                for each in iterate(cast.clause):
+                    if isinstance(each, BindParameter):
+                        self.cast.append(each)
+                    elif isinstance(each, ColumnClause) and _base_table(each) is None:
+                        self.casts_what_is_made = True  # perhaps in a subquery
             return super().visit_cast(cast, *args, **kwargs)
 
         def visit_bindparam(self, bindparam: Any, *args: Any, **kwargs: Any) -> Any:
@@ -190,13 +200,12 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             opstring = getattr(binary.operator, "opstring", "")
             if self.dialect.name == "sqlite" and names_table(f"x {opstring} y"):
                 self.analysis.opaque = True
-            for one, other in ((binary.left, binary.right), (binary.right, binary.left)):
-                if (
-                    isinstance(one, BindParameter)
-                    and binary.operator in _COMPARING_TEXT
-                    and _is_text_value(other)
-                ):
-                    self.binds_compared[one.key] += 1
+            made = binary.operator is operators.concat_op
+            if made or binary.operator in _COMPARING_TEXT:
+                counter = self.binds_made_text if made else self.binds_compared
+                for one, other in ((binary.left, binary.right), (binary.right, binary.left)):
+                    if isinstance(one, BindParameter) and _is_text_value(other):
+                        counter[one.key] += 1
             return super().visit_binary(binary, *args, **kwargs)
 
         def visit_case(self, clause: Any, *args: Any, **kwargs: Any) -> Any:
@@ -204,11 +213,9 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 each for each in (clause.else_, *(result for _, result in clause.whens)) if each is not None
             ]
             compared = [clause.value, *(when for when, _ in clause.whens)] if clause.value is not None else []
-            for members in (results, compared):
+            for members, counter in ((results, self.binds_made_text), (compared, self.binds_compared)):
                 if all(map(_is_text_value, members)):
-                    self.binds_compared.update(
-                        each.key for each in members if isinstance(each, BindParameter)
-                    )
+                    counter.update(each.key for each in members if isinstance(each, BindParameter))
             return super().visit_case(clause, *args, **kwargs)
 
         def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
@@ -269,7 +276,6 @@ _SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
 _OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
 _COMPARING_TEXT = frozenset(
     [
-        operators.concat_op,
         operators.contains_op,
         operators.endswith_op,
         operators.eq,
@@ -319,7 +325,7 @@ def _read_texts(analysis: Analysis, dialect: str) -> None:
 
 
 def _read_hint(analysis: Analysis, text: str) -> None:
-    analysis.opaque = analysis.opaque or may_query(text) or "/*!" in text
+    analysis.opaque = analysis.opaque or may_query(text) or "/*!" in text or "/*M!" in text
     analysis.functions |= calls_of_hint(text)
 
 
@@ -347,7 +353,7 @@ def _of_sequence(column: Any) -> bool:
     """True if a column may be a number of a sequence, which can be read as a table."""
     owner = column.table.element if isinstance(column.table, Alias) else column.table
     named = _OF_SEQUENCES.fullmatch(column.name) is not None
-    return named and isinstance(owner, TableClause) and not isinstance(owner, Table)
+    return named and (owner is None or (isinstance(owner, TableClause) and not isinstance(owner, Table)))
 
 
 def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:

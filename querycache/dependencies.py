@@ -132,8 +132,8 @@ def system_table(analysis: Analysis, plan: Plan, declared: Declarations) -> str:
         label = label_of(schema, name)
         mapped = bool(known_tables(name))
         system = is_system_table(schema, name, dialect, mapped)
-        # as PostgreSQL calls them
-        sequence = dialect == "postgresql" and name.lower().endswith("_seq") and not mapped
+        # as PostgreSQL calls them, and others often
+        sequence = dialect != "sqlite" and name.lower().endswith("_seq") and not mapped
         if (system or sequence) and declared.sources.keys().isdisjoint(spellings(label)):
             return label
     return ""

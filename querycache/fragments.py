@@ -25,16 +25,12 @@ __all__ = [
 
 _WORDS_OF_QUERIES = re.compile(r"\b(select|from|join|union|table)\b", re.IGNORECASE)
 _HIDING = {"mysql": re.compile(r"--|/\*|#"), "": re.compile(r"--|/\*")}
-_CLOSED = re.compile(r"/\*(?!!)(?:[^*]|\*(?!/))*\*/")
+_CLOSED = re.compile(r"/\*(?!M?!)(?:[^*]|\*(?!/))*\*/")
 _COMPARISON = re.compile(
     r"\s*(?:\*|[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b|\b(?:not\s+)?i?like\b)\s*(:?[\w.]+|'[^'\\]*')\s*)?)",
     re.IGNORECASE,
 )
-# From the beginning of a name only, or a long word would be tried from each of its letters.
-_CALL = re.compile(
-    r"""(?<![\w"`\]\[.])((?:[\w"`\]\[]+\s*\.\s*)*["`\[]?\b[a-z_]\w*["`\]]?)\s*\(""", re.IGNORECASE
-)
-_QUOTES = re.compile(r"""["`\[\]\s]""")
+_TOKEN = re.compile(r""""[^"]*"|`[^`]*`|\[\w+\]|\w+|\S""")
 MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
 """What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
 _LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
@@ -47,7 +43,7 @@ _NILADIC = re.compile(
 # Numbers of a sequence, also where it is read as a table; and a part of a table by chance.
 _CHANGING = re.compile(
     r"\b(?:next|previous)\s+value\s+for\b|\.\s*(?:nextval|currval)\b|\btablesample\b"
-    r"|\bnext_not_cached_value\b",
+    r"|\bnext_not_cached_value\b|(?<!\bas\s)\blast_value\b(?!\s*\()",
     re.IGNORECASE,
 )
 _IN_TABLE = re.compile(r"""\bin\s*(?:["'`\[]|(?<=\s)\w)""", re.IGNORECASE)
@@ -57,7 +53,10 @@ _QUOTED_IN_SQLITE = re.compile(
 _NOT_CALLED_IN_HINTS = frozenset(["by", "index", "key", "partition"])
 _NOT_CALLED = frozenset(
     [
+        "all",
         "and",
+        "any",
+        "array",
         "as",
         "between",
         "case",
@@ -71,6 +70,8 @@ _NOT_CALLED = frozenset(
         "on",
         "or",
         "over",
+        "row",
+        "some",
         "then",
         "values",
         "when",
@@ -122,7 +123,8 @@ def is_clock(name: str) -> bool:
 
 def calls(text: str) -> set[str]:
     """What a piece of SQL calls, with brackets or without."""
-    return _called(text) | {match.group().lower() for match in _NILADIC.finditer(text)} | changing(text)
+    called = _called(text) | _called(without_comments(text))
+    return called | {match.group().lower() for match in _NILADIC.finditer(text)} | changing(text)
 
 
 def changing(text: str) -> set[str]:
@@ -138,5 +140,20 @@ def calls_of_hint(text: str) -> set[str]:
 
 def _called(text: str) -> set[str]:
     """The functions that a piece of SQL calls."""
-    names = {name if _QUOTES.search(name) else name.lower() for name in _CALL.findall(text)}
-    return {_QUOTES.sub("", name) for name in names} - _NOT_CALLED
+    names = set()
+    name: list[str] = []
+    qualifies = False  # it may be but the schema, or so
+    for token in _TOKEN.findall(text):
+        if token == ".":
+            qualifies = True
+        elif len(token) > 1 and token[0] in '"`[':
+            name = [*name[-2:], token[1:-1]] if qualifies else [token[1:-1]]
+            qualifies = False
+        elif token[0] == "_" or token[0].isalpha():
+            name = [*name[-2:], token.lower()] if qualifies else [token.lower()]
+            qualifies = False
+        else:
+            if token == "(" and name and not qualifies:
+                names.add(".".join(name))
+            name, qualifies = [], False
+    return names - _NOT_CALLED

@@ -87,12 +87,12 @@ _SYSTEM_SCHEMAS = frozenset({"information_schema", "mysql", "performance_schema"
 # Where a schema is said, it is the application's own on PostgreSQL; SQLite has them in each.
 _SYSTEM_NAMES = {
     "postgresql": re.compile(
-        r"pg_(aggregate|am|attribute|authid|backend_memory_contexts|cast|class|collation|config|constraint|conversion|cursors"
-        r"|database|depend|description|enum|extension|group|index|indexes|inherits|language|largeobject|largeobject_metadata"
-        r"|locks|matviews|namespace|opclass|operator|opfamily|parameter_acl|partitioned_table|policies|policy"
-        r"|prepared_statements|prepared_xacts|proc|range|rewrite|roles|rules|sequence|sequences|settings|shadow|tables"
-        r"|tablespace|transform|trigger|type|user|views|wait_events|(am|attr|available|default|event|file|foreign|hba|ident"
-        r"|init|publication|replication|sec|shdep|shmem|shsec|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
+        r"pg_(aggregate|am|attribute|auth_members|authid|backend_memory_contexts|cast|class|collation|config|constraint"
+        r"|conversion|cursors|database|db_role_setting|depend|description|enum|extension|group|index|indexes|inherits|language"
+        r"|largeobject|largeobject_metadata|locks|matviews|namespace|opclass|operator|opfamily|parameter_acl|partitioned_table"
+        r"|policies|policy|prepared_statements|prepared_xacts|proc|range|rewrite|roles|rules|sequence|sequences|settings|shadow"
+        r"|tables|tablespace|transform|trigger|type|user|views|wait_events|(am|attr|available|default|event|file|foreign|hba"
+        r"|ident|init|publication|replication|sec|shde|shmem|shsec|stat|statio|stats|subscription|timezone|ts|user_map)\w*)"
     ),
     "sqlite": re.compile(r"(sqlite|pragma)_.*|dbstat"),
 }

@@ -250,12 +250,9 @@ _OPERATORS = frozenset(
         "xor",
     ]
 )
-# What may stand before a bracket, and is none either.
+# Further words that may stand before a bracket in a whole statement, and are none either.
 _NO_FUNCTIONS = frozenset(
     [
-        "all",
-        "any",
-        "array",
         "by",
         "distinct",
         "except",
@@ -274,10 +271,8 @@ _NO_FUNCTIONS = frozenset(
         "order",
         "partition",
         "returning",
-        "row",
         "select",
         "set",
-        "some",
         "table",
         "union",
         "update",

@@ -42,6 +42,7 @@ from sqlalchemy import (
     text,
     type_coerce,
     update,
+    values,
 )
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, ResourceClosedError
 from sqlalchemy.ext.compiler import compiles
@@ -61,6 +62,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from querycache import ConfigurationError, QueryCache
+from querycache.analysis import analyse
 from querycache.textual import read_text
 
 _shift: ContextVar[int] = ContextVar("shift", default=0)
@@ -237,6 +239,12 @@ def test_found_such_a_function_that_a_type_makes(Sessions: sessionmaker[Session]
         db.execute(update(Part).values(amount=2))
     with Sessions() as db:
         assert db.execute(cached).all() == db.execute(statement).all()
+
+
+def test_found_such_a_function_that_a_type_makes_of_values(postgresql_engine: Engine) -> None:
+    made = values(column("k", FromAmount), name="v").data([(1,)])
+    compiled: Any = select(made.c.k).compile(postgresql_engine)
+    assert analyse(compiled).functions == {"@compiles.amount_of_all_parts"}
 
 
 @pytest.fixture

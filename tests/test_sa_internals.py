@@ -24,6 +24,7 @@ from sqlalchemy import (
     ForeignKey,
     String,
     Table,
+    column,
     create_engine,
     event,
     insert,
@@ -31,6 +32,7 @@ from sqlalchemy import (
     select,
     text,
     update,
+    values,
 )
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_connection
 from sqlalchemy.dialects.sqlite import insert as upsert
@@ -138,6 +140,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_autobegin_t": lambda live: live.session,
     "_autoflush": lambda live: live.session,
     "_cache_key_bind_match": lambda live: live.contexts["SELECT"].compiled,
+    "_column_args": lambda live: values(column("x"), name="v"),
     "_compile_state_cls": lambda live: live.states[0],
     "_managers": lambda live: Parent.registry,
     "_new_runid": lambda live: import_module("sqlalchemy.orm.loading"),

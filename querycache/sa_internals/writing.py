@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
 
-from sqlalchemy import DDL, BindParameter, Column, Dialect, Integer, Select, Table
+from sqlalchemy import DDL, BindParameter, Column, Dialect, Integer, Select, Table, Values
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -385,6 +385,9 @@ def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:
         elif isinstance(element, Select):
             for column in element.selected_columns:
                 yield from _put_around(column, "column_expression", dialect)
+        elif isinstance(element, Values):
+            for column in element._column_args:
+                yield from _put_around(column, "bind_expression", dialect)
 
 
 def _put_around(element: Any, method: str, dialect: Dialect) -> Iterator[Any]:

@@ -161,6 +161,26 @@ def test_a_parser_that_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         read_text.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("piece", "called"),
+    [
+        ("ARRAY[f()]", {"f"}),
+        ("tags[ f() ]", {"f"}),
+        ("tags[1][f(2)]", {"f"}),
+        ("(x).f(1)", {"f"}),
+        ("f /* of these */ ()", {"f"}),
+        ("F -- of these;\n (1)", {"f"}),
+        ('"F"(1)', {"F"}),
+        ("[F](1)", {"F"}),
+        ("own . f (g(1))", {"own.f", "g"}),
+        ('"own".f(1)', {"own.f"}),
+        ("a = ANY(:x) AND b IN (1) AND (c) OR ROW(1) = (d)", set()),
+    ],
+)
+def test_what_a_piece_calls(piece: str, called: set[str]) -> None:
+    assert calls(piece) == called
+
+
 def test_long_words_take_no_time() -> None:
-    for word in ("f" * 100_000, "a." * 50_000, "x'" + "0f" * 50_000 + "'"):
+    for word in ("f" * 100_000, "a." * 50_000, "a . " * 30_000, "[" * 100_000, "x'" + "0f" * 50_000 + "'"):
         assert calls(f"{word}, lower(a)") >= {"lower"}

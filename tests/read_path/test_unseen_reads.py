@@ -15,8 +15,10 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    and_,
     bindparam,
     case,
+    cast,
     column,
     delete,
     extract,
@@ -155,21 +157,30 @@ def test_a_sequence_that_is_read_as_a_table(on_postgresql: Library, on_mariadb: 
         column("id"), column("n")
     )
     on_postgresql.fill(named)
+    with on_postgresql.engine.begin() as connection:
+        connection.exec_driver_sql("DROP SEQUENCE IF EXISTS counter")
+        connection.exec_driver_sql("CREATE SEQUENCE counter")
     for statement in (
         select(table("shelf_book_seq", column("last_value"))),
         select(func.max(table("shelf_book_seq", column("last_value")).alias().c.last_value)),
         text("SELECT last_value FROM shelf_book_seq").columns(column("last_value")),
         text("SELECT * FROM shelf_book_seq").columns(column("last_value"), column("log"), column("called")),
+        text("SELECT last_value FROM counter").columns(column("n")),
+        select(literal_column("last_value")).select_from(text("counter")),
+        select(column("last_value")).select_from(table("counter")),
     ):
         assert _is_asked_for(on_postgresql, statement)
     with on_mariadb.engine.begin() as connection:
         connection.exec_driver_sql("CREATE SEQUENCE numbers")
+        connection.exec_driver_sql("CREATE SEQUENCE order_seq")
     for statement in (
         select(table("numbers", column("next_not_cached_value"))),
         text("SELECT next_not_cached_value FROM numbers").columns(column("n")),
         select(literal_column("NEXT VALUE FOR numbers")),
         select(literal_column("next /* one */ value\nfor numbers")),
         text("SELECT PREVIOUS VALUE FOR numbers").columns(column("n")),
+        select(literal_column("*")).select_from(table("order_seq")),
+        text("SELECT * FROM order_seq"),
     ):
         assert _is_asked_for(on_mariadb, statement)
 
@@ -257,6 +268,17 @@ def test_a_moment_that_is_given_as_text(library: Library, statement: Any) -> Non
 
 
 @pytest.mark.parametrize(
+    "made",
+    [literal("now", String) + literal("", String), case((EVENT.c.id == 1, "now"), else_="today")],
+    ids=str,
+)
+def test_a_moment_that_is_made_within_and_cast_without(on_postgresql: Library, made: Any) -> None:
+    within = select(made.label("moment"))
+    for source in (within.subquery(), within.cte(), within.subquery().alias()):
+        assert _is_asked_for(on_postgresql, select(cast(source.c.moment, DateTime)))
+
+
+@pytest.mark.parametrize(
     "condition",
     [
         EVENT.c.what == "now",
@@ -269,6 +291,7 @@ def test_a_moment_that_is_given_as_text(library: Library, statement: Any) -> Non
         ~EVENT.c.what.contains("now"),
         EVENT.c.what + "!" != "now" + EVENT.c.what,
         case((EVENT.c.id == 1, "today"), else_="later") != "never",
+        and_(case((EVENT.c.id == 1, "today"), else_="later") != "never", cast(EVENT.c.what, Integer) != 7),
         case({"now": 1}, value=EVENT.c.what, else_=2) == 1,
     ],
     ids=str,
