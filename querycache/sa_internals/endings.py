@@ -51,13 +51,13 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
             answered = not dialect.is_disconnect(cast("Any", error), connection, None)
         except (AttributeError, IndexError, ValueError):  # of some, for an error without the usual arguments
             answered = False
-        answered = answered and (_is_from_server(dialect, error) or _is_at_rest(dialect, connection))
+        answered = answered and (_is_from_server(dialect, error) or _is_waiting(dialect, connection))
     if not answered:
         return "unknown"
-    # SQLite does not end a transaction that it cannot commit, and SQLAlchemy does not roll back after a commit that failed.
-    failed = error is not None and dialect.name == "sqlite"
-    is_open = failed and getattr(driver_connection(dialect, connection), "in_transaction", False)
-    return "open" if is_open else "over"
+    # SQLite does not end a transaction that it cannot commit, psycopg refuses to within its own transaction(), and SQLAlchemy
+    # does not roll back after a commit that failed.
+    tells = error is not None and dialect.name in ("sqlite", "postgresql")
+    return "open" if tells and is_open(driver_connection(dialect, connection)) else "over"
 
 
 def _is_from_server(dialect: Dialect, error: Any) -> bool:
@@ -73,7 +73,7 @@ def _is_from_server(dialect: Dialect, error: Any) -> bool:
     return getattr(error, "sqlstate", getattr(error, "pgcode", "")) is not None
 
 
-def _is_at_rest(dialect: Dialect, connection: Any) -> bool:
+def _is_waiting(dialect: Dialect, connection: Any) -> bool:
     """True where a driver of PostgreSQL tells that its server is not at work, so that it has refused something itself."""
     if dialect.name != "postgresql":
         return False

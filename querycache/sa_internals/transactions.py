@@ -225,7 +225,11 @@ def has_begun(connection: Connection) -> bool:
 
 def tells_open(connection: Connection) -> bool | None:
     """Whether the driver tells that a transaction is open, just after a statement; None where it does not tell."""
-    return is_open(_driver(connection))
+    driver = _driver(connection)
+    flags, result = getattr(driver, "server_status", None), getattr(driver, "_result", None)
+    if flags is not None and getattr(result, "server_status", None) is None:
+        return None  # PyMySQL has them from an earlier statement: this one has returned rows, or failed
+    return is_open(driver)
 
 
 def is_open(driver: Any) -> bool | None:
@@ -252,7 +256,7 @@ def _is_in_transaction(driver: Any) -> bool | None:
         return None if driver.is_closed() else bool(told())
     try:  # of sqlite3 and MySQL Connector; of pg8000
         found: bool | None = getattr(driver, "in_transaction", getattr(driver, "_in_transaction", None))
-    except ValueError:  # of aiosqlite, for a connection that is closed
+    except Exception:  # noqa: BLE001 - a connection that is closed does not tell, and who asks may be in the middle of an error
         return None
     return found
 

@@ -378,7 +378,7 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
 
 def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:
     """What types of the application put around columns that are selected and around parameters, which is only made when these
-    are rendered."""
+    are rendered; also of columns within, around which it may put nothing."""
     for element in iterate(root):
         if isinstance(element, BindParameter):
             yield from _put_around(element, "bind_expression", dialect)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Connection, Engine, ForeignKey, create_engine, insert, select, text, update
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, sessionmaker
 from sqlalchemy.pool import NullPool, StaticPool
 
@@ -469,3 +469,51 @@ def test_what_is_named_by_hand_is_about_any_of_a_sessions_databases(postgresql_e
         session.commit()
         given.rollback()
     assert library.is_right(PRICES)
+
+
+# --- what a driver does by itself ------------------------------------------------------------------------------
+
+
+def test_a_COMMIT_that_psycopg_refuses_leaves_the_transaction_open(postgresql_engine: Engine) -> None:
+    library = Library(postgresql_engine)
+    engine = create_engine(postgresql_engine.url, pool_size=1)
+    library.cache.attach(engine)
+    library.fill(PRICES)
+    with library.sessions(bind=engine) as session:
+        session.execute(RAISE_PRICE)
+        driver: Any = session.connection().connection.driver_connection
+        with driver.transaction(), pytest.raises(DBAPIError, match="forbidden"):
+            session.commit()
+    library.fill(PRICES)
+    with library.sessions(bind=engine) as session:  # gets it as it was left
+        session.add(Author(id=50, name="x"))
+        session.commit()
+    assert library.database(select(Book.price).where(Book.id == 2)) == [(77,)]
+    assert library.is_right(PRICES)
+    engine.dispose()
+
+
+@pytest.mark.parametrize("how", ["ANALYZE TABLE book", "OPTIMIZE TABLE book", "CHECK TABLE book"])
+def test_what_commits_and_returns_rows(mariadb_engine: Engine, how: str) -> None:
+    """PyMySQL goes on to tell of the transaction that is over."""
+    library = Library(mariadb_engine)
+    with library.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql(UP)
+        connection.exec_driver_sql(how).all()
+        assert library.is_right(PRICES)
+        library.fill(PRICES)
+        connection.exec_driver_sql(UP)
+        assert library.is_right(PRICES)
+    assert library.is_right(PRICES)
+
+
+def test_a_connection_that_somebody_has_closed(sqlite_engine: Engine) -> None:
+    """The application is told what it would be told without the cache."""
+    library = Library(sqlite_engine)
+    with library.sessions() as session:
+        session.execute(RAISE_PRICE)
+        driver: Any = session.connection().connection.driver_connection
+        driver.close()
+        with pytest.raises(ProgrammingError, match="closed"):
+            session.execute(RAISE_PRICE)
