@@ -34,8 +34,10 @@ _HARMLESS = frozenset(
         "abort",
         "analyze",
         "begin",
+        "check",
         "checkpoint",
         "close",
+        "comment",
         "commit",
         "deallocate",
         "declare",
@@ -45,10 +47,14 @@ _HARMLESS = frozenset(
         "end",
         "explain",
         "fetch",
+        "flush",
         "listen",
+        "lock",
         "notify",
+        "optimize",
         "pragma",
         "prepare",
+        "reindex",
         "release",
         "reset",
         "rollback",
@@ -57,6 +63,7 @@ _HARMLESS = frozenset(
         "show",
         "start",
         "unlisten",
+        "unlock",
         "use",
         "vacuum",
     ]
@@ -71,8 +78,15 @@ _MODIFIERS = re.compile(
     re.IGNORECASE,
 )
 _PARSED = re.compile(
-    r"\(*\s*(select|with|insert|update|delete|merge|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
+    r"\(*\s*(select|with|insert|update|delete|merge|replace|table|truncate|values|((create|drop|alter)\s+(or\s+replace\s+)?"
     r"(temp(orary)?\s+|unique\s+)?(table|view|index)))\b",
+    re.IGNORECASE,
+)
+# What a parser does not know, and makes no difference here.
+_ON_COMMIT = re.compile(r"\bon\s+commit\s+(?:drop|(?:delete|preserve)\s+rows)\b", re.IGNORECASE)
+_REFRESH = re.compile(
+    r"refresh\s+materialized\s+view\s+(?:concurrently\s+)?(?:(\w+|\"[^\"]+\")\s*\.\s*)?(\w+|\"[^\"]+\")"
+    r"(?:\s+with\s+(?:no\s+)?data)?",
     re.IGNORECASE,
 )
 # Parameters as drivers want them written, which the grammars of the databases do not know.
@@ -137,7 +151,9 @@ def _read(sql: str, dialect: str) -> TextStatement:
         return TextStatement(understood, isolates=isolates(bare, dialect), begins=chains(bare), commits=True)
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
-    if first in _HARMLESS and ";" not in text and not (first in _CARRYING and may_write(text)):
+    mysql = dialect in ("mysql", "mariadb")
+    harmless = first in _HARMLESS or (first == "do" and mysql)  # elsewhere it does whatever it says
+    if harmless and ";" not in text and not (first in _CARRYING and may_write(text)):
         return TextStatement(
             True,
             isolates=isolates(bare, dialect),
@@ -145,11 +161,21 @@ def _read(sql: str, dialect: str) -> TextStatement:
             rolls_back=first in ("abort", "rollback") and not re.search(r"\bto\b", bare, re.IGNORECASE),
             commits=commits(sql, dialect),
         )
+    if refresh := _REFRESH.fullmatch(bare):
+        schema, name = [
+            part and (part[1:-1] if part[0] == '"' else part.lower()) for part in refresh.groups()
+        ]
+        return TextStatement(True, writes=frozenset([(schema, name)]))
     if not _PARSED.match(bare):
         return _ANYTHING
-    if dialect in ("mysql", "mariadb") and _MODIFIERS.match(bare):
+    if first == "replace":
+        text = bare = f"INSERT {bare[len(first) :]}"
+    elif first == "create":
+        text = _ON_COMMIT.sub(" ", bare)
+    if mysql and _MODIFIERS.match(bare):
         text = _MODIFIERS.sub(r"\1", bare)
-    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else "0", text)
+    value = "'0'" if mysql else "0"  # in AGAINST it must be text
+    text = _PLACEHOLDERS.sub(lambda found: "%" if found.group() == "%%" else value, text)
     found = _parsed(text, _DIALECTS.get(dialect, ""))
     return replace(found, isolates="session") if _SETS_ISOLATION.search(bare) else found
 
@@ -289,7 +315,7 @@ logging.getLogger("sqlglot").addFilter(lambda record: not _parsing.get())
 
 def _targets(statement: Any, exp: Any) -> list[Any] | None:
     """The table nodes that are written to; None where that cannot be told."""
-    kinds = (exp.Query, exp.Insert, exp.Update, exp.Delete, exp.Merge)
+    kinds = (exp.Query, exp.Values, exp.Insert, exp.Update, exp.Delete, exp.Merge)
     definitions = (exp.Create, exp.Drop, exp.Alter, exp.TruncateTable)
     if not isinstance(statement, (*kinds, *definitions)) or statement.find(exp.Command, exp.Copy):
         return None

@@ -187,6 +187,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_suffixes": lambda live: live.statement,
     "_trans_ctx_check": lambda live: import_module("sqlalchemy.engine.util").TransactionalContext,
     "_transaction": lambda live: live.session,
+    "_type_memos": lambda live: live.engine.dialect,
     "_variant_mapping": lambda live: Parent.__table__.c.id.type,
     "_values": lambda live: update(Parent).values(name="a"),
     "_where_criteria": lambda live: live.statement,

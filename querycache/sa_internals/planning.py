@@ -7,6 +7,7 @@ with what was compiled, by the values.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -450,23 +451,42 @@ def _is_plain(kind: Any, dialect: Dialect) -> bool:
     return plain and (item is None or _is_plain(item, dialect))
 
 
-# An engine that never connected has a dialect that does not know its server yet. What it compiles must not
-# end up in the engine's own cache, where the initialized dialect would find it.
-_compiled_before_first_connect: weakref.WeakKeyDictionary[Engine, util.LRUCache[Any, Any]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
+    """Where a compiled statement is looked for. The engine connects before, if it never did.
+
+    Until then its dialect does not know its server, and compiles, and remembers of its types, what this may not know. That
+    serves where the database cannot be reached, and is forgotten as soon as it can.
+    """
     dialect = engine.dialect
-    if dialect.server_version_info is not None or dialect.default_schema_name is not None:
-        return options.get("compiled_cache", engine._compiled_cache)
-    cache = _compiled_before_first_connect.get(engine)
-    if cache is None:
-        cache = _compiled_before_first_connect[engine] = util.LRUCache(500)
-    return cache
+    known = dialect.__dict__
+    if _EARLY in known or _FOUND_OUT not in known:
+        if _FOUND_OUT not in known and not _connects(engine):
+            return known.setdefault(_EARLY, util.LRUCache(500))
+        if known.pop(_EARLY, None) is not None:
+            dialect._type_memos.clear()
+            engine.clear_compiled_cache()
+    return options.get("compiled_cache", engine._compiled_cache)
 
 
+def _connects(engine: Engine) -> bool:
+    """Have an engine connect, unless that has failed a moment ago. Returns True if it can."""
+    known = engine.dialect.__dict__
+    if time.monotonic() < known.get(_NEXT_TRY, 0.0):
+        return False
+    try:
+        engine.connect().close()
+    except Exception:  # noqa: BLE001 - whoever needs the database will raise it
+        known[_NEXT_TRY] = time.monotonic() + _TRY_EVERY
+        return False
+    return True
+
+
+_TRY_EVERY = 5.0
+"""Seconds."""
+_FOUND_OUT = "default_schema_name"
+"""What a dialect finds out when it first connects."""
+_EARLY = "_querycache_early"
+_NEXT_TRY = "_querycache_next_try"
 _COMPILATION = "_querycache_compilation"
 _MEMO = "_querycache_memo"
 _ORDER = "_querycache_order"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from decimal import Decimal
@@ -13,7 +15,23 @@ from unittest import mock
 from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import JSON, Engine, create_engine, literal, literal_column, select, text
+from sqlalchemy import (
+    JSON,
+    Column,
+    Engine,
+    Float,
+    Integer,
+    MetaData,
+    Table,
+    Uuid,
+    cast,
+    create_engine,
+    event,
+    literal,
+    literal_column,
+    select,
+    text,
+)
 from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -145,3 +163,55 @@ def test_a_driver_that_is_given_no_parameters(server: str, request: pytest.Fixtu
 def test_a_time_of_day_whose_offset_nobody_knows() -> None:
     with pytest.raises(UnkeyableValue, match="parameter type time"):
         canonical(datetime.time(12, tzinfo=ZoneInfo("Europe/Berlin")))
+
+
+def test_the_first_statement_of_an_engine(mariadb_engine: Engine) -> None:
+    """Before it connects, a dialect does not know its server, nor what types that has."""
+    given = uuid.UUID(int=1)
+    things = Table("thing", MetaData(), Column("id", Integer, primary_key=True), Column("given", Uuid))
+    things.metadata.create_all(mariadb_engine)
+    with mariadb_engine.begin() as connection:
+        connection.execute(things.insert().values(id=1, given=given))
+    for statement in (select(things.c.given), select(things.c.given).where(things.c.given == given)):
+        engine = create_engine(mariadb_engine.url)
+        sessions = sessionmaker(engine)
+        QueryCache().attach(sessions)
+        for cached in (True, True, False):
+            with sessions() as session:
+                options = {"cache_key": True} if cached else {}
+                assert session.scalars(statement.execution_options(**options)).all() == [given]
+        engine.dispose()
+    engine = create_engine(mariadb_engine.url)
+    sessions = sessionmaker(engine)
+    QueryCache().attach(sessions)
+    with sessions() as session, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        number = cast(things.c.id, Float)
+        assert session.scalars(select(number).execution_options(cache_key=True)).all() == [1.0]
+    engine.dispose()
+
+
+def test_what_is_compiled_before_the_database_can_be_reached_is_forgotten(mariadb_engine: Engine) -> None:
+    given = uuid.UUID(int=2)
+    things = Table("thing_2", MetaData(), Column("id", Integer, primary_key=True), Column("given", Uuid))
+    things.metadata.create_all(mariadb_engine)
+    with mariadb_engine.begin() as connection:
+        connection.execute(things.insert().values(id=1, given=given))
+    engine = create_engine(mariadb_engine.url)
+    reachable = False
+
+    @event.listens_for(engine, "do_connect")
+    def connect(*_: Any) -> None:
+        if not reachable:
+            raise ConnectionError
+
+    sessions = sessionmaker(engine)
+    QueryCache().attach(sessions)
+    statement = select(things.c.given).execution_options(cache_key=True)
+    with sessions() as session, pytest.raises(ConnectionError):
+        session.scalars(statement)
+    reachable = True
+    with sessions() as session:
+        session.connection()
+        assert session.scalars(statement).all() == [given]
+    engine.dispose()

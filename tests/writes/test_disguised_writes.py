@@ -522,12 +522,45 @@ def test_E14_a_temporary_table_by_its_schema(
         ("postgresql", "EXPLAIN SELECT * FROM book"),
         ("mysql", "SET innodb_lock_wait_timeout = 10"),
         ("mysql", "SHOW CREATE TABLE book"),
+        ("postgresql", "LOCK TABLE book IN EXCLUSIVE MODE"),
+        ("mysql", "LOCK TABLES book WRITE"),
+        ("mysql", "UNLOCK TABLES"),
+        ("mysql", "FLUSH TABLES"),
+        ("mysql", "OPTIMIZE TABLE book"),
+        ("mysql", "DO SLEEP(0)"),
+        ("postgresql", "COMMENT ON TABLE book IS 'x'"),
+        ("postgresql", "REINDEX TABLE book"),
+        ("postgresql", "VALUES (1)"),
+        ("postgresql", "TABLE book"),
+        ("mysql", "SELECT id FROM book WHERE MATCH (title) AGAINST (%s IN BOOLEAN MODE) LIMIT %s"),
     ],
 )
 def test_text_that_only_sounds_like_a_write_is_none(dialect: str, sql: str) -> None:
     found = read_text(sql, dialect)
     assert found.understood
     assert not found.writes
+
+
+@pytest.mark.parametrize(
+    ("dialect", "sql", "table"),
+    [
+        ("mysql", "REPLACE INTO book (id) VALUES (%s)", (None, "book")),
+        ("mysql", "replace low_priority book set id = %(id)s", (None, "book")),
+        ("sqlite", "/* one */ REPLACE INTO book (id) SELECT id FROM author", (None, "book")),
+        ("postgresql", "CREATE TEMP TABLE book (id int) ON COMMIT DROP", (None, "book")),
+        ("postgresql", "CREATE TEMPORARY TABLE book (id int) ON COMMIT DELETE ROWS", (None, "book")),
+        ("postgresql", "REFRESH MATERIALIZED VIEW Book;", (None, "book")),
+        ("postgresql", 'REFRESH MATERIALIZED VIEW CONCURRENTLY own."Book" WITH NO DATA', ("own", "Book")),
+    ],
+)
+def test_text_that_writes_one_table(dialect: str, sql: str, table: tuple[str | None, str]) -> None:
+    found = read_text(sql, dialect)
+    assert found.understood
+    assert found.writes == {table}
+
+
+def test_a_block_may_do_anything() -> None:
+    assert not read_text("DO $$ BEGIN DELETE FROM book END $$", "postgresql").understood
 
 
 def test_a_commit_is_found_behind_other_statements_and_not_in_names() -> None:
