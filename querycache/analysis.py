@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -22,10 +22,12 @@ from sqlalchemy import (
     Alias,
     BindParameter,
     Cast,
+    Column,
     ColumnClause,
     ColumnElement,
     Function,
     Integer,
+    Join,
     Select,
     String,
     Table,
@@ -36,6 +38,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping, quoted_name
+from sqlalchemy.sql.selectable import FromGrouping
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
@@ -139,7 +142,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         as_text = rendered.binds_compared
-        if not rendered.casts_what_is_made:
+        if not rendered.casts_what_is_made and "date" not in memo.functions:  # which casts on PostgreSQL
             as_text += rendered.binds_made_text
         memo.compared_as_text = {
             name
@@ -167,6 +170,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             self.binds_compared: Counter[str] = Counter()
             self.binds_made_text: Counter[str] = Counter()
             self.casts_what_is_made = False
+            self.joins: list[Join] = []  # of the statement itself, and not of a subquery
             super().__init__(*args, **kwargs)
 
         def visit_table(self, table: Any, asfrom: bool = False, **kwargs: Any) -> Any:
@@ -175,6 +179,11 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 self.analysis.tables[schema, table.name] += 1
                 self.analysis.opaque |= not is_name(schema, table.name)
             return super().visit_table(table, asfrom=asfrom, **kwargs)
+
+        def visit_join(self, join: Any, *args: Any, **kwargs: Any) -> Any:
+            if len(self.stack) == 1:
+                self.joins.append(join)
+            return super().visit_join(join, *args, **kwargs)
 
         def visit_function(self, func: Any, *args: Any, **kwargs: Any) -> Any:
             name = func.name
@@ -356,39 +365,126 @@ def _of_sequence(column: Any) -> bool:
     return named and (owner is None or (isinstance(owner, TableClause) and not isinstance(owner, Table)))
 
 
-def _pins(rendered: SQLCompiler, analysis: Analysis) -> Iterator[Pin]:
+_Place = tuple[TableName, str]
+"""A column of a table that appears once in the statement."""
+
+
+def _pins(rendered: Any, analysis: Analysis) -> Iterator[Pin]:
     state = rendered.compile_state
     statement = getattr(state, "statement", None) if state is not None else rendered.statement
     if not isinstance(statement, Select) or statement.whereclause is None:
         return
     if suffixes(statement) or not all(map(_stands_alone, iterate(statement.whereclause))):
         return
-    for conjunct in _conjuncts(statement.whereclause):
-        if not isinstance(conjunct, BinaryExpression) or conjunct.operator not in (
-            operators.eq,
-            operators.in_op,
-        ):
+    conjuncts = list(_conjuncts(statement.whereclause))
+    found: dict[_Place, Pin] = {}
+    for one, other, operator in _comparisons(conjuncts):
+        column = _tracked(one, analysis)
+        if column is None or not isinstance(other, BindParameter):
             continue
-        for column, value in ((conjunct.left, conjunct.right), (conjunct.right, conjunct.left)):
-            table = _base_table(column)
-            if table is None or not isinstance(value, BindParameter) or value.callable is not None:
-                continue
-            name = rendered.bind_names.get(value)
-            key = (table.schema, table.name)
-            everywhere = tracked_everywhere(table)
-            tracked = {each.name: each for each in tracked_columns(table) if each.name in everywhere}
-            if name is None or column.name not in tracked or analysis.tables[key] != 1:
-                continue
-            if conjunct.operator is operators.in_op and not value.expanding:
-                continue
-            # the parameter must be compared as the column's type: '1' = 1 may hold in the database
-            kind = tracked[column.name].type
-            if is_exact(value.type) and (
-                isinstance(value.type, type(kind)) or isinstance(kind, type(value.type))
-            ):
-                yield Pin(
-                    key, column.name, (name,), tracked[column.name].primary_key, isinstance(kind, Integer)
-                )
+        name = rendered.bind_names.get(other)
+        if name is None or (operator is operators.in_op and not other.expanding):
+            continue
+        # the parameter must be compared as the column's type: '1' = 1 may hold in the database
+        if _compare_alike(column.type, other.type):
+            pin = _pin(column, (name,))
+            found.setdefault((pin.table, pin.column), pin)
+    if found:
+        _follow_joins(found, list(_equal_columns(conjuncts, rendered.joins, analysis)))
+    yield from found.values()
+
+
+def _comparisons(conjuncts: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """The sides of those that are ``=`` or ``IN``, either of them first."""
+    for each in conjuncts:
+        if isinstance(each, BinaryExpression) and each.operator in (operators.eq, operators.in_op):
+            yield each.left, each.right, each.operator
+            yield each.right, each.left, each.operator
+
+
+def _tracked(element: Any, analysis: Analysis) -> Column[Any] | None:
+    """The tracked column that this is, if its table appears once in the statement."""
+    table = _base_table(element)
+    if table is None or analysis.tables[table.schema, table.name] != 1:
+        return None
+    tracked = {each.name: each for each in tracked_columns(table)}
+    return tracked.get(element.name) if element.name in tracked_everywhere(table) else None
+
+
+def _compare_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
+    """True for types whose values are equal in the database where they are equal here."""
+    return (
+        is_exact(one) and is_exact(other) and (isinstance(one, type(other)) or isinstance(other, type(one)))
+    )
+
+
+def _pin(column: Column[Any], parameters: tuple[str, ...]) -> Pin:
+    table = column.table
+    key = isinstance(column.type, Integer)
+    return Pin((table.schema, table.name), column.name, parameters, column.primary_key, key)
+
+
+def _follow_joins(found: dict[_Place, Pin], equal: Sequence[tuple[Column[Any], Column[Any]]]) -> None:
+    """Add the columns that can only have the values of those that are pinned.
+
+    Args:
+        found: the pins, by place; is added to.
+        equal: pairs of columns. Where the first is pinned, rows in which the second has another value add nothing to the
+            result.
+    """
+    added = True
+    while added:
+        added = False
+        for first, second in equal:
+            pin = found.get(_place(first))
+            if pin is not None and _place(second) not in found:
+                found[_place(second)] = _pin(second, pin.parameters)
+                added = True
+
+
+def _place(column: Column[Any]) -> _Place:
+    return (column.table.schema, column.table.name), column.name
+
+
+def _equal_columns(
+    conjuncts: Sequence[Any], joins: Sequence[Join], analysis: Analysis
+) -> Iterator[tuple[Column[Any], Column[Any]]]:
+    """Pairs of tracked columns as for :func:`_follow_joins`: those that the WHERE clause or an inner join says to be equal.
+
+    An outer join keeps the rows of its left side whatever its condition says of them, so there it is only those of the right
+    side that must be equal to those of the left.
+    """
+    yield from _equal(conjuncts, analysis)
+    for join in joins:
+        if join.full or join.onclause is None or not all(map(_stands_alone, iterate(join.onclause))):
+            continue
+        left, right = set(_joined(join.left)), set(_joined(join.right))
+        for first, second in _equal(_conjuncts(join.onclause), analysis):
+            sides = _place(first)[0] in left and _place(second)[0] in right
+            if sides or (not join.isouter and {_place(first)[0], _place(second)[0]} <= left | right):
+                yield first, second
+
+
+def _equal(conjuncts: Iterable[Any], analysis: Analysis) -> Iterator[tuple[Column[Any], Column[Any]]]:
+    for one, other, operator in _comparisons(conjuncts):
+        first, second = _tracked(one, analysis), _tracked(other, analysis)
+        if first is None or second is None or operator is not operators.eq:
+            continue
+        if _compare_alike(first.type, second.type):
+            yield first, second
+
+
+def _joined(clause: Any) -> Iterator[TableName]:
+    """The tables that a member of FROM joins, which may be one."""
+    if isinstance(clause, Join):
+        yield from _joined(clause.left)
+        yield from _joined(clause.right)
+    elif isinstance(clause, FromGrouping):
+        yield from _joined(clause.element)
+    else:
+        table = clause.element if isinstance(clause, Alias) else clause
+        if isinstance(table, Table):
+            yield table.schema, table.name
 
 
 def _stands_alone(element: Any) -> bool:

@@ -27,39 +27,42 @@ _EVERYWHERE = _names(
 _ONLY_IN = {
     "postgresql": _names(
         """
-        array_agg array_append array_cat array_length array_position array_prepend array_remove
-        array_to_string ascii bit_and bit_length bit_or bool_and bool_or btrim cardinality
-        character_length chr concat concat_ws corr covar_pop covar_samp date_part date_trunc div
-        encode every extract greatest grouping json_agg json_array_elements json_array_length
-        json_build_array json_build_object json_each json_extract_path json_extract_path_text
-        json_object_agg jsonb_agg jsonb_array_elements jsonb_array_elements_text jsonb_array_length
+        aggregate_strings array_agg array_append array_cat array_length array_position
+        array_prepend array_remove array_to_json array_to_string ascii bit_and bit_length bit_or
+        bool_and bool_or btrim cardinality character_length chr concat concat_ws corr covar_pop
+        covar_samp date date_part date_trunc div encode every extract generate_series greatest
+        grouping initcap json_agg json_array_elements json_array_length json_build_array
+        json_build_object json_each json_extract_path json_extract_path_text json_object_agg
+        jsonb_agg jsonb_array_elements jsonb_array_elements_text jsonb_array_length
         jsonb_build_array jsonb_build_object jsonb_each jsonb_each_text jsonb_extract_path
-        jsonb_extract_path_text jsonb_object_agg jsonb_object_keys jsonb_set jsonb_typeof least left
-        lpad make_date make_interval md5 mode octet_length overlay percentile_cont percentile_disc
-        plainto_tsquery position range_merge regexp_matches regexp_replace regexp_split_to_array
-        regexp_split_to_table regr_slope repeat reverse right row_to_json rpad split_part starts_with
-        stddev stddev_pop stddev_samp string_agg string_to_array strpos to_char to_date to_json
-        to_jsonb to_number to_timestamp to_tsquery to_tsvector translate trunc ts_headline ts_rank
-        ts_rank_cd unnest var_pop var_samp variance width_bucket
+        jsonb_extract_path_text jsonb_object_agg jsonb_object_keys jsonb_path_exists
+        jsonb_path_query jsonb_path_query_array jsonb_set jsonb_typeof least left lpad make_date
+        make_interval md5 mode octet_length overlay percentile_cont percentile_disc plainto_tsquery
+        position range_merge regexp_match regexp_matches regexp_replace regexp_split_to_array
+        regexp_split_to_table regr_slope repeat reverse right row_to_json rpad split_part
+        starts_with stddev stddev_pop stddev_samp string_agg string_to_array strpos to_char to_date
+        to_json to_jsonb to_number to_timestamp to_tsquery to_tsvector translate trunc ts_headline
+        ts_rank ts_rank_cd unnest var_pop var_samp variance websearch_to_tsquery width_bucket
         """
     ),
     "mysql": _names(
         """
-        ascii bit_and bit_length bit_or char character_length concat concat_ws date_add date_format
-        date_sub datediff day dayofmonth dayofweek dayofyear extract field find_in_set greatest
-        group_concat hex hour if ifnull instr isnull json_array json_contains json_extract json_length
-        json_quote json_set json_type json_unquote json_valid json_value lcase least left locate log2
-        lpad md5 mid minute month monthname octet_length position quarter quote regexp_replace repeat
-        reverse right rpad second sha1 sha2 soundex stddev stddev_pop stddev_samp substring_index
-        time_format truncate ucase unhex var_pop var_samp variance week weekday weekofyear year
-        yearweek
+        aggregate_strings ascii bit_and bit_count bit_length bit_or char character_length concat
+        concat_ws date date_add date_format date_sub datediff day dayname dayofmonth dayofweek
+        dayofyear elt extract field find_in_set greatest group_concat hex hour if ifnull instr
+        isnull json_array json_arrayagg json_contains json_extract json_length json_objectagg
+        json_quote json_set json_type json_unquote json_valid json_value last_day lcase least left
+        locate log2 lpad match match_against md5 mid minute month monthname octet_length position
+        quarter quote regexp_replace repeat reverse right rpad second sha1 sha2 soundex std stddev
+        stddev_pop stddev_samp substring_index time_format timestampdiff to_days truncate ucase
+        unhex var_pop var_samp variance week weekday weekofyear year yearweek
         """
     ),
     "sqlite": _names(
         """
-        char group_concat hex ifnull instr json_array json_array_length json_each json_extract
-        json_group_array json_group_object json_quote json_set json_type json_valid log2 printf quote
-        total trunc typeof unicode
+        aggregate_strings char group_concat hex ifnull iif instr json_array json_array_length
+        json_each json_extract json_group_array json_group_object json_quote json_set json_type
+        json_valid log2 printf quote total trunc typeof unicode
         """
     ),
 }

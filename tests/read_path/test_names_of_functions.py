@@ -84,6 +84,7 @@ def test_a_function_by_another_name_of_a_known_one(postgresql_engine: Engine, ca
         ("total", {"sqlite"}),
         ("find_in_set", {"mariadb", "mysql"}),
         ("string_agg", {"postgresql"}),
+        ("date", {"postgresql", "mariadb", "mysql"}),
         ("Count", set()),
         ("app.count", set()),
     ],

@@ -276,6 +276,7 @@ def test_a_moment_that_is_made_within_and_cast_without(on_postgresql: Library, m
     within = select(made.label("moment"))
     for source in (within.subquery(), within.cte(), within.subquery().alias()):
         assert _is_asked_for(on_postgresql, select(cast(source.c.moment, DateTime)))
+        assert _is_asked_for(on_postgresql, select(func.date(source.c.moment)))
 
 
 @pytest.mark.parametrize(
