@@ -4,7 +4,7 @@ After a fault the circuit is open, and calls are refused without touching the ne
 over, one call is let through to try; while it is under way the others are still refused. If it succeeds the
 circuit closes, if not the cool-down begins again.
 
-The begin and the end of an outage are logged, as ``querycache``, once each.
+The begin and the end of an outage are logged, as ``querycache``, once each; that a server refuses, once a minute.
 
 Calls that must not be left out go through an open circuit: a writer that does not mark its tags because some
 lookup had a timeout a second ago would leave stale entries behind on a server that is well again.
@@ -26,6 +26,9 @@ _log = logging.getLogger("querycache")
 COOL_DOWN = 2.0
 """Seconds for which a server is left alone after a fault."""
 
+_REMIND = 60.0
+"""Seconds after which a refusal is logged again."""
+
 
 class CircuitBreaker:
     """The state of one server as this process sees it. Safe for use by several threads.
@@ -40,6 +43,7 @@ class CircuitBreaker:
         self._lock = forks.lock()
         self._fault = ""  # what it was; not the exception, which would keep alive whatever was under way
         self._next_try = 0.0
+        self._next_told = 0.0
 
     def admit(self, *, essential: bool = False) -> None:
         """Ask whether a call may be made; follow it by :meth:`succeeded` or :meth:`failed`.
@@ -66,6 +70,19 @@ class CircuitBreaker:
                 over, self._fault = bool(self._fault), ""
             if over:
                 _log.info("%s answers again", self._server)
+
+    def refused(self, refusal: BaseException) -> None:
+        """The server answered that it will not do what it was asked, as one that is full or lacks rights for this user."""
+        self.succeeded()
+        now = self._clock()
+        with self._lock:
+            new = now >= self._next_told
+            if new:
+                self._next_told = now + _REMIND
+        if new:
+            _log.warning(
+                "%s refuses what the cache needs, so the database is asked: %s", self._server, refusal
+            )
 
     def failed(self, fault: BaseException) -> None:
         """The server did not answer, or broke the connection."""

@@ -32,9 +32,8 @@ from querycache.backends.url import (
     positive_integer,
     seconds,
     split_arguments,
-    without_password,
 )
-from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError, shown
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
@@ -97,9 +96,8 @@ class MemcachedBackend(StoreBackend):
         address, given = split_arguments(arguments)
         if address is not None:
             if bool(address.netloc) == bool(address.path.strip("/")):
-                given_address = without_password(address.geturl())
                 raise ConfigurationError(
-                    f"the memcached store cannot use {given_address!r}; write memcached://host:11211"
+                    f"the memcached store cannot use {shown(address.geturl())}; write memcached://host:11211"
                 )
             given["servers"] = address.netloc or unquote(address.path)
         options = parse_options("the memcached store", _OPTIONS, given)

@@ -16,8 +16,8 @@ from sys import getsizeof
 from typing import Any
 
 from querycache import forks, versions
-from querycache.backends.url import parse_options, size, split_arguments, without_password
-from querycache.errors import ConfigurationError
+from querycache.backends.url import parse_options, size, split_arguments
+from querycache.errors import ConfigurationError, shown
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 __all__ = ["MemoryBackend"]
@@ -46,7 +46,7 @@ class MemoryBackend(StoreBackend):
         address, given = split_arguments(arguments)
         if address is not None and (address.netloc or address.path):
             raise ConfigurationError(
-                f"{without_password(address.geturl())!r}: the memory store has no address; write memory://?max_bytes=256mb"
+                f"{shown(address.geturl())}: the memory store has no address; write memory://?max_bytes=256mb"
             )
         options = parse_options("the memory store", {"max_bytes": size}, given)
         self.max_bytes: int = options.get("max_bytes", _DEFAULT_MAX_BYTES)

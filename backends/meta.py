@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 from querycache.backends.breaker import CircuitBreaker
 from querycache.backends.patience import Patience
 from querycache.backends.pool import Pool
-from querycache.backends.url import without_password
-from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError, shown
 
 __all__ = ["Pipeline", "Reply", "Server", "UnsuitableServer", "converse"]
 
@@ -331,7 +330,6 @@ def _parse_address(address: str) -> tuple[str, int] | str:
             return parts.hostname, parts.port or _PORT
     except ValueError:
         pass
-    shown = without_password(f"//{address}")[2:]
     raise ConfigurationError(
-        f"{shown!r} is no address of a memcached server; write host, host:port or [v6]:port"
+        f"{shown(address)} is no address of a memcached server; write host, host:port or [v6]:port"
     )

@@ -41,12 +41,12 @@ class Pool(Generic[T]):
         self._start()
 
     def _start(self) -> None:
-        self._pid = os.getpid()
         self._idle: list[T] = []
         # A signal may stop whoever has taken one, at any moment: what nobody holds any more leaves its place by itself.
         self._made: weakref.WeakSet[Any] = weakref.WeakSet()
         self._waiting = 0
         self._given_back = threading.Condition()
+        self._pid = os.getpid()  # last: until then, no other thread of a child takes what its parent has
 
     def take(self) -> T:
         """One for this thread alone; :meth:`give_back` it, whatever happened to it.

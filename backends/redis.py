@@ -39,9 +39,8 @@ from querycache.backends.url import (
     split_arguments,
     text,
     whole_number,
-    without_password,
 )
-from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError, shown
 from querycache.store import Mark, Meanwhile, StoreBackend
 
 try:
@@ -138,9 +137,8 @@ class RedisBackend(StoreBackend):
         address, given = split_arguments(arguments)
         options = parse_options("the Redis store", _OPTIONS, given)
         if address is None or address.scheme not in _SCHEMES:
-            given_address = without_password(str(arguments.get("url")))
             raise ConfigurationError(
-                f"the Redis store cannot use the address {given_address!r}; write redis://host:6379/0"
+                f"the Redis store cannot use the address {shown(arguments.get('url'))}; write redis://host:6379/0"
             )
         scheme = _SCHEMES[address.scheme]
         if scheme != "unix" and not address.netloc:
@@ -151,7 +149,7 @@ class RedisBackend(StoreBackend):
         if scheme != "unix" and database and not database.isdecimal():
             # the client would take the first database without a word
             raise ConfigurationError(
-                f"the Redis store cannot use {database!r} as the number of a database; write redis://host:6379/0"
+                f"the Redis store cannot use {shown(database)} as the number of a database; write redis://host:6379/0"
             )
         tls = [name for name in options if name.startswith("ssl_")]
         if tls and scheme != "rediss":
@@ -392,11 +390,13 @@ class RedisBackend(StoreBackend):
             return replies
 
         replies = self._speak(say, essential)
+        for reply in replies:
+            if isinstance(reply, redis.ResponseError):
+                self._breaker.refused(reply)
+                if refusable:
+                    return replies
+                raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
         self._breaker.succeeded()
-        if not refusable:
-            for reply in replies:
-                if isinstance(reply, redis.ResponseError):
-                    raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
         return replies
 
     def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:

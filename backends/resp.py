@@ -194,8 +194,8 @@ class Wire:
         """
         while self._again is not None:
             self._settle()
-        self._again = again  # before it is sent: a signal may come between
         try:
+            self._again = again  # before it is sent: a signal may come between
             self._socket.sendall(command)
         except BaseException:
             self.close()

@@ -6,12 +6,11 @@ it, because a misspelt option would otherwise be a default that nobody asked for
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-from querycache.errors import ConfigurationError
+from querycache.errors import ConfigurationError, shown
 
 __all__ = [
     "flag",
@@ -126,7 +125,7 @@ def split_arguments(arguments: Mapping[str, object]) -> tuple[SplitResult | None
     try:
         parts = urlsplit(text(url))
     except ValueError as error:
-        raise ConfigurationError(f"{without_password(str(url))!r} is no URL of a store") from error
+        raise ConfigurationError(f"{shown(url)} is no URL of a store") from error
     options: dict[str, object] = {}
     by_name = [(name, value) for name, value in arguments.items() if name != "url"]
     for name, value in [*parse_qsl(parts.query, keep_blank_values=True), *by_name]:
@@ -134,8 +133,3 @@ def split_arguments(arguments: Mapping[str, object]) -> tuple[SplitResult | None
             raise ConfigurationError(f"option {name!r} is given twice: {options[name]!r} and {value!r}")
         options[name] = value
     return parts._replace(query=""), options
-
-
-def without_password(url: str) -> str:
-    """A URL for an error message or a log."""
-    return re.sub(r"//[^/@]*@", "//***@", url)

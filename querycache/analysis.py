@@ -142,7 +142,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         as_text = rendered.binds_compared
-        if not rendered.casts_what_is_made and "date" not in memo.functions:  # which casts on PostgreSQL
+        if not rendered.casts_what_is_made and memo.functions.isdisjoint(_CASTING):
             as_text += rendered.binds_made_text
         memo.compared_as_text = {
             name
@@ -281,6 +281,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
     return Collector
 
 
+_CASTING = frozenset(["date", "pg_catalog.date"])
 _SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
 _OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
 _COMPARING_TEXT = frozenset(
@@ -419,9 +420,8 @@ def _compare_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
 
 
 def _pin(column: Column[Any], parameters: tuple[str, ...]) -> Pin:
-    table = column.table
-    key = isinstance(column.type, Integer)
-    return Pin((table.schema, table.name), column.name, parameters, column.primary_key, key)
+    number = isinstance(column.type, Integer)
+    return Pin(*_place(column), parameters, column.primary_key, number)
 
 
 def _follow_joins(found: dict[_Place, Pin], equal: Sequence[tuple[Column[Any], Column[Any]]]) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from querycache import sa_internals
 from querycache.declarations import DEFAULT_SLOTS, Declarations
-from querycache.errors import CacheUnavailable, ConfigurationError
+from querycache.errors import CacheUnavailable, ConfigurationError, shown
 from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
@@ -55,7 +55,8 @@ class QueryCache:
             configured dogpile region, or a mapping of region names to these or to mappings with ``url`` (or
             ``backend`` and ``arguments``) and ``ttl``. Statements that name no region use the one called
             "default", or the first.
-        namespace: stands before every key in the store; give each application its own.
+        namespace: stands before every key in the store. Give all who write a database the same: what is written under
+            another is not seen.
         ttl: seconds until an answer expires, where neither statement nor region say; None for never.
         scope: a function of the session whose value keeps answers apart: tenant, locale, role. It may return
             None, numbers, texts, dates, UUIDs, and tuples, lists, dicts or sets of these.
@@ -392,7 +393,7 @@ def _regions_to_extend(regions: object) -> dict[str, Any]:
     """A copy of the regions, each as a mapping to which keys can be added."""
     if not isinstance(regions, Mapping):
         raise ConfigurationError(
-            f"configuration: regions={regions!r} beside keys 'cache.REGION.…'; give a mapping of names to regions"
+            f"configuration: regions={shown(regions)} beside keys 'cache.REGION.…'; give a mapping of names to regions"
         )
     copy: dict[str, Any] = {}
     for name, region in regions.items():
@@ -432,6 +433,6 @@ def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
     arguments = region.setdefault("arguments", {})
     if not isinstance(arguments, dict):
         raise ConfigurationError(
-            f"configuration: cache.{parts[1]}.arguments={arguments!r} beside {name!r}; give a mapping, or leave it out"
+            f"configuration: cache.{parts[1]}.arguments={shown(arguments)} beside {name!r}; give a mapping, or leave it out"
         )
     arguments[parts[3]] = value

@@ -7,7 +7,27 @@ by asking the database.
 
 from __future__ import annotations
 
-__all__ = ["CacheMiss", "CacheUnavailable", "ConfigurationError", "QueryCacheError", "UnknownRegion"]
+import re
+
+__all__ = [
+    "CacheMiss",
+    "CacheUnavailable",
+    "ConfigurationError",
+    "QueryCacheError",
+    "UnknownRegion",
+    "shown",
+    "without_password",
+]
+
+
+def without_password(text: str) -> str:
+    """A text for an error message or a log, without what may be user and password in an address in it."""
+    return re.sub(r"[^\s'\",/]*@", "***@", text)
+
+
+def shown(value: object) -> str:
+    """A value that was given, for an error message: with quotes, and without passwords."""
+    return without_password(repr(value))
 
 
 class QueryCacheError(Exception):

@@ -36,11 +36,17 @@ class Flights:
         Returns:
             True if there was one, so that it is worth to look again.
         """
-        landed, pilot = self._landed.get((os.getpid(), flight), (None, 0))
+        own = os.getpid(), flight
+        landed, pilot = self._landed.get(own, (None, 0))
         if landed is None or pilot == threading.get_ident():
             return False
-        landed.wait(MAX_WAIT)
+        if not landed.wait(MAX_WAIT):
+            self._forget(own, landed)  # its thread may have been stopped before it could land
         return True
+
+    def _forget(self, own: Hashable, landed: threading.Event) -> None:
+        if self._landed.get(own, (None, 0))[0] is landed:
+            self._landed.pop(own, None)
 
     @contextmanager
     def flying(self, flight: Hashable) -> Iterator[None]:
@@ -48,10 +54,9 @@ class Flights:
         landed = threading.Event()
         # Of this process: where one is forked meanwhile, nobody flies in the child.
         own = os.getpid(), flight
-        first = self._landed.setdefault(own, (landed, threading.get_ident()))[0] is landed
         try:
+            self._landed.setdefault(own, (landed, threading.get_ident()))
             yield
         finally:
-            if first:
-                del self._landed[own]
-                landed.set()
+            self._forget(own, landed)
+            landed.set()

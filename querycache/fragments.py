@@ -30,7 +30,8 @@ _COMPARISON = re.compile(
     r"\s*(?:\*|[\w.]+\s*((?:[<>=]|<=|>=|<>|!=|\bis\b|\bis\s+not\b|\b(?:not\s+)?i?like\b)\s*(:?[\w.]+|'[^'\\]*')\s*)?)",
     re.IGNORECASE,
 )
-_TOKEN = re.compile(r""""[^"]*"|`[^`]*`|\[\w+\]|\w+|\S""")
+_TOKEN = re.compile(r""""[^"]*"|`[^`]*`|\[\w[\w\s]*\]|\w[\w$]*|\S""")
+_QUOTE = re.compile('["`]')
 MOMENT = re.compile(r"\b(now|today|tomorrow|yesterday)\b", re.IGNORECASE)
 """What PostgreSQL, alone or beside a time of day, and SQLite's functions of time, take for a moment."""
 _LITERAL = re.compile(r"'(?:[^']|'')*'|\$(\w*)\$.*?\$\1\$", re.DOTALL)
@@ -51,6 +52,7 @@ _QUOTED_IN_SQLITE = re.compile(
     r"""(?P<string>'(?:[^']|'')*')|(?P<comment>--[^\n]*|/\*.*?\*/)|"[^"]*"|`[^`]*`|\[[^\]]*\]""", re.DOTALL
 )
 _NOT_CALLED_IN_HINTS = frozenset(["by", "index", "key", "partition"])
+# In a whole statement there are more of them: see querycache.textual.
 _NOT_CALLED = frozenset(
     [
         "all",
@@ -123,8 +125,13 @@ def is_clock(name: str) -> bool:
 
 def calls(text: str) -> set[str]:
     """What a piece of SQL calls, with brackets or without."""
-    called = _called(text) | _called(without_comments(text))
-    return called | {match.group().lower() for match in _NILADIC.finditer(text)} | changing(text)
+    # What is between two quotes is no name where they are in strings.
+    ways = [way for bare in {text, without_comments(text)} for way in (bare, _QUOTE.sub(" ", bare))]
+    return (
+        set().union(*map(_called, ways))
+        | {match.group().lower() for match in _NILADIC.finditer(text)}
+        | changing(text)
+    )
 
 
 def changing(text: str) -> set[str]:

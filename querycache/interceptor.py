@@ -22,10 +22,10 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy.engine import Result
 from sqlalchemy.orm import ORMExecuteState, Session
@@ -46,6 +46,8 @@ from querycache.shared_rows import Vectors
 from querycache.writes import Writes
 
 __all__ = ["Interceptor"]
+
+T = TypeVar("T")
 
 # What a handler makes itself cannot be looked up before that handler has run: it may as well have changed the statement,
 # or read what no tag of the statement covers. Once it has run, there is nothing left to save.
@@ -72,6 +74,7 @@ class _Load:
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
+        over: True once it has failed.
     """
 
     request: Request
@@ -85,13 +88,19 @@ class _Load:
     later: bool = False
     borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
-    _token: Token[object] = field(init=False)
+    over: bool = False
 
-    def __enter__(self) -> None:
-        self._token = _around.set(self)
-
-    def __exit__(self, *exc_info: object) -> None:
-        _around.reset(self._token)
+    def surround(self, load: Callable[[], T]) -> T:
+        """Take what is asked while something is loaded for a part of this."""
+        try:
+            token = _around.set(self)
+            try:
+                return load()
+            finally:
+                _around.reset(token)
+        except BaseException:
+            self.over = True  # a signal may have come before it was reset
+            raise
 
     def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
         """Ask the database, freeze what it returns, and load that."""
@@ -153,9 +162,18 @@ class _Explained(Exception):
 _MOST_LOADS = 64
 """Where an entry grows by what handlers add to further statements alone, it starts anew at so many of them."""
 
-_EXPLAINING = object()
 
-# The load that runs around the current statement, in this thread or task; or _EXPLAINING where that is to be explained.
+class _Question:
+    """A call of explain().
+
+    Attributes:
+        over: True once it has ended, however.
+    """
+
+    over = False
+
+
+# The load that runs around the current statement, in this thread or task; or the question where that is to be explained.
 # It is one variable for both since each statement asks for it, cached or not.
 _around: ContextVar[object] = ContextVar("querycache_around", default=None)
 
@@ -191,13 +209,13 @@ class Interceptor:
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
         around = _around.get()
-        if isinstance(around, _Load) and around.request.session is state.session:
+        if isinstance(around, _Load) and around.request.session is state.session and not around.over:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
             if sa_internals.completes(state):
                 return self._complete(around, state)
         options = self._requests.wanted(state)
-        if options is None and around is not _EXPLAINING:
+        if options is None and not _explains(around):
             return None
         if later := sa_internals.later_handlers(state):
             # where the cache is attached to a Session and to its class, the last call is the one that counts
@@ -223,6 +241,7 @@ class Interceptor:
         if (
             isinstance(around, _Load)
             and around.request.session is state.session
+            and not around.over
             and sa_internals.completes(state)
         ):
             result = self._complete(around, state)
@@ -231,7 +250,7 @@ class Interceptor:
         return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
-        if _around.get() is _EXPLAINING:
+        if _explains(_around.get()):
             raise _Explained(self._explanation(state, options))
         if options is None:
             return None
@@ -256,14 +275,18 @@ class Interceptor:
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
-        token = _around.set(_EXPLAINING)
+        question = _Question()
         try:
-            with session.no_autoflush:
-                session.execute(statement)
+            token = _around.set(question)
+            try:
+                with session.no_autoflush:
+                    session.execute(statement)
+            finally:
+                _around.reset(token)
         except _Explained as explained:
             return explained.explanation
         finally:
-            _around.reset(token)
+            question.over = True
         return Explanation(False, _BY_A_HANDLER)
 
     def _explanation(self, state: ORMExecuteState, options: CacheOptions | None) -> Explanation:
@@ -326,6 +349,8 @@ class Interceptor:
             self._telemetry.emit(outcome, region.name, request.name, reason)
             return self._ask_database(request, reading)
         flight = (region.name, request.key, reading.versions)
+        # not for what cannot be stored, nor where it is to be asked in any case
+        may_wait = may_wait and reading.fillable and options.mode != "refresh"
         if may_wait and sa_internals.may_block() and self._flights.wait(flight):
             return self._look_up(request, may_wait=False)
         self._telemetry.emit(outcome, region.name, request.name, reason)
@@ -357,8 +382,7 @@ class Interceptor:
         checks = bool(reading.fallen or self._declared.of_triggers)
         load = _Load(request, reading, set(request.tag_keys), entry, checks)
         sa_internals.autobegin(request.session)
-        with load:
-            result = merge_frozen_result(request.prepared, entry.main)
+        result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
                 load.needed.update(reading.tags)
@@ -370,8 +394,7 @@ class Interceptor:
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
         created = time.time()
-        with load:
-            main, result = load.run(request.prepared)
+        main, result = load.surround(lambda: load.run(request.prepared))
         self._fill(load, main, created)
         return result
 
@@ -484,6 +507,10 @@ class Interceptor:
         if sa_internals.reads_uncommitted(request.session):
             return "uncommitted"
         return self._distrust(request, reading) if reading is not None else ""
+
+
+def _explains(around: object) -> bool:
+    return isinstance(around, _Question) and not around.over
 
 
 def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozenset()) -> Vectors:

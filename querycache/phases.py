@@ -10,6 +10,7 @@ they are owed, this process takes no answer from it, and a thread tries to tell 
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ from querycache.regions import Regions
 from querycache.tags import EVERYTHING
 
 __all__ = ["MOST_OWED", "Consistency", "Marking", "OnOutage", "Phases"]
+
+_log = logging.getLogger("querycache")
 
 MOST_OWED = 20_000
 """Tags that a ledger may be owed; of more than these it is told that everything is invalid, which takes it less time."""
@@ -122,16 +125,14 @@ class Phases:
         if marking.tags is None:
             return
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
-        marking.marks, marking.unmarked, marking.tags = [], [], None
         # where nothing was marked, what is not told now is owed, also where a signal comes between
         left = [*unmarked, *(ledger for ledger, _ in marks if not ledger.store.atomic)]
-        debts: dict[str, _Commit] = {}
-        if left:
-            debts = dict.fromkeys(self._regions.tag_keys(tags), _Commit(certain))
+        commit = _Commit(certain)
         try:
+            marking.marks, marking.unmarked, marking.tags = [], [], None
             if self._consistency == "strict":
                 for ledger in unmarked:
-                    self._owe(ledger, debts)
+                    self._owe(ledger, self._debts(tags, commit))
             for ledger, marks_there in marks:
                 if not certain and ledger.store.atomic:
                     continue
@@ -144,6 +145,7 @@ class Phases:
                     if not ledger.store.atomic:
                         left.remove(ledger)
             for ledger in unmarked:
+                debts = self._debts(tags, commit)
                 if self._tell(ledger, debts, essential=True):
                     self._settle(ledger, debts)
                     left.remove(ledger)
@@ -151,9 +153,12 @@ class Phases:
                     self._telemetry.emit("error", "", "", "unavailable at commit")
         finally:
             for ledger in left:
-                self._owe(ledger, debts)
-            if left:
+                self._owe(ledger, self._debts(tags, commit))
+            if self._owed and any(self._owed.values()):
                 self._pay_later()
+
+    def _debts(self, tags: set[str], commit: _Commit) -> dict[str, _Commit]:
+        return dict.fromkeys(self._regions.tag_keys(tags), commit)
 
     def _tell(self, ledger: Ledger, debts: dict[str, _Commit], *, essential: bool = False) -> bool:
         """Tell a ledger of tags that have changed. Returns False if it cannot be reached.
@@ -170,7 +175,7 @@ class Phases:
             return False
         return True
 
-    # Nothing is copied and put back here: a signal, or an object that is deleted, may commit in between.
+    # The debts of a ledger are changed in place: a signal, or an object that is deleted, may commit in between.
 
     def _owe(self, ledger: Ledger, debts: dict[str, _Commit]) -> None:
         with self._lock:
@@ -198,7 +203,7 @@ class Phases:
                     owed.setdefault(tag, found)
 
     def _pay_later(self) -> None:
-        """Have a thread pay what is owed, since nobody may commit here for a long time."""
+        """Have a thread pay what is owed, since nobody may ask or commit here for a long time."""
         if sys.is_finalizing():
             return  # no thread begins any more, and start() would wait for it
         with self._lock:
@@ -227,10 +232,13 @@ class Phases:
 
     def owes(self, ledger: Ledger) -> bool:
         """True while a ledger could not be told of a commit."""
-        if not self._owed.get(ledger):
+        if not self._owed:
             return False
-        self._pay_later()  # the thread is not there any more after a fork
-        return True
+        with self._lock:
+            owed = bool(self._owed.get(ledger))
+        if owed:
+            self._pay_later()  # the thread is not there any more after a fork
+        return owed
 
     def marks(self, ledger: Ledger) -> bool:
         """True if no commit becomes visible before its tags were marked in a ledger, so that what is clean is current."""
@@ -246,6 +254,9 @@ def _pay(reference: weakref.ref[Phases]) -> None:
     while True:
         time.sleep(_PAY_EVERY)
         phases = reference()
-        if phases is None or not phases.pay():
-            return
+        try:
+            if phases is None or not phases.pay():
+                return
+        except Exception:  # noqa: BLE001 - without this thread nobody would pay
+            _log.exception("what is owed could not be paid; trying again")
         del phases

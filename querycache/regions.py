@@ -23,7 +23,7 @@ from dogpile.cache import CacheRegion, make_region, register_backend
 from dogpile.cache.exception import PluginNotFound
 
 from querycache.codec import Codec, Corrupt, Unstorable
-from querycache.errors import CacheUnavailable, ConfigurationError, UnknownRegion
+from querycache.errors import CacheUnavailable, ConfigurationError, UnknownRegion, shown
 from querycache.events import Outcome
 from querycache.frozen import Entry
 from querycache.ledger import Ledger, Reading
@@ -270,7 +270,7 @@ class Regions:
             configuration = {DEFAULT_REGION: configuration}
         if not isinstance(configuration, Mapping) or not configuration:
             raise ConfigurationError(
-                f"regions={configuration!r}: give a URL such as 'memory://', or a mapping of names to URLs"
+                f"regions={shown(configuration)}: give a URL such as 'memory://', or a mapping of names to URLs"
             )
         codec = Codec(Entry, signing_key=signing_key)
         ledgers: dict[object, Ledger] = {}
@@ -345,7 +345,7 @@ def _dogpile_region(
         given = {"url": given}
     if not isinstance(given, Mapping):
         raise ConfigurationError(
-            f"region {name!r}: cannot use {given!r}; give a URL, a mapping or a dogpile region"
+            f"region {name!r}: cannot use {shown(given)}; give a URL, a mapping or a dogpile region"
         )
     settings = dict(given)
     ttl = _ttl(name, settings.pop("ttl", settings.pop("expiration_time", None)))
@@ -356,7 +356,7 @@ def _dogpile_region(
     elif "backend" in settings:
         backend, arguments = settings.pop("backend"), settings.pop("arguments", {})
         if not isinstance(arguments, Mapping):
-            raise ConfigurationError(f"region {name!r}: arguments={arguments!r}: give a mapping")
+            raise ConfigurationError(f"region {name!r}: arguments={shown(arguments)}: give a mapping")
     else:
         raise ConfigurationError(
             f"region {name!r}: neither 'url' nor 'backend' among {sorted(map(str, given))}"
@@ -382,22 +382,20 @@ def _ttl(name: str, value: Any) -> float | None:
 
 
 def _from_url(name: str, url: object) -> tuple[str, dict[str, Any]]:
-    if not isinstance(url, str) or "://" not in url:
+    try:
+        parts = urlsplit(url) if isinstance(url, str) and "://" in url else None
+    except ValueError:
+        parts = None
+    if parts is None or not isinstance(url, str):
         raise ConfigurationError(
-            f"region {name!r}: {url!r} is no URL; give one such as 'redis://localhost:6379/0'"
+            f"region {name!r}: {shown(url)} is no URL; give one such as 'redis://localhost:6379/0'"
         )
-    parts = urlsplit(url)
     if parts.scheme.startswith("dogpile+"):
         return parts.scheme.removeprefix("dogpile+"), dict(parse_qsl(parts.query))
     if parts.scheme not in _SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
         raise ConfigurationError(
-            f"region {name!r}: unknown scheme {parts.scheme!r} in {_without_password(url)!r}; "
+            f"region {name!r}: unknown scheme {parts.scheme!r} in {shown(url)}; "
             f"known are {known} and dogpile+NAME:// for other dogpile backends"
         )
     return _SCHEMES[parts.scheme], {"url": url}
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return url if parts.password is None else url.replace(f":{parts.password}@", ":***@", 1)

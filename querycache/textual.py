@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from querycache.fragments import calls
+from querycache.fragments import calls, may_query
+from querycache.functions import is_stable
 from querycache.wording import (
     COMMITTING,
     chains,
@@ -68,6 +69,8 @@ _HARMLESS = frozenset(
         "vacuum",
     ]
 )
+# What locks, checks and the like commits on MySQL, which commits() knows.
+_HARMLESS_CALLS = frozenset(["benchmark", "get_lock", "release_all_locks", "release_lock", "sleep"])
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
@@ -152,7 +155,9 @@ def _read(sql: str, dialect: str) -> TextStatement:
     if first == "xa" and second in _HARMLESS_XA:
         return TextStatement(True)
     mysql = dialect in ("mysql", "mariadb")
-    harmless = first in _HARMLESS or (first == "do" and mysql)  # elsewhere it does whatever it says
+    harmless = first in _HARMLESS
+    if first == "do" and mysql and not may_query(text):  # elsewhere it does whatever it says
+        harmless = all(is_stable(name, dialect) or name in _HARMLESS_CALLS for name in calls(text))
     if harmless and ";" not in text and not (first in _CARRYING and may_write(text)):
         return TextStatement(
             True,

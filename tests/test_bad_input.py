@@ -89,7 +89,7 @@ MAKING: dict[str, Bad] = {
     "an empty URL": (at_once(regions=""), ["''", "redis://localhost:6379/0"]),
     "no URL": (at_once(regions="localhost:6379"), ["'localhost:6379'", "redis://localhost:6379/0"]),
     "an unknown scheme": (at_once(regions="ftp://here"), ["'ftp'", "ftp://here", "redis://", "memcached://"]),
-    "an unknown scheme with a password": (at_once(regions="ftp://me:secret@here"), ["'ftp'", "me:***@here"]),
+    "an unknown scheme with a password": (at_once(regions="ftp://me:secret@here"), ["'ftp'", "//***@here"]),
     "an unknown dogpile backend": (at_once(regions="dogpile+nope://"), ["'nope'", "installed"]),
     "an unknown backend": (region(backend="nope"), ["'pages'", "'nope'", "installed"]),
     "a region that is no URL": (at_once(regions={"pages": 5}), ["'pages'", "5", "URL"]),
@@ -425,3 +425,27 @@ def test_a_server_that_does_not_answer(url: str, engine: Engine) -> None:
         cache.attach(db)
         assert db.scalars(select(Thing), execution_options={"cache_key": True}).all() == []
     assert ("error", "unavailable") in cache.stats().reasons
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        "redis//:s3cret@h/0",
+        "redis:///:s3cret@h",
+        "redis://u:s3cr@et@h/x",
+        "redis://u:s3cret@[::1/0",
+        "foo://u:s3cret@h",
+        "memory://u:s3cret@h",
+        "memcached://u:s3cret@h:11211",
+        ["redis://:s3cret@h"],
+        {"a": ["redis://:s3cret@h"]},
+        {"a": {"url": ["redis://:s3cret@h"]}},
+        {"a": {"backend": "querycache.redis", "arguments": "redis://:s3cret@h"}},
+    ],
+    ids=str,
+)
+def test_no_password_shows(regions: Any) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        QueryCache(regions)
+    assert "s3cr" not in str(refused.value)
+    assert "et@" not in str(refused.value)

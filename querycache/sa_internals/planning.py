@@ -7,6 +7,7 @@ with what was compiled, by the values.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections import deque
@@ -459,8 +460,8 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
     """
     dialect = engine.dialect
     known = dialect.__dict__
-    if _EARLY in known or _FOUND_OUT not in known:
-        if _FOUND_OUT not in known and not _connects(engine):
+    if _EARLY in known or not (_TOLD_BY_SERVER in known or _CONNECTED in known):
+        if not (_TOLD_BY_SERVER in known or _CONNECTED in known or _connect(engine)):
             return known.setdefault(_EARLY, util.LRUCache(500))
         if known.pop(_EARLY, None) is not None:
             dialect._type_memos.clear()
@@ -468,23 +469,32 @@ def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
     return options.get("compiled_cache", engine._compiled_cache)
 
 
-def _connects(engine: Engine) -> bool:
-    """Have an engine connect, unless that has failed a moment ago. Returns True if it can."""
+def _connect(engine: Engine) -> bool:
+    """Have an engine connect. Returns False if it cannot, or could not a moment ago."""
     known = engine.dialect.__dict__
-    if time.monotonic() < known.get(_NEXT_TRY, 0.0):
-        return False
+    begun = time.monotonic()
+    next_try: float | None = known.get(_NEXT_TRY)
+    if next_try is not None:
+        if begun < next_try:
+            return False
+        known[_NEXT_TRY] = math.inf  # for the other threads, meanwhile
     try:
         engine.connect().close()
     except Exception:  # noqa: BLE001 - whoever needs the database will raise it
-        known[_NEXT_TRY] = time.monotonic() + _TRY_EVERY
         return False
-    return True
+    else:
+        known[_CONNECTED] = True
+        return True
+    finally:
+        now = time.monotonic()
+        known[_NEXT_TRY] = now + max(_TRY_EVERY, 20 * (now - begun))
 
 
 _TRY_EVERY = 5.0
-"""Seconds."""
-_FOUND_OUT = "default_schema_name"
-"""What a dialect finds out when it first connects."""
+"""Seconds, at least; and so much more that waiting takes a small part of the time."""
+_TOLD_BY_SERVER = "default_schema_name"
+"""What a dialect finds out when it first connects. Not so where another engine has made the connections of its pool."""
+_CONNECTED = "_querycache_connected"
 _EARLY = "_querycache_early"
 _NEXT_TRY = "_querycache_next_try"
 _COMPILATION = "_querycache_compilation"

@@ -15,6 +15,7 @@ from unittest import mock
 from zoneinfo import ZoneInfo
 
 import pytest
+from dogpile.cache import make_region
 from sqlalchemy import (
     JSON,
     Column,
@@ -189,6 +190,45 @@ def test_the_first_statement_of_an_engine(mariadb_engine: Engine) -> None:
         number = cast(things.c.id, Float)
         assert session.scalars(select(number).execution_options(cache_key=True)).all() == [1.0]
     engine.dispose()
+
+
+def test_a_database_that_cannot_be_reached_is_tried_once_in_a_while(sqlite_engine: Engine) -> None:
+    region = make_region().configure("querycache.memory")
+    sessions = sessionmaker(sqlite_engine)
+    QueryCache(region).attach(sessions)
+    statement = select(literal(1)).execution_options(cache_key=True)
+    with sessions() as session:
+        session.scalars(statement).all()
+    engine = create_engine(sqlite_engine.url)
+    tried = []
+
+    @event.listens_for(engine, "do_connect")
+    def connect(*_: Any) -> None:
+        tried.append(1)
+        raise ConnectionError
+
+    sessions = sessionmaker(engine)
+    QueryCache(region).attach(sessions)
+    for _ in range(5):
+        with sessions() as session:
+            assert session.scalars(statement).all() == [1]
+    assert len(tried) == 1
+
+
+def test_an_engine_whose_pool_another_has_filled_connects_once(sqlite_engine: Engine) -> None:
+    sqlite_engine.connect().close()
+    engine = create_engine(sqlite_engine.url, pool=sqlite_engine.pool)
+    sessions = sessionmaker(engine)
+    QueryCache().attach(sessions)
+    statement = select(literal(1)).execution_options(cache_key=True)
+    with sessions() as session:
+        session.scalars(statement).all()
+    taken = []
+    event.listen(engine, "checkout", lambda *_: taken.append(1))
+    for _ in range(3):
+        with sessions() as session:
+            assert session.scalars(statement).all() == [1]
+    assert not taken
 
 
 def test_what_is_compiled_before_the_database_can_be_reached_is_forgotten(mariadb_engine: Engine) -> None:

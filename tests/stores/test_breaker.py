@@ -15,6 +15,21 @@ class Clock:
         return self.now
 
 
+def test_a_refusal_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    breaker = CircuitBreaker("the server", clock=clock)
+    for _ in range(3):
+        breaker.refused(ValueError("OOM"))
+        breaker.succeeded()
+        assert not is_open(breaker)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the server refuses what the cache needs, so the database is asked: OOM"
+    ]
+    clock.now += 61
+    breaker.refused(ValueError("OOM"))
+    assert len(caplog.records) == 2
+
+
 def is_open(breaker: CircuitBreaker) -> bool:
     try:
         breaker.admit()

@@ -135,7 +135,7 @@ class TestMemory(StoreContract):
             ({"url": "memory://?max_bytes=1mb", "max_bytes": 1}, "'max_bytes' is given twice"),
             ({"url": "memory://host"}, "has no address"),
             ({"url": "memory://[x"}, "is no URL"),
-            ({"url": 1}, "'1' is no URL"),
+            ({"url": 1}, "1 is no URL"),
         ],
     )
     def test_what_cannot_work_is_an_error_that_says_what_would(

@@ -713,7 +713,7 @@ class TestRedis(StoreContract, ServerContract):
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({}, "cannot use the address 'None'; write redis://host:6379/0"),
+            ({}, "cannot use the address None; write redis://host:6379/0"),
             ({"url": "http://host"}, "cannot use the address 'http://host'"),
             ({"url": "redis://host?timeot=1"}, "no option 'timeot'; it takes"),
             ({"url": "redis://host?timeout=0"}, "'0' for option 'timeout'"),

@@ -559,8 +559,16 @@ def test_text_that_writes_one_table(dialect: str, sql: str, table: tuple[str | N
     assert found.writes == {table}
 
 
-def test_a_block_may_do_anything() -> None:
-    assert not read_text("DO $$ BEGIN DELETE FROM book END $$", "postgresql").understood
+@pytest.mark.parametrize(
+    ("dialect", "sql"),
+    [
+        ("postgresql", "DO $$ BEGIN DELETE FROM book END $$"),
+        ("mysql", "DO of_ours(1)"),
+        ("mariadb", "DO (SELECT 1)"),
+    ],
+)
+def test_what_DO_may_do(dialect: str, sql: str) -> None:
+    assert not read_text(sql, dialect).understood
 
 
 def test_a_commit_is_found_behind_other_statements_and_not_in_names() -> None:

@@ -23,7 +23,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 from querycache import QueryCache
 from querycache.backends.redis import RedisBackend
 from querycache.errors import CacheUnavailable
-from querycache.phases import MOST_OWED, Marking
+from querycache.phases import MOST_OWED, Marking, _Commit
 from tests.servers import Server
 
 
@@ -346,6 +346,57 @@ def test_a_commit_of_unknown_outcome_that_a_store_missed(
         connection.commit()
         session.invalidate()
     assert ask() == 1
+
+
+def test_who_only_writes_goes_on_paying(sqlite_engine: Engine, redis_store_url: str) -> None:
+    """Although the thread is not there any more, as in a child of whoever owes."""
+    Base.metadata.create_all(sqlite_engine)
+    mine, elsewhere = sessionmaker(sqlite_engine), sessionmaker(create_engine(sqlite_engine.url))
+    QueryCache(redis_store_url, lease=0.1).attach(mine)
+    other = QueryCache(redis_store_url, lease=0.1).attach(elsewhere)
+    with mine.begin() as session:
+        session.add_all([Lamp(id=1, watts=0), Candle(id=1, watts=0)])
+
+    def ask() -> int | None:
+        with elsewhere() as session:
+            return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
+
+    with other.recording() as events:
+        while not events or events[-1].outcome != "hit":
+            assert ask() == 0
+            time.sleep(0.01)
+    with (
+        outage(),
+        mock.patch.object(threading.Thread, "start", side_effect=RuntimeError),
+        mine.begin() as session,
+    ):
+        session.execute(update(Lamp).values(watts=1))
+    with mine.begin() as session:
+        session.execute(update(Candle).values(watts=1))
+    until = time.monotonic() + 20
+    while ask() != 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert ask() == 1
+
+
+def test_what_is_owed_anew_was_never_not_owed(sqlite_engine: Engine) -> None:
+    phases = QueryCache("redis://localhost:1/0").attach(sqlite_engine)._writes.phases
+    [ledger] = phases._regions.ledgers
+    commit, later = _Commit(True), _Commit(True)
+    phases._owed[ledger] = {"a": later}
+    stop = threading.Event()
+
+    def settle() -> None:
+        while not stop.is_set():
+            phases._settle(ledger, {"a": commit})
+
+    thread = threading.Thread(target=settle)
+    thread.start()
+    with mock.patch.object(phases, "_pay_later"):
+        owed = {phases.owes(ledger) for _ in range(100_000)}
+    stop.set()
+    thread.join()
+    assert owed == {True}
 
 
 def test_a_signal_in_phase_two_loses_no_debt(sqlite_engine: Engine) -> None:
