@@ -80,9 +80,7 @@ class CircuitBreaker:
             if new:
                 self._next_told = now + _REMIND
         if new:
-            _log.warning(
-                "%s refuses what the cache needs, so the database is asked: %s", self._server, refusal
-            )
+            _log.warning("%s refuses something that the cache asks of it: %s", self._server, refusal)
 
     def failed(self, fault: BaseException) -> None:
         """The server did not answer, or broke the connection."""

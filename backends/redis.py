@@ -174,7 +174,10 @@ class RedisBackend(StoreBackend):
                 **options,
             )
         except ValueError as error:
-            raise ConfigurationError(f"the Redis store cannot use its address: {error}") from error
+            raise ConfigurationError(
+                f"the Redis store cannot use the address {shown(arguments.get('url'))}: the port is no number up to 65535; "
+                "write / ? # @ in a password as %2F %3F %23 %40"
+            ) from error
 
         def wire() -> Wire:
             return Wire(CONNECTIONS[scheme](**told.connection_kwargs), _introduce)
@@ -392,6 +395,8 @@ class RedisBackend(StoreBackend):
         replies = self._speak(say, essential)
         for reply in replies:
             if isinstance(reply, redis.ResponseError):
+                if refusable and isinstance(reply, redis.exceptions.NoScriptError):
+                    break  # it is told the whole script then
                 self._breaker.refused(reply)
                 if refusable:
                     return replies

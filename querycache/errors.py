@@ -8,6 +8,7 @@ by asking the database.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 __all__ = [
     "CacheMiss",
@@ -20,14 +21,21 @@ __all__ = [
 ]
 
 
-def without_password(text: str) -> str:
-    """A text for an error message or a log, without what may be user and password in an address in it."""
-    return re.sub(r"[^\s'\",/]*@", "***@", text)
+def without_password(address: str) -> str:
+    """A URL or an address for an error message or a log: without user and password, whatever characters are in these."""
+    return re.sub(r"^(.*?//)?.*@", r"\1***@", address, flags=re.DOTALL)
 
 
 def shown(value: object) -> str:
     """A value that was given, for an error message: with quotes, and without passwords."""
-    return without_password(repr(value))
+    if isinstance(value, Mapping):
+        pairs = (f"{each!r}: {'***' if each == 'password' else shown(of)}" for each, of in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, (list, tuple)):
+        if len(value) == 2 and value[0] == "password":
+            return "('password', ***)"
+        return f"[{', '.join(map(shown, value))}]"
+    return repr(without_password(value) if isinstance(value, str) else value)
 
 
 class QueryCacheError(Exception):

@@ -40,13 +40,9 @@ class Flights:
         landed, pilot = self._landed.get(own, (None, 0))
         if landed is None or pilot == threading.get_ident():
             return False
-        if not landed.wait(MAX_WAIT):
-            self._forget(own, landed)  # its thread may have been stopped before it could land
+        if not landed.wait(MAX_WAIT) and self._landed.get(own, (None, 0))[0] is landed:
+            self._landed.pop(own, None)  # its thread may have been stopped before it could land
         return True
-
-    def _forget(self, own: Hashable, landed: threading.Event) -> None:
-        if self._landed.get(own, (None, 0))[0] is landed:
-            self._landed.pop(own, None)
 
     @contextmanager
     def flying(self, flight: Hashable) -> Iterator[None]:
@@ -58,5 +54,8 @@ class Flights:
             self._landed.setdefault(own, (landed, threading.get_ident()))
             yield
         finally:
-            self._forget(own, landed)
+            # whoever waits, be it for a later flight: the answer may be there now
+            found = self._landed.pop(own, None)
+            if found is not None:
+                found[0].set()
             landed.set()

@@ -125,8 +125,9 @@ def is_clock(name: str) -> bool:
 
 def calls(text: str) -> set[str]:
     """What a piece of SQL calls, with brackets or without."""
-    # What is between two quotes is no name where they are in strings.
-    ways = [way for bare in {text, without_comments(text)} for way in (bare, _QUOTE.sub(" ", bare))]
+    ways = {text, without_comments(text)}
+    if "'" in text or "\\" in text:  # what is between two quotes is no name where they are in strings
+        ways |= {_QUOTE.sub(" ", way) for way in ways}
     return (
         set().union(*map(_called, ways))
         | {match.group().lower() for match in _NILADIC.finditer(text)}

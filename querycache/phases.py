@@ -85,6 +85,7 @@ class Phases:
         # By tag, for the commit that owes it last: what is owed anew while it is told is owed still.
         self._owed: dict[Ledger, dict[str, _Commit]] = {}
         self._payer: threading.Thread | None = None
+        self._complained = False
 
     def one(self, marking: Marking, tags: set[str]) -> None:
         """Phase one, before COMMIT: mark those tags that are not marked yet.
@@ -154,7 +155,7 @@ class Phases:
         finally:
             for ledger in left:
                 self._owe(ledger, self._debts(tags, commit))
-            if self._owed and any(self._owed.values()):
+            if self._owed and any(list(self._owed.values())):
                 self._pay_later()
 
     def _debts(self, tags: set[str], commit: _Commit) -> dict[str, _Commit]:
@@ -222,10 +223,15 @@ class Phases:
         """
         for ledger, owed in list(self._owed.items()):
             debts = dict(owed)
-            if debts and self._tell(ledger, debts):
-                self._settle(ledger, debts)
+            try:
+                if debts and self._tell(ledger, debts):
+                    self._settle(ledger, debts)
+            except Exception:  # noqa: BLE001 - without this thread nobody would pay
+                if not self._complained:
+                    _log.exception("what is owed could not be paid; trying again every %g s", _PAY_EVERY)
+                self._complained = True
         with self._lock:
-            left = any(self._owed.values())
+            left = any(list(self._owed.values()))
             if not left and self._payer is threading.current_thread():
                 self._payer = None  # it ends now, and must not be taken for one that pays what is owed next
             return left
@@ -254,9 +260,6 @@ def _pay(reference: weakref.ref[Phases]) -> None:
     while True:
         time.sleep(_PAY_EVERY)
         phases = reference()
-        try:
-            if phases is None or not phases.pay():
-                return
-        except Exception:  # noqa: BLE001 - without this thread nobody would pay
-            _log.exception("what is owed could not be paid; trying again")
+        if phases is None or not phases.pay():
+            return
         del phases

@@ -30,6 +30,7 @@ from querycache.wording import (
 __all__ = ["TextStatement", "read_text"]
 
 TableName = tuple[str | None, str]
+# On MySQL LOCK, CHECK and their like commit, which commits() knows.
 _HARMLESS = frozenset(
     [
         "abort",
@@ -69,8 +70,23 @@ _HARMLESS = frozenset(
         "vacuum",
     ]
 )
-# What locks, checks and the like commits on MySQL, which commits() knows.
-_HARMLESS_CALLS = frozenset(["benchmark", "get_lock", "release_all_locks", "release_lock", "sleep"])
+_HARMLESS_CALLS = frozenset(
+    [
+        "benchmark",
+        "connection_id",
+        "database",
+        "get_lock",
+        "is_free_lock",
+        "is_used_lock",
+        "last_insert_id",
+        "rand",
+        "release_all_locks",
+        "release_lock",
+        "sleep",
+        "uuid",
+    ]
+)
+_STRINGS = re.compile(r"'(?:[^'\\]|\\.|'')*'", re.DOTALL)
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
@@ -156,8 +172,10 @@ def _read(sql: str, dialect: str) -> TextStatement:
         return TextStatement(True)
     mysql = dialect in ("mysql", "mariadb")
     harmless = first in _HARMLESS
-    if first == "do" and mysql and not may_query(text):  # elsewhere it does whatever it says
-        harmless = all(is_stable(name, dialect) or name in _HARMLESS_CALLS for name in calls(text))
+    if first == "do" and mysql:  # elsewhere it does whatever it says
+        said = _STRINGS.sub("''", bare[len(first) :])
+        known = all(is_stable(name, dialect) or name in _HARMLESS_CALLS for name in calls(said))
+        harmless = known and not may_query(said)
     if harmless and ";" not in text and not (first in _CARRYING and may_write(text)):
         return TextStatement(
             True,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from decimal import Decimal
 from functools import partial
@@ -200,19 +202,29 @@ def test_a_database_that_cannot_be_reached_is_tried_once_in_a_while(sqlite_engin
     with sessions() as session:
         session.scalars(statement).all()
     engine = create_engine(sqlite_engine.url)
+    sessions = sessionmaker(engine)
+    QueryCache(region).attach(sessions)
     tried = []
+
+    def ask() -> list[int]:
+        with sessions() as session:
+            return list(session.scalars(statement))
 
     @event.listens_for(engine, "do_connect")
     def connect(*_: Any) -> None:
         tried.append(1)
+        if len(tried) == 2:
+            with ThreadPoolExecutor(1) as pool:  # others do not wait for it
+                assert pool.submit(ask).result() == [1]
+            time.sleep(0.5)
         raise ConnectionError
 
-    sessions = sessionmaker(engine)
-    QueryCache(region).attach(sessions)
-    for _ in range(5):
-        with sessions() as session:
-            assert session.scalars(statement).all() == [1]
+    assert [ask() for _ in range(5)] == [[1]] * 5
     assert len(tried) == 1
+    engine.dialect.__dict__["_querycache_next_try"] = 0.0
+    assert ask() == [1]
+    assert len(tried) == 2
+    assert engine.dialect.__dict__["_querycache_next_try"] - time.monotonic() > 9  # for what that took
 
 
 def test_an_engine_whose_pool_another_has_filled_connects_once(sqlite_engine: Engine) -> None:

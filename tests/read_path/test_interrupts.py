@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import itertools
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -127,3 +128,20 @@ def test_a_flight_that_is_stopped_anywhere_costs_one_wait(monkeypatch: pytest.Mo
         if not where:
             break
     assert number > 3
+
+
+def test_who_waits_for_a_slow_flight_is_told_when_it_lands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also who came when somebody else had waited for it in vain, and flies now."""
+    monkeypatch.setattr(flight, "MAX_WAIT", 0.2)
+    flights = Flights()
+    slow, later = flights.flying("here"), flights.flying("here")
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        one.submit(slow.__enter__).result()
+        assert other.submit(flights.wait, "here").result()
+        other.submit(later.__enter__).result()
+        monkeypatch.setattr(flight, "MAX_WAIT", 60)
+        one.submit(slow.__exit__, None, None, None)
+        begun = time.monotonic()
+        flights.wait("here")
+        assert time.monotonic() - begun < 30
+        other.submit(later.__exit__, None, None, None).result()

@@ -23,7 +23,7 @@ def test_a_refusal_is_told_once_a_minute(caplog: pytest.LogCaptureFixture) -> No
         breaker.succeeded()
         assert not is_open(breaker)
     assert [record.getMessage() for record in caplog.records] == [
-        "the server refuses what the cache needs, so the database is asked: OOM"
+        "the server refuses something that the cache asks of it: OOM"
     ]
     clock.now += 61
     breaker.refused(ValueError("OOM"))

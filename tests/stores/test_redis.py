@@ -723,7 +723,7 @@ class TestRedis(StoreContract, ServerContract):
             ({"url": "redis://host?max_connections=-1"}, "'-1' for option 'max_connections'"),
             ({"url": "redis://host?ssl_cert_reqs=none"}, "needs TLS: write rediss://"),
             ({"url": "redis://host?db=1"}, "redis://host:6379/0"),
-            ({"url": "redis://host:port"}, "cannot use its address"),
+            ({"url": "redis://host:port"}, "the port is no number"),
             ({"url": "redis://user:secret@[x"}, "is no URL"),
         ],
     )

@@ -528,6 +528,8 @@ def test_E14_a_temporary_table_by_its_schema(
         ("mysql", "FLUSH TABLES"),
         ("mysql", "OPTIMIZE TABLE book"),
         ("mysql", "DO SLEEP(0)"),
+        ("mysql", "DO (SLEEP(0))"),
+        ("mysql", "DO GET_LOCK(CONCAT(DATABASE(), ' from (a)'), 1)"),
         ("postgresql", "COMMENT ON TABLE book IS 'x'"),
         ("postgresql", "REINDEX TABLE book"),
         ("postgresql", "VALUES (1)"),
