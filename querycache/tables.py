@@ -43,7 +43,7 @@ from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import Column, ForeignKey, MetaData, Table, UniqueConstraint
-from sqlalchemy.exc import NoReferenceError
+from sqlalchemy.exc import InvalidRequestError
 
 from querycache import sa_internals
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
@@ -332,7 +332,7 @@ def _cascades(table: Table, delete: bool, known: frozenset[MetaData]) -> frozens
 def _refers_to(key: ForeignKey, table: Table) -> bool:
     try:
         referred = key.column.table
-    except NoReferenceError:  # to a table that was not declared
+    except InvalidRequestError:  # to a table that was not declared, or of one that is not any more
         return False
     # not `is`: in statements of the ORM tables are copies with annotations
     return referred.key == table.key and referred.metadata is table.metadata
