@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import redis
 from dogpile.cache import make_region
 from dogpile.cache.proxy import ProxyBackend
 from sqlalchemy import Engine, create_engine, exc, insert, select, text, update
@@ -377,6 +378,28 @@ def test_who_only_writes_goes_on_paying(sqlite_engine: Engine, redis_store_url: 
     while ask() != 1 and time.monotonic() < until:
         time.sleep(0.05)
     assert ask() == 1
+
+
+def test_what_a_server_refuses_is_logged(
+    sqlite_engine: Engine, private_server: Callable[[str], Server], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what it has only forgotten is not."""
+    Base.metadata.create_all(sqlite_engine)
+    server = private_server("redis")
+    factory = sessionmaker(sqlite_engine)
+    cache = QueryCache(server.url, namespace="well").attach(factory)
+    with redis.Redis.from_url(server.url) as client:
+        client.script_flush()
+        cache.invalidate(tables=["lamp"])
+        assert not caplog.records
+        client.execute_command("ACL", "SETUSER", "weak", "on", ">secret", "~*", "+@all", "-set", "-incr")
+    cache.detach(factory).detach(sqlite_engine)
+    QueryCache(server.url.replace("redis://", "redis://weak:secret@")).attach(factory)
+    with factory.begin() as session:
+        session.add(Lamp(id=1, watts=0))
+    [record] = [each for each in caplog.records if "refuses" in each.getMessage()]
+    assert "weak" in record.getMessage() or "permissions" in record.getMessage()
+    assert "secret" not in record.getMessage()
 
 
 def test_what_is_owed_anew_was_never_not_owed(sqlite_engine: Engine) -> None:
