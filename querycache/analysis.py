@@ -2,9 +2,7 @@
 
 The tables of a statement are those that its SQL names: subqueries, CTEs, eager joins and the joins of inheritance
 included. They are collected while the dialect's own compiler renders the statement once more, so what is collected is
-what is rendered. Only comparisons that mean the same in the database as here pin a column: integers and UUIDs (two
-strings that hash apart may be equal under a collation), by ``=`` or ``IN``, in a top-level conjunct, of a table that
-appears nowhere else in the statement.
+what is rendered. What it pins is found in :mod:`querycache.pins`.
 
 A structure is analysed once and remembered on the compiled object, which lives in SQLAlchemy's bounded cache.
 """
@@ -13,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -22,23 +19,17 @@ from sqlalchemy import (
     Alias,
     BindParameter,
     Cast,
-    Column,
     ColumnClause,
-    ColumnElement,
     Function,
-    Integer,
     Join,
-    Select,
     String,
     Table,
     TableClause,
-    TextClause,
     TypeDecorator,
 )
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.elements import BinaryExpression, BooleanClauseList, Grouping, quoted_name
-from sqlalchemy.sql.selectable import FromGrouping
+from sqlalchemy.sql.elements import quoted_name
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
@@ -47,39 +38,19 @@ from querycache.fragments import (
     calls_of_hint,
     changing,
     hides,
-    is_clock,
-    is_comparison,
     may_query,
     moments,
     names_table,
     variables,
 )
 from querycache.keys import structure_digest
-from querycache.sa_internals import custom_constructs, is_exact, key_place, suffixes
-from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
+from querycache.pins import Pin, base_table, is_text, pins
+from querycache.sa_internals import custom_constructs, key_place
+from querycache.tables import TableName, is_name
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads
 
-__all__ = ["Analysis", "Pin", "analyse", "is_text_type"]
-
-
-@dataclass(frozen=True, slots=True)
-class Pin:
-    """A tracked column that the statement compares with parameters.
-
-    Attributes:
-        table: the table, as declared.
-        column: name of the column.
-        parameters: names of the parameters, of which one may hold a list.
-        key: True for a column of the primary key.
-        number: True for a column of integers.
-    """
-
-    table: TableName
-    column: str
-    parameters: tuple[str, ...]
-    key: bool
-    number: bool
+__all__ = ["Analysis", "analyse", "is_text_type"]
 
 
 @dataclass(slots=True)
@@ -138,7 +109,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         memo.functions |= constructs
         if not constructs and not any(hides(text, compiled.dialect.name) for text in memo.texts):
             # of several the first is taken that can be: a key changes least
-            memo.pins = tuple(sorted(_pins(rendered, memo), key=lambda pin: not pin.key))
+            memo.pins = tuple(sorted(pins(rendered, memo.tables), key=lambda pin: not pin.key))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         as_text = rendered.binds_compared
@@ -197,7 +168,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                 for each in iterate(cast.clause):
                     if isinstance(each, BindParameter):
                         self.cast.append(each)
-                    elif isinstance(each, ColumnClause) and _base_table(each) is None:
+                    elif isinstance(each, ColumnClause) and base_table(each) is None:
                         self.casts_what_is_made = True  # perhaps in a subquery
             return super().visit_cast(cast, *args, **kwargs)
 
@@ -252,7 +223,7 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
         def visit_column(self, column: Any, *args: Any, **kwargs: Any) -> Any:
             if column.name == "'%'":
                 pass  # SQLAlchemy's own, for contains() and its like
-            elif column.is_literal or _is_text(column.name):
+            elif column.is_literal or is_text(column.name):
                 self.analysis.texts.append(column.name)
             if _of_sequence(column):
                 self.analysis.functions.add(repr(str(column.name)))
@@ -282,7 +253,6 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
 
 
 _CASTING = frozenset(["date", "pg_catalog.date"])
-_SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
 _OF_SEQUENCES = re.compile(r"last_value|next_not_cached_value", re.IGNORECASE)
 _COMPARING_TEXT = frozenset(
     [
@@ -339,11 +309,6 @@ def _read_hint(analysis: Analysis, text: str) -> None:
     analysis.functions |= calls_of_hint(text)
 
 
-def _is_text(name: str) -> bool:
-    """True for the name of a column that is rendered as it is, and may be something else."""
-    return not is_name(name) or (getattr(name, "quote", None) is False and is_clock(name))
-
-
 def _is_text_value(element: Any) -> bool:
     """True for what can only be text in the database: a column of it, in lower or upper case as well, or what is cast to it,
     or another parameter."""
@@ -364,154 +329,3 @@ def _of_sequence(column: Any) -> bool:
     owner = column.table.element if isinstance(column.table, Alias) else column.table
     named = _OF_SEQUENCES.fullmatch(column.name) is not None
     return named and (owner is None or (isinstance(owner, TableClause) and not isinstance(owner, Table)))
-
-
-_Place = tuple[TableName, str]
-"""A column of a table that appears once in the statement."""
-
-
-def _pins(rendered: Any, analysis: Analysis) -> Iterator[Pin]:
-    state = rendered.compile_state
-    statement = getattr(state, "statement", None) if state is not None else rendered.statement
-    if not isinstance(statement, Select) or statement.whereclause is None:
-        return
-    if suffixes(statement) or not all(map(_stands_alone, iterate(statement.whereclause))):
-        return
-    conjuncts = list(_conjuncts(statement.whereclause))
-    found: dict[_Place, Pin] = {}
-    for one, other, operator in _comparisons(conjuncts):
-        column = _tracked(one, analysis)
-        if column is None or not isinstance(other, BindParameter):
-            continue
-        name = rendered.bind_names.get(other)
-        if name is None or (operator is operators.in_op and not other.expanding):
-            continue
-        # the parameter must be compared as the column's type: '1' = 1 may hold in the database
-        if _compare_alike(column.type, other.type):
-            pin = _pin(column, (name,))
-            found.setdefault((pin.table, pin.column), pin)
-    if found:
-        _follow_joins(found, list(_equal_columns(conjuncts, rendered.joins, analysis)))
-    yield from found.values()
-
-
-def _comparisons(conjuncts: Iterable[Any]) -> Iterator[tuple[Any, Any, Any]]:
-    """The sides of those that are ``=`` or ``IN``, either of them first."""
-    for each in conjuncts:
-        if isinstance(each, BinaryExpression) and each.operator in (operators.eq, operators.in_op):
-            yield each.left, each.right, each.operator
-            yield each.right, each.left, each.operator
-
-
-def _tracked(element: Any, analysis: Analysis) -> Column[Any] | None:
-    """The tracked column that this is, if its table appears once in the statement."""
-    table = _base_table(element)
-    if table is None or analysis.tables[table.schema, table.name] != 1:
-        return None
-    tracked = {each.name: each for each in tracked_columns(table)}
-    return tracked.get(element.name) if element.name in tracked_everywhere(table) else None
-
-
-def _compare_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
-    """True for types whose values are equal in the database where they are equal here."""
-    return (
-        is_exact(one) and is_exact(other) and (isinstance(one, type(other)) or isinstance(other, type(one)))
-    )
-
-
-def _pin(column: Column[Any], parameters: tuple[str, ...]) -> Pin:
-    number = isinstance(column.type, Integer)
-    return Pin(*_place(column), parameters, column.primary_key, number)
-
-
-def _follow_joins(found: dict[_Place, Pin], equal: Sequence[tuple[Column[Any], Column[Any]]]) -> None:
-    """Add the columns that can only have the values of those that are pinned.
-
-    Args:
-        found: the pins, by place; is added to.
-        equal: pairs of columns. Where the first is pinned, rows in which the second has another value add nothing to the
-            result.
-    """
-    added = True
-    while added:
-        added = False
-        for first, second in equal:
-            pin = found.get(_place(first))
-            if pin is not None and _place(second) not in found:
-                found[_place(second)] = _pin(second, pin.parameters)
-                added = True
-
-
-def _place(column: Column[Any]) -> _Place:
-    return (column.table.schema, column.table.name), column.name
-
-
-def _equal_columns(
-    conjuncts: Sequence[Any], joins: Sequence[Join], analysis: Analysis
-) -> Iterator[tuple[Column[Any], Column[Any]]]:
-    """Pairs of tracked columns as for :func:`_follow_joins`: those that the WHERE clause or an inner join says to be equal.
-
-    An outer join keeps the rows of its left side whatever its condition says of them, so there it is only those of the right
-    side that must be equal to those of the left.
-    """
-    yield from _equal(conjuncts, analysis)
-    for join in joins:
-        if join.full or join.onclause is None or not all(map(_stands_alone, iterate(join.onclause))):
-            continue
-        left, right = set(_joined(join.left)), set(_joined(join.right))
-        for first, second in _equal(_conjuncts(join.onclause), analysis):
-            sides = _place(first)[0] in left and _place(second)[0] in right
-            if sides or (not join.isouter and {_place(first)[0], _place(second)[0]} <= left | right):
-                yield first, second
-
-
-def _equal(conjuncts: Iterable[Any], analysis: Analysis) -> Iterator[tuple[Column[Any], Column[Any]]]:
-    for one, other, operator in _comparisons(conjuncts):
-        first, second = _tracked(one, analysis), _tracked(other, analysis)
-        if first is None or second is None or operator is not operators.eq:
-            continue
-        if _compare_alike(first.type, second.type):
-            yield first, second
-
-
-def _joined(clause: Any) -> Iterator[TableName]:
-    """The tables that a member of FROM joins, which may be one."""
-    if isinstance(clause, Join):
-        yield from _joined(clause.left)
-        yield from _joined(clause.right)
-    elif isinstance(clause, FromGrouping):
-        yield from _joined(clause.element)
-    else:
-        table = clause.element if isinstance(clause, Alias) else clause
-        if isinstance(table, Table):
-            yield table.schema, table.name
-
-
-def _stands_alone(element: Any) -> bool:
-    """False for what SQLAlchemy renders in a WHERE clause as it was given, and without parentheses: an OR in it would make a
-    conjunct beside it one of several alternatives."""
-    if isinstance(element, TextClause):
-        return is_comparison(element.text)
-    if isinstance(element, ColumnClause) and (element.is_literal or _is_text(element.name)):
-        return is_comparison(element.name)
-    operator = getattr(element, "operator", None)
-    return not isinstance(operator, operators.custom_op) or _SYMBOL.fullmatch(operator.opstring) is not None
-
-
-def _conjuncts(clause: Any) -> Iterator[Any]:
-    if isinstance(clause, Grouping):
-        yield from _conjuncts(clause.element)
-    elif isinstance(clause, BooleanClauseList) and clause.operator is operators.and_:
-        for each in clause.clauses:
-            yield from _conjuncts(each)
-    else:
-        yield clause
-
-
-def _base_table(column: Any) -> Table | None:
-    if not isinstance(column, ColumnElement):
-        return None
-    owner = getattr(column, "table", None)
-    if isinstance(owner, Alias):
-        owner = owner.element
-    return owner if isinstance(owner, Table) else None

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from querycache.analysis import Analysis, Pin, is_text_type
+from querycache.analysis import Analysis, is_text_type
 from querycache.declarations import Declarations, spellings
 from querycache.fragments import MOMENT
 from querycache.functions import is_stable, is_system_table
+from querycache.pins import Pin
 from querycache.sa_internals import Plan, known_tables
 from querycache.tables import declared_tags, label_of, reader_labels, row_labels, slot_of, translated
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag

@@ -21,7 +21,7 @@ from sqlalchemy.orm import (
     with_polymorphic,
 )
 
-from querycache import QueryCache, analysis
+from querycache import QueryCache, pins
 
 
 class Base(DeclarativeBase):
@@ -245,9 +245,9 @@ def test_to_take_each_condition_for_true_is_found(
     """As if an outer join did not keep what its condition does not hold for."""
 
     def naive(conjuncts: Any, joins: Any, read: Any) -> Iterator[Any]:
-        yield from analysis._equal(conjuncts, read)
+        yield from pins._equal(conjuncts, read)
         for join in joins:
-            yield from analysis._equal(analysis._conjuncts(join.onclause), read)
+            yield from pins._equal(pins._conjuncts(join.onclause), read)
 
-    monkeypatch.setattr(analysis, "_equal_columns", naive)
+    monkeypatch.setattr(pins, "_equal_columns", naive)
     assert next(_wrong(sqlite_engine, 0))
