@@ -58,7 +58,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateSequence
 
-from querycache import QueryCache, analysis, dependencies, sa_internals, tables
+from querycache import QueryCache, dependencies, pins, sa_internals, tables
 from querycache.backends.memory import MemoryBackend
 from querycache.changes import changes_of
 from querycache.errors import CacheUnavailable
@@ -680,8 +680,8 @@ def test_E13_strings_do_not_pin(members: Library) -> None:
         mock.patch.object(tables, "tracked_columns", every_column),
         mock.patch.object(tables, "slot_of", hashed),
         mock.patch.object(dependencies, "slot_of", hashed),
-        mock.patch.object(analysis, "is_exact", lambda kind: True),
-        naive(analysis, "tracked_columns", every_column),
+        mock.patch.object(pins, "is_exact", lambda kind: True),
+        naive(pins, "tracked_columns", every_column),
     ):
         check_collation(members_again(members))
 
@@ -825,7 +825,7 @@ def test_E16_a_naive_way_takes_or_for_and(members: Library) -> None:
     def every_clause(clause: Any) -> Iterator[Any]:
         yield from getattr(clause, "clauses", [clause])
 
-    with naive(analysis, "_conjuncts", every_clause):
+    with naive(pins, "_conjuncts", every_clause):
         check(members)
 
 
