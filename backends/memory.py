@@ -114,16 +114,16 @@ class MemoryBackend(StoreBackend):
                 # Nothing is ever lost here, so a tag that is new needs no quarantine.
                 version = versions.begun(new if present is None else present, new)
                 self._put(counter, version)
-                marks[counter] = versions.incarnation_of(version), 0
+                marks[counter] = version
             self._make_room()
         return marks
 
     def end(self, marks: Mapping[str, Mark]) -> None:
         with self._lock:
-            for counter, (incarnation, _) in marks.items():
+            for counter, marked in marks.items():
                 present = self._counters.get(counter)
                 if present is not None:
-                    self._put(counter, versions.ended(present, incarnation))
+                    self._put(counter, versions.ended(present, versions.incarnation_of(marked)))
 
     def bump(self, counters: Sequence[str], *, essential: bool = True) -> None:
         with self._lock:

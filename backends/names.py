@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from querycache import versions
-from querycache.backends.resp import INCREMENT, Command, word
+from querycache.backends.resp import Batch, Command, batch, increments, word
 
 __all__ = ["COUNTER_TTL", "Names", "encode"]
 
@@ -45,32 +46,33 @@ class Names(dict[str, bytes]):
 
     def of(self, counters: Iterable[str]) -> list[bytes]:
         """Their names."""
-        return [self[counter] for counter in counters]
+        return [*map(self.__getitem__, counters)]
 
-    def packed(self, counters: Iterable[str]) -> list[bytes]:
+    def words(self, counters: Iterable[str]) -> list[bytes]:
         """The same as words of a command."""
-        known = self.met
-        return [known.get(counter) or word(self[counter]) for counter in counters]
+        try:
+            return [*map(self.met.__getitem__, counters)]
+        except KeyError:
+            return [word(self[counter]) for counter in counters]
 
-    def marking(self, counters: Sequence[str]) -> list[Command]:
+    def marking(self, counters: Sequence[str]) -> Batch:
         """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
-        increments: list[Command] = [INCREMENT + packed for packed in self.packed(counters)]
-        new = [counter for counter in counters if counter not in self.met]
-        if not new:
-            return increments
+        known = self.met
+        with suppress(KeyError):
+            return Batch(increments(map(known.__getitem__, counters)), len(counters))
         planted = str(versions.planted(versions.fresh()))
         commands: list[Command] = []
-        for each in new:
-            # As long as the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
-            commands.append(("SET", self[each], planted, "NX", "EX", COUNTER_TTL))
-            commands.append(("EXPIRE", self[each], COUNTER_TTL))
-        return commands + increments
+        for each in counters:
+            if each not in known:
+                # While the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
+                commands.append(("SET", self[each], planted, "NX", "EX", COUNTER_TTL))
+                commands.append(("EXPIRE", self[each], COUNTER_TTL))
+        commands += [("INCR", self[each]) for each in counters]
+        return batch(*commands)
 
     def meet(self, counters: Sequence[str]) -> None:
         """Take for there what was marked."""
-        for counter in counters:
-            if counter not in self.met:
-                self.met[counter] = word(self[counter])
+        self.met.update(zip(counters, self.words(counters), strict=True))
 
 
 def encode(key: str) -> bytes:

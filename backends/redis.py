@@ -49,7 +49,7 @@ try:
     from redis.retry import Retry
 
     from querycache.backends.names import COUNTER_TTL, Names, encode
-    from querycache.backends.resp import CONNECTIONS, Command, Wire, evaluate, pack
+    from querycache.backends.resp import CONNECTIONS, Batch, Command, Wire, batch, evaluate, pack
 except ImportError as error:
     raise ConfigurationError(
         "the Redis store needs the clients redis and hiredis: pip install querycache[redis]"
@@ -193,11 +193,11 @@ class RedisBackend(StoreBackend):
         if not entry and not counters:
             return None, []
         only_a_master = _only_a_master(counters[-1] if counters else "")
-        values, *_ = self._exchange(
-            lambda run: [("MGET", *entry, *self._names(run).of(counters)), only_a_master],
-            meanwhile=meanwhile,
-            length=len(entry) + len(counters),
-        )
+
+        def reading(run: str) -> Batch:
+            return Batch(pack(("MGET", *entry, *self._names(run).of(counters))) + only_a_master, 2)
+
+        values, _ = self._exchange(reading, meanwhile=meanwhile, length=len(entry) + len(counters))
         payload = values.pop(0) if entry else None
         if payload is not None and type(payload) is not bytes:
             raise self._unreadable()
@@ -205,18 +205,18 @@ class RedisBackend(StoreBackend):
 
     def store(self, key: str, payload: bytes, ttl: float | None = None) -> bool:
         expiry: Command = () if ttl is None else ("PX", str(max(1, round(ttl * 1000))))
-        [reply] = self._exchange(lambda run: [("SET", encode(key), payload, *expiry)], refusable=True)
+        [reply] = self._exchange(lambda run: batch(("SET", encode(key), payload, *expiry)), refusable=True)
         return not isinstance(reply, redis.ResponseError)
 
     def remove(self, keys: Iterable[str]) -> None:
         # Not DEL or UNLINK: where the server has seen none of those, it is known that no counter was removed.
         commands: list[Command] = [("PEXPIRE", encode(key), "0") for key in keys]
         if commands:
-            self._exchange(lambda run: commands)
+            self._exchange(lambda run: batch(*commands))
 
     def get_serialized_multi(self, keys: Iterable[str]) -> list[SerializedReturnType]:
         names = [encode(key) for key in keys]
-        [values] = self._exchange(lambda run: [("MGET", *names)], length=len(names)) if names else [[]]
+        [values] = self._exchange(lambda run: batch(("MGET", *names)), length=len(names)) if names else [[]]
         return [NO_VALUE if value is None else value for value in values]
 
     # -- counters -------------------------------------------------------------------------------------------
@@ -227,22 +227,26 @@ class RedisBackend(StoreBackend):
             return {}
         names: Names
 
-        def marking(run: str) -> list[Command]:
+        def marking(run: str) -> Batch:
             nonlocal names
             names = self._names(run)
             return names.marking(counters)
 
-        found = self._exchange(marking, essential=True, refusable=True)[-len(counters) :]
-        marks = {
-            counter: (incarnation, 0)
-            for counter, incarnation in zip(counters, versions.marked(found), strict=True)
-            if incarnation is not None
-        }
-        if len(marks) < len(counters):
+        replies = self._exchange(marking, essential=True, refusable=True)
+        found = replies[-len(counters) :]
+        if versions.are_marked(found):
+            marks: dict[str, Mark] = dict(zip(counters, found, strict=True))
+        else:
             # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
+            marks = {
+                counter: version
+                for counter, version in zip(counters, found, strict=True)
+                if versions.are_marked([version])
+            }
             anew = self._begin_anew([counter for counter in counters if counter not in marks])
             marks = {counter: marks.get(counter) or anew[counter] for counter in counters}
-        names.meet(counters)
+        if len(replies) > len(found):
+            names.meet(counters)
         return marks
 
     def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
@@ -250,7 +254,7 @@ class RedisBackend(StoreBackend):
         arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
-            return {counter: (int(text), 0) for counter, text in zip(counters, reply, strict=True)}
+            return {counter: int(text) for counter, text in zip(counters, reply, strict=True)}
         except (TypeError, ValueError) as error:
             raise self._unreadable() from error
 
@@ -259,13 +263,12 @@ class RedisBackend(StoreBackend):
         # need not stand by.
         if not marks:
             return
-        incarnations = "".join([str(incarnation) for incarnation, _ in marks.values()]).encode()
+        marked = "".join(map(str, marks.values())).encode()
 
         def post(wire: Wire) -> None:
-            keys = self._names(wire.run).packed(marks)
-            script = _script("end")
-            call = evaluate("EVALSHA", script.sha, keys, incarnations)
-            wire.post(call, lambda: evaluate("EVAL", script.source, keys, incarnations))
+            keys, script = b"".join(self._names(wire.run).words(marks)), _script("end")
+            call = evaluate("EVALSHA", script.sha, len(marks), keys, marked)
+            wire.post(call, lambda: evaluate("EVAL", script.source, len(marks), keys, marked))
 
         self._speak(post, essential=True)
 
@@ -295,7 +298,7 @@ class RedisBackend(StoreBackend):
 
     def lost_nothing_for(self, seconds: float) -> bool:
         sections = ("server", "stats", "replication", "commandstats")
-        replies = self._exchange(lambda run: [("INFO", section) for section in sections])
+        replies = self._exchange(lambda run: batch(*(("INFO", section) for section in sections)))
         info: dict[str, str] = {}
         for reply in replies:
             if type(reply) is not bytes:
@@ -318,7 +321,7 @@ class RedisBackend(StoreBackend):
         )
 
     def ping(self) -> None:
-        self._exchange(lambda run: [("PING",)])
+        self._exchange(lambda run: batch(("PING",)))
 
     def close(self) -> None:
         self._pool.clear()
@@ -349,9 +352,9 @@ class RedisBackend(StoreBackend):
         def call(run: str) -> tuple[Any, ...]:
             return _call(_script(name), self._names(run).of(counters), arguments)
 
-        [reply] = self._exchange(lambda run: [call(run)], essential, refusable=True, length=length)
+        [reply] = self._exchange(lambda run: batch(call(run)), essential, refusable=True, length=length)
         if isinstance(reply, redis.exceptions.NoScriptError):  # somebody flushed the scripts
-            [reply] = self._exchange(lambda run: [_in_full(call(run), name)], essential, length=length)
+            [reply] = self._exchange(lambda run: batch(_in_full(call(run), name)), essential, length=length)
         elif isinstance(reply, redis.ResponseError):
             raise CacheUnavailable(f"{self._name} refused {name!r}: {reply}") from reply
         return reply  # type: ignore[no-any-return]
@@ -367,7 +370,7 @@ class RedisBackend(StoreBackend):
 
     def _exchange(
         self,
-        build: Callable[[str], list[Command]],
+        build: Callable[[str], Batch],
         essential: bool = False,
         refusable: bool = False,
         meanwhile: Meanwhile | None = None,
@@ -381,9 +384,13 @@ class RedisBackend(StoreBackend):
         :param meanwhile: is called before the replies are read.
         :param length: of the list that the first reply is to be.
         """
+        refusal: redis.ResponseError | None = None
 
         def say(wire: Wire) -> list[Any]:
+            nonlocal refusal
             replies = wire.converse(build(wire.run), meanwhile)
+            if wire.refusals:
+                refusal = wire.refusals[0]
             if length is not None:
                 reply = replies[0]
                 is_list = type(reply) is list and len(reply) == length
@@ -393,15 +400,12 @@ class RedisBackend(StoreBackend):
             return replies
 
         replies = self._speak(say, essential)
-        for reply in replies:
-            if isinstance(reply, redis.ResponseError):
-                if refusable and isinstance(reply, redis.exceptions.NoScriptError):
-                    break  # it is told the whole script then
-                self._breaker.refused(reply)
-                if refusable:
-                    return replies
-                raise CacheUnavailable(f"{self._name} refused: {reply}") from reply
-        self._breaker.succeeded()
+        if refusal is None or (refusable and isinstance(refusal, redis.exceptions.NoScriptError)):
+            self._breaker.succeeded()  # and where it does not have the script, it is told the whole of it then
+        else:
+            self._breaker.refused(refusal)
+            if not refusable:
+                raise CacheUnavailable(f"{self._name} refused: {refusal}") from refusal
         return replies
 
     def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:
@@ -425,7 +429,7 @@ def _introduce(wire: Wire) -> None:
     """What is said first on a new connection: which run of the server is this, and the scripts."""
     names = ("begin", "end", "bump", "settle", "swap")
     info, *_ = wire.converse(
-        [("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names)]
+        batch(("INFO", "server"), *(("SCRIPT", "LOAD", _script(name).source) for name in names))
     )
     if not isinstance(info, bytes):
         raise redis.ConnectionError(f"it does not tell its run id, which this user needs to see: {info}")

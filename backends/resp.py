@@ -8,19 +8,20 @@ trip itself. User, password and database are told here as well: redis-py would w
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any, NamedTuple
 
 import hiredis
 import redis
 
 from querycache.backends.patience import Patience
 
-__all__ = ["CONNECTIONS", "INCREMENT", "Command", "Wire", "evaluate", "pack", "word"]
+__all__ = ["CONNECTIONS", "Batch", "Command", "Wire", "batch", "evaluate", "increments", "pack", "word"]
 
-Command = tuple[Any, ...] | bytes
-"""The words of a command, texts and bytes; or a whole command as it is sent."""
+Command = tuple[Any, ...]
+"""The words of a command, texts and bytes."""
 
 _CHUNK = 2**16
 _LONGEST_LINE = 2**16  # that tells a number, a length or an error
@@ -28,10 +29,26 @@ _MOST_BYTES = 2**30  # of an answer; a value has 2**29 at most
 _INCOMPLETE = object()
 
 
-def pack(command: Sequence[Any]) -> bytes:
+class Batch(NamedTuple):
+    """Some commands.
+
+    Attributes:
+        data: as they are sent.
+        size: how many they are.
+    """
+
+    data: bytes
+    size: int
+
+
+def pack(command: Command) -> bytes:
     """A whole command as it is sent."""
-    packed: bytes = hiredis.pack_command(tuple(command))
+    packed: bytes = hiredis.pack_command(command)
     return packed
+
+
+def batch(*commands: Command) -> Batch:
+    return Batch(b"".join(map(pack, commands)), len(commands))
 
 
 # A commit sends two dozen words that are mostly known, and the client's packer takes three times as long for them.
@@ -42,32 +59,41 @@ def word(text: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(text), text)
 
 
-INCREMENT = b"*2\r\n" + word(b"INCR")
-"""INCR; the :func:`word` of its key is to follow."""
+_INCREMENT = b"*2\r\n" + word(b"INCR")
 
 
-def evaluate(verb: str, script: str, keys: Sequence[bytes], argument: bytes) -> bytes:
+def increments(keys: Iterable[bytes]) -> bytes:
+    """INCR of each key as it is sent.
+
+    :param keys: at least one, as words.
+    """
+    return _INCREMENT + _INCREMENT.join(keys)
+
+
+def evaluate(verb: str, script: str, size: int, keys: bytes, argument: bytes) -> bytes:
     """EVALSHA or EVAL as it is sent.
 
-    :param keys: as words.
+    :param size: how many keys these are.
+    :param keys: as words, one after the other.
     """
-    head = verb.encode(), script.encode(), b"%d" % len(keys)
-    return b"*%d\r\n%b%b%b" % (len(keys) + 4, b"".join(map(word, head)), b"".join(keys), word(argument))
+    return _beginning(verb, script, size) + keys + word(argument)
 
 
-def _refusal(message: str) -> redis.ResponseError:
+@lru_cache(maxsize=256)
+def _beginning(verb: str, script: str, size: int) -> bytes:
+    words = verb.encode(), script.encode(), b"%d" % size
+    return b"*%d\r\n%b" % (size + 4, b"".join(map(word, words)))
+
+
+def _refuse(refusals: list[redis.ResponseError], message: str) -> redis.ResponseError:
     """What the server answered to a command that it did not carry out; the first word says why."""
+    refusal = redis.ResponseError
     if message.startswith("NOSCRIPT"):
-        return redis.exceptions.NoScriptError(message)
-    if "READONLY " in message:  # older servers put it in the middle of what they say of a script
-        return redis.exceptions.ReadOnlyError(message)
-    return redis.ResponseError(message)
-
-
-def _must_be_master(replies: Sequence[Any]) -> None:
-    for reply in replies:
-        if isinstance(reply, redis.exceptions.ReadOnlyError):
-            raise reply
+        refusal = redis.exceptions.NoScriptError
+    elif "READONLY " in message:  # older servers put it in the middle of what they say of a script
+        refusal = redis.exceptions.ReadOnlyError
+    refusals.append(refusal(message))
+    return refusals[-1]
 
 
 def _watch(socket: Any) -> Callable[[], list[Any]]:
@@ -125,6 +151,8 @@ class Wire:
 
     run = ""
     """Which run of the server it leads to."""
+    refusals: list[redis.ResponseError]
+    """Those among the replies that were read last."""
 
     def __init__(self, connection: Any, introduce: Callable[[Wire], None]) -> None:
         self._connection = connection
@@ -134,6 +162,7 @@ class Wire:
         self._reader: Any = None
         self._has_data: Callable[[], list[Any]] = list
         self._again: Callable[[], bytes] | None = None
+        self.refusals = []
         self._patience = Patience(connection.socket_timeout)
 
     def open(self) -> None:
@@ -155,7 +184,9 @@ class Wire:
             self._connection.connect()
             self._socket = self._connection.socket
             self._reader = hiredis.Reader(
-                protocolError=redis.InvalidResponse, replyError=_refusal, notEnoughData=_INCOMPLETE
+                protocolError=redis.InvalidResponse,
+                replyError=partial(_refuse, self.refusals),  # refers to nothing that refers to the reader
+                notEnoughData=_INCOMPLETE,
             )
             self._has_data = _watch(self._socket)
             self._sign_in(self._connection.username, self._connection.password or "")
@@ -165,24 +196,18 @@ class Wire:
             self.close()
             raise
 
-    def converse(
-        self, commands: Sequence[Command], meanwhile: Callable[[], object] | None = None
-    ) -> list[Any]:
+    def converse(self, commands: Batch, meanwhile: Callable[[], object] | None = None) -> list[Any]:
         """Send commands and read a reply for each; a refusal is among the replies, as the exception that it is.
 
         :param meanwhile: is called between the two.
         """
         try:
-            packed = [each if isinstance(each, bytes) else hiredis.pack_command(each) for each in commands]
-            self._socket.sendall(b"".join(packed))
+            self._socket.sendall(commands.data)
             if meanwhile is not None:
                 meanwhile()
             if self._again is not None:
                 self._settle()  # that reply comes first
-            self._patience.start()
-            replies = [self._reply() for _ in commands]
-            _must_be_master(replies)
-            return replies
+            return self._replies(commands.size)
         except BaseException:
             self.close()
             raise
@@ -210,9 +235,9 @@ class Wire:
     def _sign_in(self, user: str | None, password: str) -> None:
         if not user and not password:
             return
-        [reply] = self.converse([("AUTH", user, password) if user else ("AUTH", password)])
+        [reply] = self.converse(batch(("AUTH", user, password) if user else ("AUTH", password)))
         if user and "wrong number of arguments" in str(reply):  # Redis 5 has no users
-            [reply] = self.converse([("AUTH", password)])
+            [reply] = self.converse(batch(("AUTH", password)))
         if reply != b"OK":
             # A server without AUTH repeats what it was told.
             told = str(reply).replace(password, "***") if password else reply
@@ -221,7 +246,7 @@ class Wire:
     def _select(self, database: int) -> None:
         if not database:  # as it is; a proxy need not know the command
             return
-        [reply] = self.converse([("SELECT", str(database))])
+        [reply] = self.converse(batch(("SELECT", str(database))))
         if reply != b"OK":
             raise redis.ConnectionError(f"it gives no access to database {database}: {reply}")
 
@@ -231,9 +256,7 @@ class Wire:
         if again is None:
             return
         try:
-            self._patience.start()
-            reply = self._reply()
-            _must_be_master([reply])
+            [reply] = self._replies(1)
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
@@ -241,12 +264,22 @@ class Wire:
         if again is not bytes and isinstance(reply, redis.exceptions.NoScriptError):
             self.post(again(), bytes)  # which is not refused for that
 
-    def _reply(self) -> Any:
+    def _replies(self, size: int) -> list[Any]:
+        """The next replies, as many as these."""
+        self.refusals.clear()
+        self._patience.start()
+        gets = self._reader.gets
         try:
-            reply = self._reader.gets()
-            return self._read() if reply is _INCOMPLETE else reply
+            replies = list(islice(iter(gets, _INCOMPLETE), size))
+            while len(replies) < size:
+                replies.append(self._read())
+                replies += islice(iter(gets, _INCOMPLETE), size - len(replies))
         except (TypeError, MemoryError) as error:  # a map of RESP 3 whose keys are arrays; a list of billions
             raise redis.InvalidResponse("a reply that cannot be read") from error
+        for refusal in self.refusals:
+            if isinstance(refusal, redis.exceptions.ReadOnlyError):
+                raise refusal
+        return replies
 
     def _read(self) -> Any:
         """The next reply, which has not come yet or not all of it."""

@@ -38,9 +38,9 @@ Meanwhile = Callable[[], object]
 """What can be done while a server is at work."""
 
 
-Mark = tuple[int, int]
-"""What a writer must know to take its mark off a counter again: the incarnation that was marked, and what helps the
-store to find the counter unchanged in one step (memcached: its CAS value; 0 if unused)."""
+Mark = Any
+"""What a store must know to take a mark off a counter again, the incarnation that was marked for one; nobody else looks
+into it."""
 
 
 def _decode(data: bytes) -> Any:

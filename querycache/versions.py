@@ -33,8 +33,9 @@ carry it out under a lock, in a script on the server, or by compare-and-swap.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 __all__ = [
     "GENERATION",
@@ -42,6 +43,7 @@ __all__ = [
     "INCARNATION",
     "MAX_PENDING",
     "QUARANTINE",
+    "are_marked",
     "begun",
     "bumped",
     "cleared",
@@ -51,7 +53,6 @@ __all__ = [
     "incarnation_of",
     "is_clean",
     "is_provable",
-    "marked",
     "parse",
     "pending_of",
     "planted",
@@ -113,15 +114,14 @@ def pending_of(version: int) -> int:
     return version % QUARANTINE
 
 
-def marked(numbers: Iterable[object]) -> list[int | None]:
-    """The incarnations of counters that were incremented, given what they hold since; None for one that held no version, or
-    holds too many marks now."""
-    return [
-        number // INCARNATION
-        if type(number) is int and _LEAST <= number < _BEYOND and 0 < number % QUARANTINE <= MAX_PENDING
-        else None
-        for number in numbers
-    ]
+def are_marked(numbers: Sequence[object]) -> bool:
+    """Whether counters that were incremented, given what they hold since, each hold a version now, with no more marks than
+    there is room for."""
+    if {*map(type, numbers)} != {int}:
+        return False
+    found: Any = numbers
+    pending = [*map(QUARANTINE.__rmod__, found)]
+    return min(found) >= _LEAST and max(found) < _BEYOND and min(pending) > 0 and max(pending) <= MAX_PENDING
 
 
 def is_provable(version: int) -> bool:

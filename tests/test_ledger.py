@@ -19,6 +19,7 @@ from querycache import versions
 from querycache.backends.memcached import MemcachedBackend
 from querycache.backends.memory import MemoryBackend
 from querycache.backends.redis import RedisBackend
+from querycache.backends.resp import batch
 from querycache.errors import CacheUnavailable
 from querycache.ledger import Ledger, Marks, Reading
 from querycache.store import StoreBackend
@@ -102,7 +103,7 @@ def lose(store: StoreBackend, counter: str) -> None:
         store.remove([counter])
     else:
         assert isinstance(store, RedisBackend)
-        store._exchange(lambda run: [("DEL", f"{counter}@{run}")])
+        store._exchange(lambda run: batch(("DEL", f"{counter}@{run}")))
 
 
 def filled(ledger: Ledger, payload: bytes = b"payload", tags: list[str] | None = None) -> None:

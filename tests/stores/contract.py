@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from querycache import versions
 from querycache.backends import breaker
 from querycache.errors import CacheUnavailable, ConfigurationError
-from querycache.store import StoreBackend
+from querycache.store import Mark, StoreBackend
 
 INCARNATIONS = st.integers(10_000_000, 91_999_999)
 GENERATIONS = st.one_of(st.integers(0, 999_999), st.sampled_from([0, 999_998, 999_999]))
@@ -94,6 +94,14 @@ class StoreContract:
     @pytest.fixture
     def region(self) -> CacheRegion:
         raise NotImplementedError("each store's class gives its own")
+
+    def incarnation_of(self, mark: Mark) -> int:
+        """That on which the store has made this mark."""
+        return versions.incarnation_of(mark)
+
+    def mark_on(self, incarnation: int) -> Mark:
+        """What the store knows of a mark that it has made on this one."""
+        return version_of(incarnation, 0, 0, 1)
 
     # --- Entries ----------------------------------------------------------------------------------
 
@@ -218,7 +226,7 @@ class StoreContract:
             else:
                 assert after == versions.begun(before, versions.fresh())
             assert after is not None
-            assert marks[name][0] == versions.incarnation_of(after)
+            assert self.incarnation_of(marks[name]) == versions.incarnation_of(after)
 
     @EXAMPLES
     @given(present=SOME, mine=st.booleans(), other=INCARNATIONS)
@@ -226,13 +234,12 @@ class StoreContract:
         self, store: StoreBackend, present: list[int | None], mine: bool, other: int
     ) -> None:
         names = put(store, present)
-        marks = {
-            name: (versions.incarnation_of(before) if before is not None and mine else other, 0)
-            for name, before in zip(names, present, strict=True)
-        }
-        store.end(marks)
-        for name, before, after in zip(names, present, read(store, names), strict=True):
-            assert after == (None if before is None else versions.ended(before, marks[name][0]))
+        marked = [
+            versions.incarnation_of(before) if before is not None and mine else other for before in present
+        ]
+        store.end(dict(zip(names, map(self.mark_on, marked), strict=True)))
+        for before, after, incarnation in zip(present, read(store, names), marked, strict=True):
+            assert after == (None if before is None else versions.ended(before, incarnation))
 
     @EXAMPLES
     @given(present=SOME)

@@ -100,6 +100,12 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], i
 class TestMemcached(StoreContract, ServerContract):
     waits = True
 
+    def incarnation_of(self, mark: Mark) -> int:
+        return int(mark[0])
+
+    def mark_on(self, incarnation: int) -> Mark:
+        return incarnation, 0  # no CAS value
+
     @pytest.fixture
     def store(self, memcached_store_url: str) -> Iterator[MemcachedBackend]:
         store = MemcachedBackend({"url": memcached_store_url})
