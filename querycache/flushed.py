@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
@@ -32,8 +32,7 @@ _MOST_LOOKED_AT = 50
 """Rows that a flush may update of a table before they are no longer looked at one by one."""
 
 
-@dataclass(slots=True)
-class FlushedRows:
+class FlushedRows(msgspec.Struct, eq=False):
     """Rows of a table that a flush has written.
 
     Attributes:
@@ -49,10 +48,10 @@ class FlushedRows:
 
     written: WrittenTable
     schemas: SchemaMap
-    returned: Returned = field(default_factory=dict)
-    values: set[tuple[str, object]] = field(default_factory=set)
+    returned: Returned = msgspec.field(default_factory=dict)
+    values: set[tuple[str, object]] = msgspec.field(default_factory=set)
     known: bool | None = None
-    updated: set[tuple[object, ...]] = field(default_factory=set)
+    updated: set[tuple[object, ...]] = msgspec.field(default_factory=set)
     moved: bool = False
     inserted: Any = None
 
@@ -83,17 +82,17 @@ class FlushedRows:
         """Take in what an object knows of its row."""
         inserted = state.key is None
         unknown = sa_internals.UNKNOWN
-        key = []
+        key, values = [], self.values
         if self.known is None:
             self.known = True
-        for held in self.written.held_by(state.mapper):
-            old, new = sa_internals.old_and_new(state, held)
+        columns = self.written.held_by(state.mapper)
+        for held, (old, new) in zip(columns, sa_internals.old_and_new(state, columns), strict=True):
             if old is unknown or new is unknown:
                 self.known = False
             else:
-                self.values.add((held.name, new))
+                values.add((held.name, new))
                 if not inserted and old != new:
-                    self.values.add((held.name, old))
+                    values.add((held.name, old))
                     self.moved = self.moved or not held.primary
             if not inserted:
                 if held.primary:
@@ -103,7 +102,7 @@ class FlushedRows:
         if not inserted:
             if len(key) < len(self.written.key):  # not all of it can be tracked
                 held_key = [sa_internals.held(state.mapper, column) for column in self.written.key]
-                key = [sa_internals.old_and_new(state, held)[1] for held in held_key]
+                key = [new for _, new in sa_internals.old_and_new(state, held_key)]
             self.moved = self.moved or deleted or unknown in key
             self.updated.add(tuple(key))
 

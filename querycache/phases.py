@@ -16,8 +16,9 @@ import threading
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from querycache import forks
 from querycache.errors import CacheUnavailable
@@ -37,8 +38,7 @@ Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
 
 
-@dataclass(slots=True)
-class Marking:
+class Marking(msgspec.Struct, eq=False):
     """What phase one has done for a transaction.
 
     Attributes:
@@ -48,12 +48,11 @@ class Marking:
     """
 
     tags: set[str] | None = None
-    marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
-    unmarked: list[Ledger] = field(default_factory=list)
+    marks: list[tuple[Ledger, Marks]] = msgspec.field(default_factory=list)
+    unmarked: list[Ledger] = msgspec.field(default_factory=list)
 
 
-@dataclass(eq=False, slots=True)
-class _Commit:
+class _Commit(msgspec.Struct, eq=False):
     """One that a ledger was not told of.
 
     Attributes:

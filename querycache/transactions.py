@@ -10,14 +10,13 @@ known, and neither is what it may be given.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, TwoPhaseTransaction
-from sqlalchemy.orm import UOWTransaction
 
 from querycache import sa_internals
 from querycache.flushed import FlushedRows
@@ -28,11 +27,15 @@ from querycache.tags import EVERYTHING
 from querycache.textual import read_text
 from querycache.wording import ENDING, first_word
 
-__all__ = ["Known", "Transaction", "Transactions"]
+__all__ = ["Expected", "Known", "Transaction", "Transactions"]
 
 _SNAPSHOTS = ("REPEATABLE READ", "SERIALIZABLE", "SNAPSHOT")
 _PERHAPS = "perhaps"
 """Said of a transaction that was begun by hand, and then given a statement that may have ended it."""
+
+
+Expected = dict[tuple[Table, str | None], FlushedRows]
+"""The rows that a flush has written, by table and the name of its schema."""
 
 
 @dataclass(slots=True)
@@ -54,26 +57,23 @@ class Known:
     serializable: bool = False
 
 
-@dataclass(slots=True)
-class Transaction:
+class Transaction(msgspec.Struct, eq=False):
     """What one database connection has written since its transaction began.
 
     Attributes:
         tags: the tags that are changed.
         named: those of them that the application has named itself.
         unresolved: what is expected of the flush of each Session, by its ``hash_key``: several may share a connection,
-            and of those that the cache is not attached to nobody will tell. By table and the name of its schema.
-        flushes: those flushes, by the ``hash_key`` of their Session.
+            and of those that the cache is not attached to nobody will tell.
         marking: what phase one has done.
         snapshot: for each ledger when the transaction's snapshot of the database began, None where that is not known; None
             where each statement sees what is committed.
     """
 
-    tags: set[str] = field(default_factory=set)
-    named: set[str] = field(default_factory=set)
-    unresolved: dict[int, dict[tuple[Table, str | None], FlushedRows]] = field(default_factory=dict)
-    flushes: dict[int, weakref.ref[UOWTransaction]] = field(default_factory=dict)
-    marking: Marking = field(default_factory=Marking)
+    tags: set[str] = msgspec.field(default_factory=set)
+    named: set[str] = msgspec.field(default_factory=set)
+    unresolved: dict[int, Expected] = msgspec.field(default_factory=dict)
+    marking: Marking = msgspec.field(default_factory=Marking)
     snapshot: dict[Ledger, Snapshot | None] | None = None
 
     @property

@@ -41,7 +41,7 @@ from querycache.regions import Regions
 from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
-from querycache.transactions import Transaction, Transactions
+from querycache.transactions import Expected, Transaction, Transactions
 from querycache.wording import commits, first_word, only_reads
 
 __all__ = ["Writes"]
@@ -61,6 +61,7 @@ class Writes:
         self.phases = phases
         self._transactions = Transactions(regions)
         self._watched: weakref.WeakSet[Engine] = weakref.WeakSet()
+        self._told = f"querycache:{id(self)}"  # in the attributes of a flush: what is expected of it
 
     # --- where it listens ----------------------------------------------------------------------------
 
@@ -250,33 +251,36 @@ class Writes:
         transaction = self._transactions.ensure(connection.info)
         transaction.tags |= changes.tags
         flush = sa_internals.flush_of(context) if changes.tables else None
-        for written in changes.tables:
-            if flush is None:
+        if flush is None:
+            for written in changes.tables:
                 transaction.tags |= written.tags
-            else:
-                self._expect_rows(transaction, flush, written, changes.schemas, context)
+        else:
+            expected = self._expected(transaction, connection, flush)
+            for written in changes.tables:
+                self._expect_rows(expected, written, changes.schemas, context)
         return True
 
-    def _expect_rows(
-        self,
-        transaction: Transaction,
-        flush: UOWTransaction,
-        written: WrittenTable,
-        schemas: SchemaMap,
-        context: Any,
-    ) -> None:
-        """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
+    def _expected(self, transaction: Transaction, connection: Connection, flush: UOWTransaction) -> Expected:
+        """What is expected of a flush on a connection."""
+        told: list[tuple[Transaction, Connection, Expected]] = flush.attributes.setdefault(self._told, [])
+        for each, _, expected in told:
+            if each is transaction:
+                return expected
         session = flush.session.hash_key
-        known = transaction.flushes.get(session)
-        if known is None or known() is not flush:
+        if session in transaction.unresolved:
             # what a flush that failed has left: this one is to tell of its own rows only
             self._resolve(transaction, session)
-            transaction.flushes[session] = weakref.ref(flush)
-        tables = transaction.unresolved.setdefault(session, {})
+        expected = transaction.unresolved[session] = {}
+        told.append((transaction, connection, expected))
+        return expected
+
+    @staticmethod
+    def _expect_rows(expected: Expected, written: WrittenTable, schemas: SchemaMap, context: Any) -> None:
+        """Have ``after_flush`` tell the rows of a table; and UPDATE, where the objects may not know them."""
         key = written.table, written.schema
-        rows = tables.get(key)
+        rows = expected.get(key)
         if rows is None:
-            rows = tables[key] = FlushedRows(written, schemas)
+            rows = expected[key] = FlushedRows(written, schemas)
         if context.isinsert:
             rows.inserting(context)
         elif context.isupdate:
@@ -333,20 +337,18 @@ class Writes:
 
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         hash_key = session.hash_key
-        for connection in sa_internals.connections(session):
-            transaction = self._transactions.of(connection.info)
-            if transaction is None or not (expected := transaction.unresolved.get(hash_key)):
-                continue
-            if transaction.flushes[hash_key]() is context:
-                tables: dict[Table, list[FlushedRows]] = {}
-                for (table, _), rows in expected.items():
-                    tables.setdefault(table, []).append(rows)
-                for state, deleted in sa_internals.flushed(context):
-                    for table in state.mapper.tables:
-                        for rows in tables.get(table, ()):
-                            rows.add(state, deleted)
-                for rows in expected.values():
-                    rows.look_at(connection)
+        for transaction, connection, expected in context.attributes.pop(self._told, ()):
+            if transaction.unresolved.get(hash_key) is not expected:
+                continue  # told as a whole already
+            tables: dict[Table, list[FlushedRows]] = {}
+            for (table, _), rows in expected.items():
+                tables.setdefault(table, []).append(rows)
+            for state, deleted in sa_internals.flushed(context):
+                for table in state.mapper.tables:
+                    for rows in tables.get(table, ()):
+                        rows.add(state, deleted)
+            for rows in expected.values():
+                rows.look_at(connection)
             self._resolve(transaction, hash_key)
 
     def _resolve(self, transaction: Transaction, session: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-from collections.abc import Collection, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -114,7 +115,9 @@ def _sender(context: Any) -> FrameType | None:
     None for the ``bulk_…`` methods, which call the same functions without a flush, for what is executed within an event
     of a flush, and where the application compiles its own statements into a cache of its own.
     """
-    frame = python_inspect.currentframe() if is_unit_of_work(context) else None
+    if not is_unit_of_work(context):
+        return None
+    frame: FrameType | None = sys._getframe(_FUNCTIONS_BETWEEN)
     while frame is not None:
         if frame.f_globals is _PERSISTENCE:
             caller = frame.f_back
@@ -122,6 +125,10 @@ def _sender(context: Any) -> FrameType | None:
             return frame if sends and caller is not None and caller.f_globals is _PERSISTENCE else None
         frame = frame.f_back
     return None
+
+
+_FUNCTIONS_BETWEEN = 7
+"""A statement passes through more functions than these from the one that sends it to :func:`_sender`."""
 
 
 def columns_set(statement: Any) -> list[Any]:
@@ -318,31 +325,37 @@ def held(mapper: Mapper[Any], column: Column[Any]) -> Held:
     )
 
 
-def old_and_new(state: Any, held: Held) -> tuple[object, object]:
-    """The value of a column before and after the flush that has just sent its statements, as far as its object knows.
+def old_and_new(state: Any, columns: Iterable[Held]) -> list[tuple[object, object]]:
+    """The values of columns before and after the flush that has just sent its statements, as far as their object knows.
 
     What only the database knows is :data:`UNKNOWN`.
     """
-    key = held.key
-    if key is None:
-        return UNKNOWN, UNKNOWN
-    current = state.dict  # made at each access
-    if key in current:
-        new = current[key]
-    elif state.key is not None and held.position is not None:
-        identity = state.key[1][held.position]
-        return identity, identity
-    elif state.key is None and held.left_out and key not in state.expired_attributes:
-        new = None
-    else:
-        new = UNKNOWN
-    old = state.committed_state.get(key, new)
-    if old is LoaderCallableStatus.NO_VALUE:
-        # what was never set had no value before an INSERT; otherwise it was not loaded
-        old = None if state.key is None else UNKNOWN
-    if held.number and new is not None and not isinstance(new, int):
-        new = UNKNOWN  # what number it makes of text, for example
-    return old, new
+    identity, current, committed = state.key, state.dict, state.committed_state
+    found: list[tuple[object, object]] = []
+    for held in columns:
+        key = held.key
+        new: object
+        if key is None:
+            found.append((UNKNOWN, UNKNOWN))
+            continue
+        if key in current:
+            new = current[key]
+        elif identity is not None and held.position is not None:
+            new = identity[1][held.position]
+            found.append((new, new))
+            continue
+        elif identity is None and held.left_out and key not in state.expired_attributes:
+            new = None
+        else:
+            new = UNKNOWN
+        old = committed.get(key, new)
+        if old is LoaderCallableStatus.NO_VALUE:
+            # what was never set had no value before an INSERT; otherwise it was not loaded
+            old = None if identity is None else UNKNOWN
+        if held.number and new is not None and not isinstance(new, int):
+            new = UNKNOWN  # what number it makes of text, for example
+        found.append((old, new))
+    return found
 
 
 def made_by_flush(state: Any, held: Held) -> bool:
@@ -350,12 +363,7 @@ def made_by_flush(state: Any, held: Held) -> bool:
 
     It leaves no history of that: what the value was before, nobody knows any more.
     """
-    return (
-        held.remade
-        and held.key is not None
-        and state.key is not None
-        and held.key not in state.committed_state
-    )
+    return held.remade and held.key is not None and held.key not in state.committed_state
 
 
 def custom_constructs(rendered: SQLCompiler) -> set[str]:

@@ -118,9 +118,8 @@ def _plain_bump() -> None:
 def _old_slots_forgotten() -> None:
     original = sa_internals.old_and_new
 
-    def new_only(state: Any, column: Any) -> tuple[object, object]:
-        _, new = original(state, column)
-        return new, new
+    def new_only(state: Any, columns: Any) -> list[tuple[object, object]]:
+        return [(new, new) for _, new in original(state, columns)]
 
     sa_internals.old_and_new = new_only
     tags = flushed.row_tags

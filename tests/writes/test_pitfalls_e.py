@@ -740,9 +740,9 @@ def check_computed(library: Library) -> None:
 def test_E15_a_tracked_column_that_the_server_computes(members: Library) -> None:
     check_computed(members)
 
-    def from_objects_only(state: Any, column: Any) -> tuple[object, object]:
-        value = state.dict.get(column.key)
-        return value, value
+    def from_objects_only(state: Any, columns: Any) -> list[tuple[object, object]]:
+        values = [state.dict.get(column.key) for column in columns]
+        return list(zip(values, values, strict=True))
 
     with naive(sa_internals, "old_and_new", from_objects_only):
         check_computed(members_again(members))
