@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 from querycache import versions
 from querycache.backends.resp import Batch, Command, batch, increments, word
@@ -50,29 +49,31 @@ class Names(dict[str, bytes]):
 
     def words(self, counters: Iterable[str]) -> list[bytes]:
         """The same as words of a command."""
+        known = self.met
         try:
-            return [*map(self.met.__getitem__, counters)]
+            return [*map(known.__getitem__, counters)]
         except KeyError:
-            return [word(self[counter]) for counter in counters]
+            return [known.get(counter) or word(self[counter]) for counter in counters]
 
     def marking(self, counters: Sequence[str]) -> Batch:
         """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
-        known = self.met
-        with suppress(KeyError):
-            return Batch(increments(map(known.__getitem__, counters)), len(counters))
+        marks = increments(self.words(counters))
+        if self.met.keys() >= {*counters}:
+            return Batch(marks, len(counters))
         planted = str(versions.planted(versions.fresh()))
         commands: list[Command] = []
         for each in counters:
-            if each not in known:
+            if each not in self.met:
                 # While the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
                 commands.append(("SET", self[each], planted, "NX", "EX", COUNTER_TTL))
                 commands.append(("EXPIRE", self[each], COUNTER_TTL))
-        commands += [("INCR", self[each]) for each in counters]
-        return batch(*commands)
+        return Batch(batch(*commands).data + marks, len(commands) + len(counters))
 
     def meet(self, counters: Sequence[str]) -> None:
         """Take for there what was marked."""
-        self.met.update(zip(counters, self.words(counters), strict=True))
+        for counter in counters:
+            if counter not in self.met:
+                self.met[counter] = word(self[counter])
 
 
 def encode(key: str) -> bytes:

@@ -205,8 +205,6 @@ class Wire:
             self._socket.sendall(commands.data)
             if meanwhile is not None:
                 meanwhile()
-            if self._again is not None:
-                self._settle()  # that reply comes first
             return self._replies(commands.size)
         except BaseException:
             self.close()
@@ -252,33 +250,38 @@ class Wire:
 
     def _settle(self) -> None:
         """Read the reply to what was posted, if anything was."""
-        again, self._again = self._again, None
-        if again is None:
+        if self._again is None:
             return
         try:
-            [reply] = self._replies(1)
+            self._replies(0)
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
-        # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
-        if again is not bytes and isinstance(reply, redis.exceptions.NoScriptError):
-            self.post(again(), bytes)  # which is not refused for that
 
     def _replies(self, size: int) -> list[Any]:
-        """The next replies, as many as these."""
-        self.refusals.clear()
+        """The next replies, as many as these, after that to what was posted."""
+        again, self._again = self._again, None
+        wanted = size if again is None else size + 1
+        refusals, gets = self.refusals, self._reader.gets
+        refusals.clear()
         self._patience.start()
-        gets = self._reader.gets
         try:
-            replies = list(islice(iter(gets, _INCOMPLETE), size))
-            while len(replies) < size:
+            replies = list(islice(iter(gets, _INCOMPLETE), wanted))
+            while len(replies) < wanted:
                 replies.append(self._read())
-                replies += islice(iter(gets, _INCOMPLETE), size - len(replies))
+                replies += islice(iter(gets, _INCOMPLETE), wanted - len(replies))
         except (TypeError, MemoryError) as error:  # a map of RESP 3 whose keys are arrays; a list of billions
             raise redis.InvalidResponse("a reply that cannot be read") from error
-        for refusal in self.refusals:
+        for refusal in refusals:
             if isinstance(refusal, redis.exceptions.ReadOnlyError):
                 raise refusal
+        if again is not None:
+            posted = replies.pop(0)
+            if refusals and refusals[0] is posted:
+                del refusals[0]
+                # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
+                if again is not bytes and isinstance(posted, redis.exceptions.NoScriptError):
+                    self.post(again(), bytes)  # which is not refused for that
         return replies
 
     def _read(self) -> Any:

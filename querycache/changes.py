@@ -43,7 +43,7 @@ class WrittenTable:
         any_row: those that change with whichever row.
         key: its primary key.
         tracked: its tracked columns, those of its primary key first.
-        followed: those that a row can change without becoming another one.
+        followed, followed_names: those that a row can change without becoming another one.
         held: for each mapper how its objects hold the tracked ones; see :meth:`held_by`.
     """
 
@@ -55,6 +55,7 @@ class WrittenTable:
     key: tuple[Column[Any], ...]
     tracked: tuple[Column[Any], ...]
     followed: tuple[Column[Any], ...]
+    followed_names: tuple[str, ...]
     held: dict[Any, tuple[sa_internals.Held, ...]] = field(default_factory=dict)
 
     def held_by(self, mapper: Mapper[Any]) -> tuple[sa_internals.Held, ...]:
@@ -80,9 +81,6 @@ class Changes:
     tables: tuple[WrittenTable, ...]
     schemas: SchemaMap
     declared: object
-
-    def __bool__(self) -> bool:
-        return bool(self.tags or self.tables)
 
 
 def changes_of(context: Any) -> Changes:
@@ -130,7 +128,8 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
             followed = tuple(column for column in tracked if not column.primary_key)
             label, any_row = writer_label(schema, name, default), any_row_tags((schema, name), default)
             key = tuple(table.primary_key)
-            tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed))
+            names = tuple(column.name for column in followed)
+            tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed, names))
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(tags_of_actions(table, delete, schemas, default))

@@ -97,7 +97,7 @@ class FlushedRows(msgspec.Struct, eq=False):
             if not inserted:
                 if held.primary:
                     key.append(new)
-                if sa_internals.made_by_flush(state, held):
+                if held.remade and sa_internals.made_by_flush(state, held):
                     self.moved = True
         if not inserted:
             if len(key) < len(self.written.key):  # not all of it can be tracked
@@ -114,12 +114,11 @@ class FlushedRows(msgspec.Struct, eq=False):
         elif not self.written.table.implicit_returning:
             self.moved = True  # a view, for example, or columns that may be written but not read
         elif self.updated and self.known and not self.moved:
-            names = [column.name for column in columns]
             unknown = self.updated - self.returned.keys()
             if len(unknown) > _MOST_LOOKED_AT:
                 self.moved = True
                 return
-            found = [self.returned[key] for key in self.updated - unknown]
+            found = [*map(self.returned.__getitem__, self.updated - unknown)]
             if unknown:
                 keys = [and_(*map(operator.eq, self.written.key, key)) for key in unknown]
                 statement = select(*columns).where(or_(*keys))
@@ -127,7 +126,7 @@ class FlushedRows(msgspec.Struct, eq=False):
                 found += map(tuple, connection.execute(statement, execution_options=options))
             self.moved = len(found) < len(self.updated)
             for row in found:
-                self.values.update(zip(names, row, strict=True))
+                self.values.update(zip(self.written.followed_names, row, strict=True))
 
     def tags(self, slots: int) -> Iterable[str]:
         """The tags that change: those of the rows where they are known, else those of the whole table.

@@ -135,8 +135,7 @@ class Region:
 
     def tag_keys(self, tags: Iterable[str]) -> tuple[str, ...]:
         """The keys in the store of tags."""
-        prefix = self._tags
-        return tuple(prefix + tag for tag in tags)
+        return tuple(map(self._tags.__add__, tags))
 
     def lookup(
         self, key: str, tag_keys: tuple[str, ...], exact: bool = False, meanwhile: Meanwhile | None = None
@@ -300,7 +299,7 @@ class Regions:
 
     def tag_keys(self, tags: Iterable[str]) -> list[str]:
         """The keys of tags, which are the same in every store."""
-        return [self._tags + tag for tag in sorted(tags)]
+        return [*map(self._tags.__add__, sorted(tags))]
 
     def get(self, name: str | None = None) -> Region:
         """The region of this name; the default one (or the first, where none is named so) for None.

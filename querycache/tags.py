@@ -8,6 +8,7 @@ share one are made invalid together.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import blake2b
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "key_tag",
     "region_tag",
     "slot_tag",
+    "slot_tags",
     "statement_tag",
     "table_tag",
     "user_tag",
@@ -66,7 +68,13 @@ def change_tag(table: str) -> str:
 
 def slot_tag(table: str, column: str, slot: int) -> str:
     """The tag of the rows whose value in a tracked column falls into a slot."""
-    return f"slot:{table}.{column}:{slot}"
+    [tag] = slot_tags(table, [(column, slot)])
+    return tag
+
+
+def slot_tags(table: str, slots: Iterable[tuple[str, int]]) -> list[str]:
+    """The same of several slots, each with its column."""
+    return [f"slot:{table}.{column}:{slot}" for column, slot in slots]
 
 
 def _shared(name: bytes) -> int:

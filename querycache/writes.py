@@ -211,7 +211,11 @@ class Writes:
             # the application's own kind of statement: what it renders is all that is known of it
             self._declared.note_temporary(sql, dialect.name)
             wrote = self._note_text(connection, read_text(sql, dialect.name))
-        if wrote and (self._transactions.is_autocommit(connection) or _commits_itself(connection, sql)):
+        if wrote and (
+            self._transactions.is_autocommit(connection)
+            or commits(sql, dialect.name)
+            or (dialect.name == "sqlite" and _begins_nothing(connection, sql))
+        ):
             self.commit(connection.info, dialect)
             return True
         return False
@@ -246,7 +250,7 @@ class Writes:
         if context.execution_options.get("cache_changes_nothing"):
             return False  # it takes a lock, as one statement of querycache.denormalize does
         changes = changes_of(context)
-        if not changes:
+        if not (changes.tags or changes.tables):
             return False
         transaction = self._transactions.ensure(connection.info)
         transaction.tags |= changes.tags
@@ -419,12 +423,7 @@ def _read(sql: str, context: Any) -> TextStatement:
 _DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
 
-def _commits_itself(connection: Connection, sql: str) -> bool:
-    """True if the database commits at a statement, whatever transaction SQLAlchemy thinks it is in."""
-    if connection.dialect.name == "sqlite":
-        # its driver begins a transaction before some kinds of statements only
-        open_after = sa_internals.in_transaction(connection) or sa_internals.begins_transaction(
-            connection, sql
-        )
-        return not open_after or commits(sql, "sqlite")
-    return commits(sql, connection.dialect.name)
+def _begins_nothing(connection: Connection, sql: str) -> bool:
+    """True if a statement of SQLite commits itself, whatever transaction SQLAlchemy thinks it is in: its driver begins one
+    before some kinds of statements only."""
+    return not (sa_internals.in_transaction(connection) or sa_internals.begins_transaction(connection, sql))

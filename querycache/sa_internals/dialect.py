@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -15,7 +16,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache import forks
 from querycache.errors import CacheUnavailable
-from querycache.sa_internals.endings import Ending, Outcome, rolls_nothing_back
+from querycache.sa_internals.endings import Outcome, end, rolls_nothing_back
 from querycache.sa_internals.returning import ASKED, Asked
 from querycache.sa_internals.transactions import driver_connection, info_of, is_open
 
@@ -34,6 +35,8 @@ __all__ = [
     "untap",
 ]
 
+
+T = TypeVar("T")
 
 Row = Sequence[object]
 
@@ -189,15 +192,14 @@ def _execution(dialect: Dialect, name: str, taps: _Taps) -> Callable[..., Any]:
             return run(cursor, sql, parameters, context)
         ending = _tell(taps, name, sql, parameters, context)
         asked: Asked | None = getattr(context, ASKED, None)
-        if ending is None and asked is None:
-            return run(cursor, sql, parameters, context)
+        send = run if asked is None or not one_set or hasattr(context, _SENT) else partial(asked.run, run)
         try:
-            with nullcontext() if ending is None else _executed(ending, context):
-                if asked is None or not one_set or hasattr(context, _SENT):
-                    return run(cursor, sql, parameters, context)
-                asked.run(run, cursor, sql, parameters, context)
+            if ending is None:
+                return send(cursor, sql, parameters, context)
+            return _ending(ending, context, lambda: send(cursor, sql, parameters, context))
         finally:
-            setattr(context, ASKED, None)
+            if asked is not None:
+                setattr(context, ASKED, None)
 
     return (
         (lambda cursor, sql, context=None: execute(cursor, sql, None, context)) if no_parameters else execute
@@ -215,8 +217,7 @@ def _execution_event(name: str) -> Callable[..., bool | None]:
         ending = _tell(taps, name, sql, rest[0], context)
         if ending is None:
             return None
-        with _executed(ending, context):
-            getattr(context.dialect, name)(cursor, sql, *rest)
+        _ending(ending, context, lambda: getattr(context.dialect, name)(cursor, sql, *rest))
         return True
 
     return execute
@@ -248,14 +249,14 @@ def sent(context: Any) -> tuple[str, Any]:
     return given
 
 
-def _executed(taps: Sequence[Tap], context: Any) -> Ending:
-    """Around a statement that commits itself."""
+def _ending(taps: Sequence[Tap], context: Any, run: Callable[[], T]) -> T:
+    """Execute a statement that commits itself."""
 
     def tell(outcome: Outcome) -> None:
         for each in taps:
             each.executed(context, outcome)
 
-    return Ending(context.dialect, context.root_connection.connection, tell)
+    return end(context.dialect, context.root_connection.connection, run, tell)
 
 
 def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Callable[..., Any]:
@@ -284,8 +285,7 @@ def _committing(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Calla
             for each in taps.listeners:
                 each.end(info, outcome)
 
-        with Ending(dialect, connection, tell):
-            return run(connection, *args, **kwargs)
+        return end(dialect, connection, lambda: run(connection, *args, **kwargs), tell)
 
     return commit
 
@@ -320,8 +320,7 @@ def _rolling_back(dialect: Dialect, run: Callable[..., Any], taps: _Taps) -> Cal
             for each in taps.listeners:
                 each.end(info, "open" if still else outcome)
 
-        with Ending(dialect, connection, tell):
-            return run(connection, *args, **kwargs)
+        return end(dialect, connection, lambda: run(connection, *args, **kwargs), tell)
 
     return rollback
 

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import DBAPIError
 
 from querycache.sa_internals.transactions import driver_connection, is_open, transaction_status
 
-__all__ = ["Ending", "Outcome", "rolls_nothing_back"]
+__all__ = ["Outcome", "end", "rolls_nothing_back"]
+
+T = TypeVar("T")
 
 Outcome = Literal["over", "open", "unknown"]
 """What has become of a transaction that was to end: it did, as far as shows; it is open still; or the server may be at it
 still, as where the connection was lost meanwhile."""
 
 
-@dataclass(slots=True)
-class Ending:
-    """Around what ends a transaction: tells what has become of it, whatever happens.
+def end(dialect: Dialect, connection: Any, run: Callable[[], T], tell: Callable[[Outcome], None]) -> T:
+    """Do what ends a transaction, and tell what has become of it, whatever happens.
 
-    Attributes:
+    Args:
         connection: of the driver, or its stand-in.
         tell: is called with it.
     """
-
-    dialect: Dialect
-    connection: Any
-    tell: Callable[[Outcome], None]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.tell(_outcome(self.dialect, self.connection, error))
+    try:
+        result = run()
+    except BaseException as error:
+        tell(_outcome(dialect, connection, error))
+        raise
+    tell(_outcome(dialect, connection, None))
+    return result
 
 
 def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> Outcome:
@@ -43,9 +40,11 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
         if connection.invalidated:
             return "unknown"
         connection = connection.connection
+    if error is None:
+        return "over"
     if isinstance(error, DBAPIError):  # where that ends it by statements of SQLAlchemy's own
         error = error.orig
-    answered = error is None
+    answered = False
     if isinstance(error, dialect.loaded_dbapi.Error):
         try:
             answered = not dialect.is_disconnect(cast("Any", error), connection, None)
@@ -56,7 +55,7 @@ def _outcome(dialect: Dialect, connection: Any, error: BaseException | None) -> 
         return "unknown"
     # SQLite does not end a transaction that it cannot commit, psycopg refuses to within its own transaction(), and SQLAlchemy
     # does not roll back after a commit that failed.
-    tells = error is not None and dialect.name in ("sqlite", "postgresql")
+    tells = dialect.name in ("sqlite", "postgresql")
     return "open" if tells and is_open(driver_connection(dialect, connection)) else "over"
 
 

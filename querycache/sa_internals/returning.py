@@ -61,9 +61,11 @@ class Asked:
         rows = cursor.fetchall()
         context._rowcount = len(rows)  # some drivers do not know it now
         context.cursor_fetch_strategy = _NO_CURSOR_DML
-        told = [(tuple(row[: -len(self.columns)]), tuple(row[-len(self.columns) :])) for row in rows]
-        for each in self.takers:
-            each.update(told)
+        place = -len(self.columns)
+        for row in rows:
+            key, values = tuple(row[:place]), tuple(row[place:])
+            for each in self.takers:
+                each[key] = values
 
 
 def ask_for(

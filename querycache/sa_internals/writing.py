@@ -101,7 +101,8 @@ def flush_of(context: Any) -> UOWTransaction | None:
     the unit of work that sends it does.
     """
     frame = _sender(context)
-    return None if frame is None else cast("UOWTransaction", frame.f_locals["uowtransaction"])
+    flush: UOWTransaction | None = None if frame is None else frame.f_locals["uowtransaction"]
+    return flush
 
 
 def is_of_flush(context: Any) -> bool:
@@ -274,12 +275,14 @@ def just_flushed(session: Session, context: Any) -> tuple[list[Any], list[Any], 
     return new, [state.obj() for state in session._dirty_states if state not in gone], list(gone.values())
 
 
-def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
+def flushed(context: Any) -> list[tuple[Any, bool]]:
     """The states that a flush has written, each with True where it was deleted."""
+    found = []
     for state, (is_delete, list_only) in context.states.items():
         # one that was to be deleted, and is replaced by another under its primary key, is listed only
         if is_delete or not list_only:
-            yield state, is_delete
+            found.append((state, is_delete))
+    return found
 
 
 UNKNOWN = object()
@@ -359,11 +362,11 @@ def old_and_new(state: Any, columns: Iterable[Held]) -> list[tuple[object, objec
 
 
 def made_by_flush(state: Any, held: Held) -> bool:
-    """True if the flush itself has put the value of a column into an object that was there before.
+    """True if the flush itself has put the value of a column into an object that was there before, where it may.
 
     It leaves no history of that: what the value was before, nobody knows any more.
     """
-    return held.remade and held.key is not None and held.key not in state.committed_state
+    return held.key is not None and held.key not in state.committed_state
 
 
 def custom_constructs(rendered: SQLCompiler) -> set[str]:
