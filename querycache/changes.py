@@ -43,7 +43,7 @@ class WrittenTable:
         any_row: those that change with whichever row.
         key: its primary key.
         tracked: its tracked columns, those of its primary key first.
-        followed, followed_names: those that a row can change without becoming another one.
+        followed: those that a row can change without becoming another one.
         held: for each mapper how its objects hold the tracked ones; see :meth:`held_by`.
     """
 
@@ -55,7 +55,6 @@ class WrittenTable:
     key: tuple[Column[Any], ...]
     tracked: tuple[Column[Any], ...]
     followed: tuple[Column[Any], ...]
-    followed_names: tuple[str, ...]
     held: dict[Any, tuple[sa_internals.Held, ...]] = field(default_factory=dict)
 
     def held_by(self, mapper: Mapper[Any]) -> tuple[sa_internals.Held, ...]:
@@ -128,8 +127,7 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
             followed = tuple(column for column in tracked if not column.primary_key)
             label, any_row = writer_label(schema, name, default), any_row_tags((schema, name), default)
             key = tuple(table.primary_key)
-            names = tuple(column.name for column in followed)
-            tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed, names))
+            tables.append(WrittenTable(table, schema, label, whole, any_row, key, tracked, followed))
         for delete, does in ((True, deletes), (False, updates)):
             if does:
                 tags.update(tags_of_actions(table, delete, schemas, default))

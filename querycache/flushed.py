@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 from sqlalchemy import and_, or_, select
 from sqlalchemy.engine import Connection
 
@@ -32,7 +32,8 @@ _MOST_LOOKED_AT = 50
 """Rows that a flush may update of a table before they are no longer looked at one by one."""
 
 
-class FlushedRows(msgspec.Struct, eq=False):
+@dataclass(slots=True)
+class FlushedRows:
     """Rows of a table that a flush has written.
 
     Attributes:
@@ -48,10 +49,10 @@ class FlushedRows(msgspec.Struct, eq=False):
 
     written: WrittenTable
     schemas: SchemaMap
-    returned: Returned = msgspec.field(default_factory=dict)
-    values: set[tuple[str, object]] = msgspec.field(default_factory=set)
+    returned: Returned = field(default_factory=dict)
+    values: set[tuple[str, object]] = field(default_factory=set)
     known: bool | None = None
-    updated: set[tuple[object, ...]] = msgspec.field(default_factory=set)
+    updated: set[tuple[object, ...]] = field(default_factory=set)
     moved: bool = False
     inserted: Any = None
 
@@ -97,7 +98,7 @@ class FlushedRows(msgspec.Struct, eq=False):
             if not inserted:
                 if held.primary:
                     key.append(new)
-                if held.remade and sa_internals.made_by_flush(state, held):
+                if sa_internals.made_by_flush(state, held):
                     self.moved = True
         if not inserted:
             if len(key) < len(self.written.key):  # not all of it can be tracked
@@ -114,11 +115,12 @@ class FlushedRows(msgspec.Struct, eq=False):
         elif not self.written.table.implicit_returning:
             self.moved = True  # a view, for example, or columns that may be written but not read
         elif self.updated and self.known and not self.moved:
+            names = [column.name for column in columns]
             unknown = self.updated - self.returned.keys()
             if len(unknown) > _MOST_LOOKED_AT:
                 self.moved = True
                 return
-            found = [*map(self.returned.__getitem__, self.updated - unknown)]
+            found = [self.returned[key] for key in self.updated - unknown]
             if unknown:
                 keys = [and_(*map(operator.eq, self.written.key, key)) for key in unknown]
                 statement = select(*columns).where(or_(*keys))
@@ -126,7 +128,7 @@ class FlushedRows(msgspec.Struct, eq=False):
                 found += map(tuple, connection.execute(statement, execution_options=options))
             self.moved = len(found) < len(self.updated)
             for row in found:
-                self.values.update(zip(self.written.followed_names, row, strict=True))
+                self.values.update(zip(names, row, strict=True))
 
     def tags(self, slots: int) -> Iterable[str]:
         """The tags that change: those of the rows where they are known, else those of the whole table.

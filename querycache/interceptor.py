@@ -145,11 +145,14 @@ class _Load:
     @property
     def unfit(self) -> str:
         """Why this cannot be stored, in a word or two; empty where it can."""
-        if self.spoiled:
-            return self.spoiled
-        if self.reading is None:
-            return "unavailable"
-        return "" if self.reading.of(self.needed).fillable else "pending"
+        return self.spoiled or _unfit(self.reading, self.needed)
+
+
+def _unfit(reading: Reading | None, needed: set[str]) -> str:
+    """Why nothing that depends on tags can be stored; empty where it can."""
+    if reading is None:
+        return "unavailable"
+    return "" if reading.fillable or reading.of(needed).fillable else "pending"
 
 
 class _Explained(Exception):
@@ -345,9 +348,12 @@ class Interceptor:
         if options.mode == "only":
             self._telemetry.emit(outcome, region.name, request.name, reason)
             _check_allowed(region, options, reason or outcome)
-        if reading is None:
+        unfit = _unfit(reading, set(request.tag_keys))
+        if reading is None or (unfit and entry is None):
+            # what cannot be stored need not be frozen
             self._telemetry.emit(outcome, region.name, request.name, reason)
-            return self._ask_database(request, reading)
+            self._telemetry.emit("bypass", region.name, request.name, unfit)
+            return None
         flight = (region.name, request.key, reading.versions)
         # not for what cannot be stored, nor where it is to be asked in any case
         may_wait = may_wait and reading.fillable and options.mode != "refresh"
@@ -391,7 +397,7 @@ class Interceptor:
             self._fill(load, entry.main, entry.created)
         return result
 
-    def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
+    def _ask_database(self, request: Request, reading: Reading) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
         created = time.time()
         main, result = load.surround(lambda: load.run(request.prepared))

@@ -16,9 +16,8 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Literal
-
-import msgspec
 
 from querycache import forks
 from querycache.errors import CacheUnavailable
@@ -38,7 +37,8 @@ Consistency = Literal["strict", "commit"]
 OnOutage = Literal["available", "refuse"]
 
 
-class Marking(msgspec.Struct, eq=False):
+@dataclass(slots=True)
+class Marking:
     """What phase one has done for a transaction.
 
     Attributes:
@@ -48,11 +48,12 @@ class Marking(msgspec.Struct, eq=False):
     """
 
     tags: set[str] | None = None
-    marks: list[tuple[Ledger, Marks]] = msgspec.field(default_factory=list)
-    unmarked: list[Ledger] = msgspec.field(default_factory=list)
+    marks: list[tuple[Ledger, Marks]] = field(default_factory=list)
+    unmarked: list[Ledger] = field(default_factory=list)
 
 
-class _Commit(msgspec.Struct, eq=False):
+@dataclass(eq=False, slots=True)
+class _Commit:
     """One that a ledger was not told of.
 
     Attributes:

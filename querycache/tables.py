@@ -46,7 +46,7 @@ from sqlalchemy import Column, ForeignKey, MetaData, Table, UniqueConstraint
 from sqlalchemy.exc import InvalidRequestError
 
 from querycache import sa_internals
-from querycache.tags import bulk_tag, change_tag, slot_tags, table_tag
+from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
     "SchemaMap",
@@ -246,17 +246,15 @@ def row_tags(
         slots: number of slots of a column.
         moved: True if these are not all the values that the rows had in the database.
     """
-    found: list[tuple[str, int]] = []
+    tags = [change_tag(label)] if moved else []
     for column, value in values:
-        if type(value) is int:  # as slot_of() does
-            found.append((column, value % slots))
-        elif value is not None:  # no comparison with a parameter finds NULL
-            slot = slot_of(value, slots)
-            if slot is None:
-                return None
-            found.append((column, slot))
-    tags = slot_tags(label, found)
-    return [change_tag(label), *tags] if moved else tags
+        if value is None:
+            continue  # no comparison with a parameter finds NULL
+        slot = slot_of(value, slots)
+        if slot is None:
+            return None
+        tags.append(slot_tag(label, column, slot))
+    return tags
 
 
 def cascades(table: Table, *, delete: bool) -> frozenset[Table]:

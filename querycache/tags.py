@@ -8,7 +8,6 @@ share one are made invalid together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from hashlib import blake2b
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "key_tag",
     "region_tag",
     "slot_tag",
-    "slot_tags",
     "statement_tag",
     "table_tag",
     "user_tag",
@@ -68,13 +66,7 @@ def change_tag(table: str) -> str:
 
 def slot_tag(table: str, column: str, slot: int) -> str:
     """The tag of the rows whose value in a tracked column falls into a slot."""
-    [tag] = slot_tags(table, [(column, slot)])
-    return tag
-
-
-def slot_tags(table: str, slots: Iterable[tuple[str, int]]) -> list[str]:
-    """The same of several slots, each with its column."""
-    return [f"slot:{table}.{column}:{slot}" for column, slot in slots]
+    return f"slot:{table}.{column}:{slot}"
 
 
 def _shared(name: bytes) -> int:

@@ -11,10 +11,9 @@ known, and neither is what it may be given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import msgspec
 from sqlalchemy import Table
 from sqlalchemy.engine import Connection, Dialect, TwoPhaseTransaction
 
@@ -57,7 +56,8 @@ class Known:
     serializable: bool = False
 
 
-class Transaction(msgspec.Struct, eq=False):
+@dataclass(slots=True)
+class Transaction:
     """What one database connection has written since its transaction began.
 
     Attributes:
@@ -70,10 +70,10 @@ class Transaction(msgspec.Struct, eq=False):
             where each statement sees what is committed.
     """
 
-    tags: set[str] = msgspec.field(default_factory=set)
-    named: set[str] = msgspec.field(default_factory=set)
-    unresolved: dict[int, Expected] = msgspec.field(default_factory=dict)
-    marking: Marking = msgspec.field(default_factory=Marking)
+    tags: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    unresolved: dict[int, Expected] = field(default_factory=dict)
+    marking: Marking = field(default_factory=Marking)
     snapshot: dict[Ledger, Snapshot | None] | None = None
 
     @property

@@ -266,15 +266,16 @@ class Writes:
 
     def _expected(self, transaction: Transaction, connection: Connection, flush: UOWTransaction) -> Expected:
         """What is expected of a flush on a connection."""
-        told: list[tuple[Transaction, Connection, Expected]] = flush.attributes.setdefault(self._told, [])
-        for each, _, expected in told:
-            if each is transaction:
-                return expected
         session = flush.session.hash_key
-        if session in transaction.unresolved:
+        told: list[tuple[Transaction, Connection, Expected]] = flush.attributes.setdefault(self._told, [])
+        known = transaction.unresolved.get(session)
+        if known is not None and any(known is expected for _, _, expected in told):
+            return known
+        if known is not None:
             # what a flush that failed has left: this one is to tell of its own rows only
             self._resolve(transaction, session)
-        expected = transaction.unresolved[session] = {}
+        expected: Expected = {}
+        transaction.unresolved[session] = expected
         told.append((transaction, connection, expected))
         return expected
 

@@ -105,16 +105,12 @@ def is_autocommit(connection: Connection) -> bool:
     if told is not None:
         return bool(told())
     dialect = connection.dialect
-    set_so = getattr(adapter, "autocommit", None)
     if dialect.name != "postgresql":
         if _is_in_transaction(_driver(connection)):  # of SQLite, and MySQL Connector
             return False
-    elif dialect.is_async:
-        if _is_in_transaction(_driver(connection)) is False and _has_started(adapter):
-            return True
-    elif set_so is not None:  # by SQLAlchemy, too
-        return set_so is True
-    return connection._is_autocommit_isolation() or set_so is True
+    elif dialect.is_async and _is_in_transaction(_driver(connection)) is False and _has_started(adapter):
+        return True
+    return connection._is_autocommit_isolation() or getattr(adapter, "autocommit", None) is True
 
 
 def _has_started(adapter: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect as python_inspect
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from types import FrameType
@@ -116,9 +115,7 @@ def _sender(context: Any) -> FrameType | None:
     None for the ``bulk_…`` methods, which call the same functions without a flush, for what is executed within an event
     of a flush, and where the application compiles its own statements into a cache of its own.
     """
-    if not is_unit_of_work(context):
-        return None
-    frame: FrameType | None = sys._getframe(_FUNCTIONS_BETWEEN)
+    frame = python_inspect.currentframe() if is_unit_of_work(context) else None
     while frame is not None:
         if frame.f_globals is _PERSISTENCE:
             caller = frame.f_back
@@ -126,10 +123,6 @@ def _sender(context: Any) -> FrameType | None:
             return frame if sends and caller is not None and caller.f_globals is _PERSISTENCE else None
         frame = frame.f_back
     return None
-
-
-_FUNCTIONS_BETWEEN = 7
-"""A statement passes through more functions than these from the one that sends it to :func:`_sender`."""
 
 
 def columns_set(statement: Any) -> list[Any]:
@@ -275,14 +268,12 @@ def just_flushed(session: Session, context: Any) -> tuple[list[Any], list[Any], 
     return new, [state.obj() for state in session._dirty_states if state not in gone], list(gone.values())
 
 
-def flushed(context: Any) -> list[tuple[Any, bool]]:
+def flushed(context: Any) -> Iterator[tuple[Any, bool]]:
     """The states that a flush has written, each with True where it was deleted."""
-    found = []
     for state, (is_delete, list_only) in context.states.items():
         # one that was to be deleted, and is replaced by another under its primary key, is listed only
         if is_delete or not list_only:
-            found.append((state, is_delete))
-    return found
+            yield state, is_delete
 
 
 UNKNOWN = object()
@@ -362,11 +353,16 @@ def old_and_new(state: Any, columns: Iterable[Held]) -> list[tuple[object, objec
 
 
 def made_by_flush(state: Any, held: Held) -> bool:
-    """True if the flush itself has put the value of a column into an object that was there before, where it may.
+    """True if the flush itself has put the value of a column into an object that was there before.
 
     It leaves no history of that: what the value was before, nobody knows any more.
     """
-    return held.key is not None and held.key not in state.committed_state
+    return (
+        held.remade
+        and held.key is not None
+        and state.key is not None
+        and held.key not in state.committed_state
+    )
 
 
 def custom_constructs(rendered: SQLCompiler) -> set[str]:

@@ -330,3 +330,22 @@ def test_a_listener_that_sets_what_was_flushed(library: Library, name: str) -> N
     finally:
         event.remove(Book, name, move)
     assert all(map(library.is_right, of_author))
+
+
+def test_a_commit_in_the_middle_of_a_flush(library: Library) -> None:
+    """What is written after it is told by the same flush, and made known by the next COMMIT."""
+
+    def commit(mapper: Any, connection: Connection, author: Author) -> None:
+        connection.exec_driver_sql("COMMIT")
+
+    library.fill(OF_AUTHOR_3)
+    event.listen(Author, "after_insert", commit)
+    try:
+        with library.sessions() as session:
+            session.add_all([Author(id=77, name="first"), Book(id=77, title="second", price=1, author_id=3)])
+            session.flush()
+            library.fill(OF_AUTHOR_3)
+            session.commit()
+    finally:
+        event.remove(Author, "after_insert", commit)
+    assert library.is_right(OF_AUTHOR_3)
