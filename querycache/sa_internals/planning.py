@@ -7,8 +7,6 @@ with what was compiled, by the values.
 
 from __future__ import annotations
 
-import math
-import time
 import weakref
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,12 +17,13 @@ from decimal import Decimal
 from typing import Any, cast
 from uuid import UUID
 
-from sqlalchemy import JSON, PickleType, Select, Table, util
+from sqlalchemy import JSON, PickleType, Select, Table
 from sqlalchemy.engine import CursorResult, Dialect, Engine
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import WARN_LINTING, SQLCompiler
 from sqlalchemy.sql.elements import BinaryExpression, BindParameter, ColumnClause
 
+from querycache.sa_internals.connecting import compiled_cache_of
 from querycache.sa_internals.replay import ReplayConnection, copied
 
 __all__ = ["ROWS_FIRST", "Compilation", "Plan", "Unpreparable", "key_place"]
@@ -168,7 +167,7 @@ class Compilation:
     def of(cls, statement: Any, engine: Engine, given: Given, options: Options) -> Compilation:
         """Compile a statement as ``Connection.execute`` would."""
         names = tuple(sorted(given)) if given else ()
-        compiled_cache = _compiled_cache(engine, options)
+        compiled_cache = compiled_cache_of(engine, options)
         lasting: dict[str, Any] = {}
         for name, value in options.items():
             if type(value) in _EQUAL:
@@ -452,51 +451,6 @@ def _is_plain(kind: Any, dialect: Dialect) -> bool:
     return plain and (item is None or _is_plain(item, dialect))
 
 
-def _compiled_cache(engine: Engine, options: Mapping[str, Any]) -> Any:
-    """Where a compiled statement is looked for. The engine connects before, if it never did.
-
-    Until then its dialect does not know its server, and compiles, and remembers of its types, what this may not know. That
-    serves where the database cannot be reached, and is forgotten as soon as it can.
-    """
-    dialect = engine.dialect
-    known = dialect.__dict__
-    if _EARLY in known or not (_TOLD_BY_SERVER in known or _CONNECTED in known):
-        if not (_TOLD_BY_SERVER in known or _CONNECTED in known or _connect(engine)):
-            return known.setdefault(_EARLY, util.LRUCache(500))
-        if known.pop(_EARLY, None) is not None:
-            dialect._type_memos.clear()
-            engine.clear_compiled_cache()
-    return options.get("compiled_cache", engine._compiled_cache)
-
-
-def _connect(engine: Engine) -> bool:
-    """Have an engine connect. Returns False if it cannot, or could not a moment ago."""
-    known = engine.dialect.__dict__
-    begun = time.monotonic()
-    next_try: float | None = known.get(_NEXT_TRY)
-    if next_try is not None:
-        if begun < next_try:
-            return False
-        known[_NEXT_TRY] = math.inf  # for the other threads, meanwhile
-    try:
-        engine.connect().close()
-    except Exception:  # noqa: BLE001 - whoever needs the database will raise it
-        return False
-    else:
-        known[_CONNECTED] = True
-        return True
-    finally:
-        now = time.monotonic()
-        known[_NEXT_TRY] = now + max(_TRY_EVERY, 20 * (now - begun))
-
-
-_TRY_EVERY = 5.0
-"""Seconds, at least; and so much more that waiting takes a small part of the time."""
-_TOLD_BY_SERVER = "default_schema_name"
-"""What a dialect finds out when it first connects. Not so where another engine has made the connections of its pool."""
-_CONNECTED = "_querycache_connected"
-_EARLY = "_querycache_early"
-_NEXT_TRY = "_querycache_next_try"
 _COMPILATION = "_querycache_compilation"
 _MEMO = "_querycache_memo"
 _ORDER = "_querycache_order"
