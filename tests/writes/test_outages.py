@@ -53,6 +53,17 @@ def outage() -> AbstractContextManager[object]:
     return mock.patch.multiple(RedisBackend, begin=fail, bump=fail)
 
 
+def ask_until(cache: QueryCache, ask: Callable[[], int | None], answer: int | None, *outcomes: str) -> None:
+    """Ask, and get this answer each time (any one, where it is None), until it is answered in one of these ways."""
+    deadline = time.monotonic() + 20
+    with cache.recording() as events:
+        while not events or events[-1].outcome not in outcomes:
+            assert time.monotonic() < deadline
+            found = ask()
+            assert answer is None or found == answer
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("owed", [Lamp, Candle])
 def test_what_is_owed_while_another_thread_pays(
     sqlite_engine: Engine, redis_store_url: str, owed: type[Lamp | Candle]
@@ -72,13 +83,7 @@ def test_what_is_owed_while_another_thread_pays(
             return session.scalar(select(cls.watts).execution_options(cache_key=True))
 
     def fill(cls: type[Lamp | Candle]) -> None:
-        with other.recording() as events:
-            for _ in range(500):
-                ask(elsewhere, cls)
-                if events[-1].outcome == "hit":
-                    return
-                time.sleep(0.01)
-        raise AssertionError("the store is not filled")
+        ask_until(other, lambda: ask(elsewhere, cls), None, "hit")
 
     def write(cls: type[Lamp | Candle], watts: int) -> None:
         with factory.begin() as session:
@@ -102,10 +107,7 @@ def test_what_is_owed_while_another_thread_pays(
     with mock.patch.object(RedisBackend, "bump", pay_slowly):
         assert paid.wait(20)
     assert ask(payer, owed) == 2
-    with mine.recording() as events:
-        while not events or events[-1].outcome != "fill":
-            assert ask(payer, owed) == 2
-            time.sleep(0.05)
+    ask_until(mine, lambda: ask(payer, owed), 2, "fill")
     assert ask(elsewhere, owed) == 2
     other_engine.dispose()
 
@@ -171,10 +173,7 @@ def test_a_dogpile_backend_is_owed_what_it_could_not_be_told(sqlite_engine: Engi
         session.execute(update(Lamp).values(watts=1))
     assert ask(mine) == 1
     switched.off = False
-    with writer.recording() as events:
-        while not events or events[-1].outcome != "fill":
-            assert ask(mine) == 1
-            time.sleep(0.05)
+    ask_until(writer, lambda: ask(mine), 1, "fill")
     assert ask(elsewhere) == 1
 
 
@@ -193,10 +192,7 @@ def test_a_long_debt_is_paid_in_short(sqlite_engine: Engine, private_server: Cal
         with sessions() as session:
             return session.scalar(select(Lamp.watts).execution_options(cache_key=True, cache_tags=["7"]))
 
-    with other.recording() as events:
-        while not events or events[-1].outcome != "hit":
-            assert ask(elsewhere) == 0
-            time.sleep(0.01)
+    ask_until(other, lambda: ask(elsewhere), 0, "hit")
     pay = mock.create_autospec(RedisBackend.bump, side_effect=RedisBackend.bump)
     server.pause()
     for number in range(3):
@@ -205,10 +201,8 @@ def test_a_long_debt_is_paid_in_short(sqlite_engine: Engine, private_server: Cal
             names = [str(tag) for tag in range(number * MOST_OWED, (number + 1) * MOST_OWED)]
             writer.invalidate(tags=names, session=session)
     server.resume()
-    with mock.patch.object(RedisBackend, "bump", pay), writer.recording() as events:
-        while not events or events[-1].outcome not in ("hit", "fill"):
-            assert ask(mine) == 3
-            time.sleep(0.05)
+    with mock.patch.object(RedisBackend, "bump", pay):
+        ask_until(writer, lambda: ask(mine), 3, "hit", "fill")
     assert all(len(call.args[1]) <= MOST_OWED for call in pay.call_args_list)
     assert ask(elsewhere) == 3
 
@@ -229,12 +223,8 @@ def test_by_hand_every_store_is_told_that_can_be(
 
     with factory.begin() as session:
         session.add(Lamp(id=1, watts=0))
-    with cache.recording() as events:
-        for region in ("default", "memory"):
-            while not events or events[-1].outcome != "hit":
-                assert ask(region) == 0
-                time.sleep(0.01)
-            events.clear()
+    for region in ("default", "memory"):
+        ask_until(cache, lambda region=region: ask(region), 0, "hit")  # type: ignore[misc]
     dead.kill()
     with sqlite_engine.connect() as connection:  # unseen
         connection.connection.cursor().execute("UPDATE lamp SET watts = 1")
@@ -260,10 +250,7 @@ def test_who_does_not_ask_a_store_pays_it_all_the_same(
         with elsewhere() as session:
             return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
 
-    with other.recording() as events:
-        while not events or events[-1].outcome != "hit":
-            assert ask() == 0
-            time.sleep(0.01)
+    ask_until(other, ask, 0, "hit")
     with outage(), mine.begin() as session:
         session.execute(update(Lamp).values(watts=1))
     until = time.monotonic() + 20
@@ -324,10 +311,7 @@ def test_a_commit_of_unknown_outcome_that_a_store_missed(
         with elsewhere() as session:
             return session.scalar(select(Lamp.watts).order_by(Lamp.id).execution_options(cache_key=True))
 
-    with other.recording() as events:
-        while not events or events[-1].outcome != "hit":
-            assert ask() == 0
-            time.sleep(0.05)
+    ask_until(other, ask, 0, "hit")
     with mine() as session:
         session.execute(update(Lamp).values(watts=1))
         transaction = session.connection()
@@ -362,10 +346,7 @@ def test_who_only_writes_goes_on_paying(sqlite_engine: Engine, redis_store_url: 
         with elsewhere() as session:
             return session.scalar(select(Lamp.watts).execution_options(cache_key=True))
 
-    with other.recording() as events:
-        while not events or events[-1].outcome != "hit":
-            assert ask() == 0
-            time.sleep(0.01)
+    ask_until(other, ask, 0, "hit")
     with (
         outage(),
         mock.patch.object(threading.Thread, "start", side_effect=RuntimeError),
