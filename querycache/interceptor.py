@@ -145,14 +145,11 @@ class _Load:
     @property
     def unfit(self) -> str:
         """Why this cannot be stored, in a word or two; empty where it can."""
-        return self.spoiled or _unfit(self.reading, self.needed)
-
-
-def _unfit(reading: Reading | None, needed: set[str]) -> str:
-    """Why nothing that depends on tags can be stored; empty where it can."""
-    if reading is None:
-        return "unavailable"
-    return "" if reading.fillable or reading.of(needed).fillable else "pending"
+        if self.spoiled:
+            return self.spoiled
+        if self.reading is None:
+            return "unavailable"
+        return "" if self.reading.of(self.needed).fillable else "pending"
 
 
 class _Explained(Exception):
@@ -215,8 +212,7 @@ class Interceptor:
         if isinstance(around, _Load) and around.request.session is state.session and not around.over:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
-            if sa_internals.completes(state):
-                return self._complete(around, state)
+            return self._within(around, state)
         options = self._requests.wanted(state)
         if options is None and not _explains(around):
             return None
@@ -224,6 +220,16 @@ class Interceptor:
             # where the cache is attached to a Session and to its class, the last call is the one that counts
             return None if self in later else self._after_others(state, options)
         return self._answer(state, options)
+
+    def _within(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
+        """Answer a statement that runs while something is loaded: for it, or of an application's listener."""
+        if sa_internals.completes(state):
+            return self._complete(load, state)
+        result = self._answer(state, self._requests.wanted(state))
+        if result is None and sa_internals.may_be_completed(state.statement):
+            # The database is asked for it, and what completes its objects cannot be told from what completes these.
+            load.later = True
+        return result
 
     def _after_others(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any]:
         """Answer each statement that comes out of the handlers registered later: one, or several, or none."""
@@ -241,13 +247,8 @@ class Interceptor:
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
         around = _around.get()
-        if (
-            isinstance(around, _Load)
-            and around.request.session is state.session
-            and not around.over
-            and sa_internals.completes(state)
-        ):
-            result = self._complete(around, state)
+        if isinstance(around, _Load) and around.request.session is state.session and not around.over:
+            result = self._within(around, state)
         else:
             result = self._answer(state, self._requests.wanted(state))
         return sa_internals.run_statement(state) if result is None else result
@@ -348,12 +349,9 @@ class Interceptor:
         if options.mode == "only":
             self._telemetry.emit(outcome, region.name, request.name, reason)
             _check_allowed(region, options, reason or outcome)
-        unfit = _unfit(reading, set(request.tag_keys))
-        if reading is None or (unfit and entry is None):
-            # what cannot be stored need not be frozen
+        if reading is None:
             self._telemetry.emit(outcome, region.name, request.name, reason)
-            self._telemetry.emit("bypass", region.name, request.name, unfit)
-            return None
+            return self._ask_database(request, reading)
         flight = (region.name, request.key, reading.versions)
         # not for what cannot be stored, nor where it is to be asked in any case
         may_wait = may_wait and reading.fillable and options.mode != "refresh"
@@ -397,7 +395,7 @@ class Interceptor:
             self._fill(load, entry.main, entry.created)
         return result
 
-    def _ask_database(self, request: Request, reading: Reading) -> Result[Any]:
+    def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
         load = _Load(request, reading, set(request.tag_keys))
         created = time.time()
         main, result = load.surround(lambda: load.run(request.prepared))

@@ -86,7 +86,9 @@ _HARMLESS_CALLS = frozenset(
         "uuid",
     ]
 )
-_STRINGS = re.compile(r"'(?:[^'\\]|\\.|'')*'", re.DOTALL)
+_STRINGS = re.compile(r"'[^']*'")
+# within which an apostrophe begins no string, or none that ends at the next one
+_OTHER_QUOTES = re.compile(r"[\"`#\\]|--|/\*")
 _HARMLESS_XA = frozenset(["begin", "end", "prepare", "recover", "rollback", "start"])
 # Harmless unless they carry another statement: EXPLAIN ANALYZE DELETE, ANALYZE UPDATE, SET STATEMENT … FOR INSERT.
 _CARRYING = frozenset(["analyze", "desc", "describe", "explain", "set"])
@@ -173,7 +175,7 @@ def _read(sql: str, dialect: str) -> TextStatement:
     mysql = dialect in ("mysql", "mariadb")
     harmless = first in _HARMLESS
     if first == "do" and mysql:  # elsewhere it does whatever it says
-        said = _STRINGS.sub("''", bare[len(first) :])
+        said = text if _OTHER_QUOTES.search(text) else _STRINGS.sub("''", text[len(first) :])
         known = all(is_stable(name, dialect) or name in _HARMLESS_CALLS for name in calls(said))
         harmless = known and not may_query(said)
     if harmless and ";" not in text and not (first in _CARRYING and may_write(text)):

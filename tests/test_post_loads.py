@@ -650,3 +650,31 @@ def test_clocks_that_disagree_do_not_keep_an_answer_longer(
     with factory() as session, cache.recording() as events:
         session.scalars(statement).one()
     assert [(each.outcome, each.reason) for each in events] == [("stale", "in part"), ("bypass", "expired")]
+
+
+@pytest.mark.parametrize("loader", [selectinload, subqueryload, immediateload])
+def test_what_a_listener_asks_while_an_answer_is_replayed(
+    tmp_path: Path, store: CacheRegion, loader: Any
+) -> None:
+    """What completes the objects of its statement is no part of that answer, and may be newer."""
+    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
+    fill(engine)
+    _, factory = attached(engine, store)
+    parent = select(Parent).where(Parent.id == 1).options(loader(Parent.children))
+    found: list[list[str]] = []
+    names = iter(["", "", "new"])
+
+    def listen(toy: Toy, context: Any) -> None:
+        if name := next(names):  # between the lookup and what is asked here
+            with factory.begin() as session:
+                session.execute(update(Child).values(name=name))
+        found.append([child.name for child in context.session.scalars(parent).one().children])
+
+    event.listen(Toy, "load", listen)
+    try:
+        for _ in range(3):
+            with factory() as session:
+                session.scalars(select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")).one()
+    finally:
+        event.remove(Toy, "load", listen)
+    assert found == [["", ""], ["", ""], ["new", "new"]]

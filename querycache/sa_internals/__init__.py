@@ -41,6 +41,7 @@ from querycache.sa_internals.handlers import (
     later_handlers,
     load_options,
     loads_so_far,
+    may_be_completed,
     run_later_handlers,
     run_statement,
 )
@@ -171,6 +172,7 @@ __all__ = [
     "loads_so_far",
     "made_by_flush",
     "mappers_of",
+    "may_be_completed",
     "may_block",
     "names_entity",
     "note_reading",

@@ -22,6 +22,7 @@ __all__ = [
     "later_handlers",
     "load_options",
     "loads_so_far",
+    "may_be_completed",
     "run_later_handlers",
     "run_statement",
     "uninterpreted_options",
@@ -141,6 +142,14 @@ def completes(state: ORMExecuteState) -> bool:
         or state.is_column_load
         or (isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters)
     )
+
+
+def may_be_completed(statement: Any) -> bool:
+    """False for a statement that gives no objects, as far as it tells."""
+    if is_textual(statement):
+        return False
+    columns = getattr(statement, "column_descriptions", None)
+    return columns is None or any(isinstance(column["type"], type) for column in columns)
 
 
 def loads_so_far() -> int:

@@ -566,6 +566,12 @@ def test_text_that_writes_one_table(dialect: str, sql: str, table: tuple[str | N
     [
         ("postgresql", "DO $$ BEGIN DELETE FROM book END $$"),
         ("mysql", "DO of_ours(1)"),
+        ("mysql", """DO "it's", of_ours(1), "it's" """),
+        ("mysql", "DO `'`, of_ours(1), `'`"),
+        ("mysql", "DO '/*', of_ours(1), '*/'"),
+        ("mysql", "DO 1 # '\n , of_ours(1) # '"),
+        ("mysql", "DO 1 -- '\n , of_ours(1) -- '"),
+        ("mysql", r"DO '\', of_ours(1), '\'"),
         ("mariadb", "DO (SELECT 1)"),
     ],
 )
