@@ -71,6 +71,7 @@ class _Load:
         loads: those that it is to have.
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once there is a further statement that the entry does not have.
+        doubtful: True where the database was asked something else since the versions were read: they may be others now.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
@@ -85,6 +86,7 @@ class _Load:
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
     spoiled: str = ""
     grown: bool = False
+    doubtful: bool = False
     later: bool = False
     borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
@@ -122,6 +124,12 @@ class _Load:
         None once one was found out otherwise: SQLAlchemy asks them one after the other, so a later one never knows
         less than an earlier one.
         """
+        if self.doubtful:
+            self.doubtful = False
+            now = None if self.reading is None else self.request.region.observe(self.reading.tags)
+            self.later = (
+                self.later or now is None or self.reading is None or now.versions != self.reading.versions
+            )
         frozen = None if self.later or self.entry is None else self.entry.loads.get(asked.mark)
         if frozen is not None and self.checks:
             keys, reading = self.request.region.tag_keys(asked.tags()), self.reading
@@ -228,7 +236,7 @@ class Interceptor:
         result = self._answer(state, self._requests.wanted(state))
         if result is None and sa_internals.may_be_completed(state.statement):
             # The database is asked for it, and what completes its objects cannot be told from what completes these.
-            load.later = True
+            load.doubtful = True
         return result
 
     def _after_others(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any]:

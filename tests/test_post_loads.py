@@ -678,3 +678,28 @@ def test_what_a_listener_asks_while_an_answer_is_replayed(
     finally:
         event.remove(Toy, "load", listen)
     assert found == [["", ""], ["", ""], ["new", "new"]]
+
+
+@pytest.mark.parametrize("loader", [selectinload, subqueryload, immediateload])
+def test_a_listener_that_asks_takes_nothing_from_an_answer(
+    engine: Engine, store: CacheRegion, asked: list[str], loader: Any
+) -> None:
+    cache, factory = attached(engine, store)
+    children = select(Child).where(Child.parent_id == 1).options(loader(Child.toys))
+    cached = children.execution_options(cache_key="children")
+
+    def listen(child: Child, context: Any) -> None:
+        context.session.get(Place, 1)
+
+    event.listen(Child, "load", listen)
+    try:
+        for _ in range(2):
+            with factory() as session:
+                session.scalars(cached).all()
+        asked.clear()
+        with factory() as session, cache.recording() as events:
+            session.scalars(cached.execution_options(cache_mode="only")).all()
+    finally:
+        event.remove(Child, "load", listen)
+    assert "toys" not in asked
+    assert [each.outcome for each in events] == ["hit"]
