@@ -48,6 +48,7 @@ def pack(command: Command) -> bytes:
 
 
 def batch(*commands: Command) -> Batch:
+    """Some commands, packed."""
     return Batch(b"".join(map(pack, commands)), len(commands))
 
 
@@ -86,7 +87,8 @@ def _beginning(verb: str, script: str, size: int) -> bytes:
 
 
 def _refuse(refusals: list[redis.ResponseError], message: str) -> redis.ResponseError:
-    """What the server answered to a command that it did not carry out; the first word says why."""
+    """What the server answered to a command that it did not carry out; the first word says why. It is noted, too, so that
+    nobody need look for it among the replies."""
     refusal = redis.ResponseError
     if message.startswith("NOSCRIPT"):
         refusal = redis.exceptions.NoScriptError
