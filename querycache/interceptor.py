@@ -415,7 +415,9 @@ class Interceptor:
         try:
             asked = self._requests.completion(state, load.request.options)
         except Refresh:
-            return None  # not part of the answer, but of what the application does with it
+            # Not part of the answer, but of what a listener does with it. Of what completes the object then, nobody can tell.
+            load.doubtful = True
+            return None
         except Refused as refusal:
             load.spoiled, load.grown = str(refusal), True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
@@ -469,17 +471,16 @@ class Interceptor:
         return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
     def _has_own_view(self, load: _Load, asked: Completion) -> bool:
-        """True if a further statement has a connection of its own, given to the Session for it, that may show something else
-        than the cache."""
+        """True if the Session may see something else than the cache: what a listener has written meanwhile, or what a
+        connection shows that was given to the Session for a further statement alone."""
         request, bind = load.request, asked.prepared.invocation.bind
-        if bind is request.bind:
-            return False
-        for transaction in self._writes.transactions(request.session, bind):
-            if not any(transaction is each for each in request.transactions) and (
-                transaction.snapshot is not None or transaction.hides(asked.tags())
-            ):
-                return True
-        return False
+        transactions = self._writes.transactions(request.session, bind)
+        if any(each.wrote and each.hides(asked.tags()) for each in transactions):
+            return True
+        return bind is not request.bind and any(
+            each.snapshot is not None and not any(each is known for known in request.transactions)
+            for each in transactions
+        )
 
     def _is_torn(self, load: _Load) -> bool:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""

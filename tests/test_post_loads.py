@@ -703,3 +703,92 @@ def test_a_listener_that_asks_takes_nothing_from_an_answer(
         event.remove(Child, "load", listen)
     assert "toys" not in asked
     assert [each.outcome for each in events] == ["hit"]
+
+
+def by_text(session: Session) -> None:
+    session.execute(text("UPDATE family_children SET name = 'new' WHERE parent_id = 1"))
+
+
+def on_the_connection(session: Session) -> None:
+    session.connection().execute(update(Child).values(name="new"))
+
+
+def in_bulk(session: Session) -> None:
+    session.execute(update(Child).values(name="new"), execution_options={"synchronize_session": False})
+
+
+def by_flushing(session: Session) -> None:
+    """Another object for the same row is not there, so what completes the answer shows what was flushed, and no more."""
+    session.add(Child(parent_id=1, name="new"))
+    session.flush()
+
+
+@pytest.mark.parametrize("write", [by_text, on_the_connection, in_bulk, by_flushing])
+@pytest.mark.parametrize("loader", [selectinload, subqueryload, immediateload, None])
+def test_what_a_listener_writes_while_an_answer_is_replayed(
+    engine: Engine, store: CacheRegion, loader: Any, write: Any
+) -> None:
+    cache, factory = attached(engine, store)
+    parent = select(Parent).where(Parent.id == 1)
+    if loader is not None:
+        parent = parent.options(loader(Parent.children))
+    cached = parent.execution_options(cache_key="parent")
+
+    def names(statement: Any, *, writing: bool) -> list[str]:
+        lazily: list[str] = []
+
+        def listen(parent: Parent, context: Any) -> None:
+            if writing:
+                write(context.session)
+            if loader is None:
+                lazily.extend(child.name for child in parent.children)
+
+        event.listen(Parent, "load", listen)
+        try:
+            with factory() as session:
+                found = [child.name for child in session.scalars(statement).one().children]
+                assert loader is not None or found == lazily
+                return found
+        finally:
+            event.remove(Parent, "load", listen)
+
+    for _ in range(2):
+        assert names(cached, writing=False) == ["", ""]
+    written = names(parent, writing=True)
+    assert ("new" in written) == (loader is not subqueryload)  # which asks before there is an object
+    with cache.recording() as events:
+        assert names(cached, writing=True) == written
+        assert names(cached, writing=False) == ["", ""]  # it was rolled back
+    assert {each.outcome for each in events} <= {"hit", "bypass"}
+
+
+@pytest.mark.parametrize("how", ["refresh", "expire"])
+def test_what_a_listener_refreshes_while_an_answer_is_replayed(
+    tmp_path: Path, store: CacheRegion, how: str
+) -> None:
+    """What completes an object that is refreshed is no older than the refresh."""
+    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
+    fill(engine)
+    _, factory = attached(engine, store)
+    statement = select(Parent).where(Parent.id == 1).options(selectinload(Parent.children))
+    cached = statement.execution_options(cache_key="parent")
+    found: list[list[str]] = []
+
+    def listen(parent: Parent, context: Any) -> None:
+        if len(found) == 2:  # between the lookup and the refresh
+            with factory.begin() as session:
+                session.execute(update(Child).values(name="new"))
+        if how == "refresh":
+            context.session.refresh(parent)
+        else:
+            context.session.expire(parent)
+            assert parent.name == ""
+
+    event.listen(Parent, "load", listen, restore_load_context=True)
+    try:
+        for _ in range(3):
+            with factory() as session:
+                found.append([child.name for child in session.scalars(cached).one().children])
+    finally:
+        event.remove(Parent, "load", listen)
+    assert found == [["", ""], ["", ""], ["new", "new"]]
