@@ -18,7 +18,9 @@ from sqlalchemy import ClauseElement, Delete, Insert, Result, Table, Update, lit
 from sqlalchemy.orm import Mapper, ORMExecuteState, Session
 
 from querycache.denormalize import guard
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, in_order, primary_keys
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, attribute_columns, in_order, primary_keys
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.dml import columns_written, is_upsert, keys_upserted, literal_rows
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.keeping import Work, keeper_of

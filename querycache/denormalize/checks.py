@@ -11,16 +11,13 @@ from sqlalchemy import Column, Table, make_url, types
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import (
-    Aggregate,
-    attributes_read,
-    changed_by_update,
-    mapped_attributes,
-)
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import changed_by_update, mapped_attributes
 from querycache.denormalize.checks_of_expressions import check_expression, check_nested
 from querycache.denormalize.checks_of_mappings import check_conflicts
 from querycache.denormalize.declare import Expression
 from querycache.denormalize.errors import DenormalizeWarning
+from querycache.denormalize.expressions import attributes_read
 from querycache.denormalize.kinds import LATEST, MAX, MIN
 from querycache.denormalize.plan import Place, Plan, foreign_keys
 from querycache.errors import ConfigurationError

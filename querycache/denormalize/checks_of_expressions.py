@@ -11,8 +11,9 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.functions import FunctionElement
 
-from querycache.denormalize.chain import Aggregate, attributes_read, sql_of
+from querycache.denormalize.aggregate import Aggregate
 from querycache.denormalize.declare import INFO_KEY, Expression
+from querycache.denormalize.expressions import attributes_read, sql_of
 from querycache.denormalize.places import type_with_places
 from querycache.errors import ConfigurationError
 

@@ -22,7 +22,8 @@ from sqlalchemy.orm import (
 )
 
 from querycache.denormalize import checks
-from querycache.denormalize.chain import Aggregate, Chain
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.checks_of_mappings import check_classes
 from querycache.denormalize.declare import INFO_KEY, Declaration
 from querycache.denormalize.plan import Plan

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.sql import operators, visitors
 from sqlalchemy.sql.elements import BinaryExpression
 
-from querycache.denormalize.chain import Aggregate
+from querycache.denormalize.aggregate import Aggregate
 
 __all__ = ["Ddl", "trigger_name"]
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, Queried
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.kinds import Parts
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Plan
+from querycache.denormalize.queries import Queried, image_query, recount_query
 
 __all__ = ["ChildRow", "Image", "Recounted", "image", "recount", "same"]
 
@@ -77,7 +80,8 @@ def _grouped(
     found: Image,
 ) -> None:
     queried: Queried = locks.plan.memo(
-        ("image", chain, level, above, *aggregates), lambda: chain.image(aggregates, level, above, rows=False)
+        ("image", chain, level, above, *aggregates),
+        lambda: image_query(chain, aggregates, level, above, rows=False),
     )
     statement = locks.read(queried.statement)
     for chunk in chunks(touched[level]):
@@ -106,7 +110,7 @@ def _by_row(
 ) -> None:
     queried: Queried = locks.plan.memo(
         ("rows", chain, level, above, *aggregates),
-        lambda: chain.image(aggregates, level, above, rows=True),
+        lambda: image_query(chain, aggregates, level, above, rows=True),
     )
     statement = locks.read(queried.statement)
     values: dict[Key, dict[Aggregate, list[Any]]] = {}
@@ -160,7 +164,7 @@ def _recount(
     plan: Plan = locks.plan
     queried: Queried = plan.memo(
         ("recount", chain, rows, locks.snapshot, *aggregates),
-        lambda: chain.recount(aggregates, rows=rows, locking=locks.snapshot),
+        lambda: recount_query(chain, aggregates, rows=rows, locking=locks.snapshot),
     )
     statement = locks.read(queried.statement)
     (stored_at,) = queried.levels

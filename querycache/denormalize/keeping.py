@@ -20,7 +20,9 @@ from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import set_committed_value
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, in_order, key_condition
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, attribute_columns, in_order, key_condition
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.errors import DenormalizeError, UncoveredChange
 from querycache.denormalize.images import Image, image
 from querycache.denormalize.kinds import RECOUNT

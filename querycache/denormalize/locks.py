@@ -23,7 +23,8 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, Table, false, func, literal_column, select, update
 from sqlalchemy.orm import Mapper
 
-from querycache.denormalize.chain import KEYS, Chain, Key, in_order, key_condition, primary_keys
+from querycache.denormalize.attributes import KEYS, Key, in_order, key_condition, primary_keys
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.errors import DenormalizeError
 from querycache.denormalize.plan import Place, Plan
 

@@ -32,7 +32,9 @@ from sqlalchemy.engine.interfaces import BindTyping
 from sqlalchemy.orm import Mapper, aliased
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, attribute_columns
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.locks import OWN
 from querycache.denormalize.plan import Plan, Watch
 from querycache.denormalize.strategies import STRATEGIES

@@ -16,7 +16,9 @@ from sqlalchemy import Column, ColumnElement, ForeignKeyConstraint, MetaData, Ta
 from sqlalchemy.orm import Mapper, RelationshipDirection, RelationshipProperty
 from sqlalchemy.sql import visitors
 
-from querycache.denormalize.chain import Aggregate, Chain, changed_by_update, key_in, mapped_attributes
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import changed_by_update, key_in, mapped_attributes
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.declare import INFO_KEY
 from querycache.denormalize.errors import UncoveredChange
 from querycache.errors import ConfigurationError

@@ -15,7 +15,7 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import ColumnProperty
 from sqlalchemy.orm.base import NO_VALUE
 
-from querycache.denormalize.chain import Aggregate
+from querycache.denormalize.aggregate import Aggregate
 from querycache.denormalize.errors import ReadOnlyAggregate, UncoveredChange
 from querycache.denormalize.strategies.base import assigning, is_assigning
 

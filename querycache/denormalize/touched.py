@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import has_parent
 from sqlalchemy.orm.collections import collection_adapter
 
-from querycache.denormalize.chain import Key, changed_by_update, in_order, key_condition, primary_keys
+from querycache.denormalize.attributes import Key, changed_by_update, in_order, key_condition, primary_keys
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.locks import Locks, chunks, keys_of, parameters
 from querycache.denormalize.plan import Place, Plan, Watch, plan_of

@@ -36,7 +36,9 @@ from sqlalchemy.orm import aliased
 from sqlalchemy.sql import visitors
 from sqlalchemy.sql.elements import quoted_name
 
-from querycache.denormalize.chain import Aggregate, Chain, attribute_columns
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import attribute_columns
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.checks import changed_by_keys
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.ddl import Ddl, trigger_name

@@ -29,7 +29,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import Mapper, Session
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, attribute_columns, primary_keys
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, attribute_columns, primary_keys
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.errors import AggregateMismatch, DenormalizeError
 from querycache.denormalize.images import recount, same

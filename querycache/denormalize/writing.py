@@ -13,7 +13,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Table, and_, bindparam, case, func, literal_column, or_, update
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, in_order
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, in_order
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.images import Image, recount
 from querycache.denormalize.kinds import RECOUNT, How, Increment, Merge, Recount
 from querycache.denormalize.locks import OWN, Locks

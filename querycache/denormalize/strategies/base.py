@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from sqlalchemy.orm import Session
 
-from querycache.denormalize.chain import Aggregate, Key
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Plan
 from querycache.denormalize.touched import Touched

@@ -22,12 +22,15 @@ from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import flag_modified
 
-from querycache.denormalize.chain import Aggregate, Chain, Key, Queried
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.images import ChildRow
 from querycache.denormalize.kinds import Increment
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.plan import Place
+from querycache.denormalize.queries import Queried, recount_query
 from querycache.denormalize.strategies.base import Strategy, assigning
 from querycache.denormalize.strategies.live import (
     LiveRow,
@@ -219,7 +222,7 @@ class _Family:
         keys = {sqlalchemy_inspect(parent).identity for parent in self.parents.values()} - {None}
         self.locks.lock({Place(self.chain, 0): keys}, roots=True)
         queried: Queried = self.locks.plan.memo(
-            ("rows of", self.chain), lambda: self.chain.recount((), rows=True)
+            ("rows of", self.chain), lambda: recount_query(self.chain, (), rows=True)
         )
         statement = self.locks.read(queried.statement)
         positions = [self.chain.leaf_columns.index(name) for name in self.chain.keys[1]]

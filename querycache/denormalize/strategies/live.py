@@ -17,20 +17,15 @@ from sqlalchemy.orm import Mapper, RelationshipDirection, Session, object_sessio
 from sqlalchemy.orm.attributes import get_history, has_parent, set_committed_value
 from sqlalchemy.orm.base import NO_VALUE, PassiveFlag
 
-from querycache.denormalize.chain import (
-    Aggregate,
-    Chain,
-    Key,
-    Queried,
-    attribute_columns,
-    in_order,
-    primary_keys,
-)
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key, attribute_columns, in_order, primary_keys
+from querycache.denormalize.chain import Chain
 from querycache.denormalize.errors import UncoveredChange
 from querycache.denormalize.images import ChildRow
 from querycache.denormalize.kinds import Parts, is_finite
 from querycache.denormalize.locks import Locks, chunks, parameters
 from querycache.denormalize.places import rounded
+from querycache.denormalize.queries import Queried, image_query
 from querycache.denormalize.touched import Touched
 
 __all__ = [
@@ -300,7 +295,9 @@ def _is_of_path(mapper: Mapper[Any], chain: Chain) -> bool:
 
 def old_rows(locks: Locks, chain: Chain, keys: set[Key]) -> dict[Key, list[ChildRow]]:
     """The rows of the children of those keys, by the key of their parent."""
-    queried: Queried = locks.plan.memo(("rows", chain, 1, ()), lambda: chain.image((), 1, (), rows=True))
+    queried: Queried = locks.plan.memo(
+        ("rows", chain, 1, ()), lambda: image_query(chain, (), 1, (), rows=True)
+    )
     statement = locks.read(queried.statement)
     found: dict[Key, list[ChildRow]] = {}
     for chunk in chunks(keys):

@@ -28,7 +28,10 @@ from sqlalchemy.orm import Session, object_session
 from sqlalchemy.orm.base import NO_VALUE
 
 from querycache.denormalize import guard
-from querycache.denormalize.chain import Aggregate, Chain, Key, attributes_read
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key
+from querycache.denormalize.chain import Chain
+from querycache.denormalize.expressions import attributes_read
 from querycache.denormalize.locks import Locks
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies.base import Strategy, assigning

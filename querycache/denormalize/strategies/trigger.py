@@ -14,7 +14,8 @@ from sqlalchemy.engine.reflection import Inspector
 from sqlalchemy.orm import Session
 
 from querycache.declarations import written_by_triggers
-from querycache.denormalize.chain import Aggregate, Key
+from querycache.denormalize.aggregate import Aggregate
+from querycache.denormalize.attributes import Key
 from querycache.denormalize.ddl import Ddl
 from querycache.denormalize.plan import Place, Plan
 from querycache.denormalize.strategies.base import Strategy
