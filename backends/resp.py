@@ -263,27 +263,31 @@ class Wire:
     def _replies(self, size: int) -> list[Any]:
         """The next replies, as many as these, after that to what was posted."""
         again, self._again = self._again, None
-        wanted = size if again is None else size + 1
+        if again is None:
+            return self._receive(size)
+        posted, *replies = self._receive(size + 1)
+        if self.refusals and self.refusals[0] is posted:
+            del self.refusals[0]
+            # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
+            if again is not bytes and isinstance(posted, redis.exceptions.NoScriptError):
+                self.post(again(), bytes)  # which is not refused for that
+        return replies
+
+    def _receive(self, size: int) -> list[Any]:
+        """The next replies, as many as these, with the refusals among them noted."""
         refusals, gets = self.refusals, self._reader.gets
         refusals.clear()
         self._patience.start()
         try:
-            replies = list(islice(iter(gets, _INCOMPLETE), wanted))
-            while len(replies) < wanted:
+            replies = list(islice(iter(gets, _INCOMPLETE), size))
+            while len(replies) < size:
                 replies.append(self._read())
-                replies += islice(iter(gets, _INCOMPLETE), wanted - len(replies))
+                replies += islice(iter(gets, _INCOMPLETE), size - len(replies))
         except (TypeError, MemoryError) as error:  # a map of RESP 3 whose keys are arrays; a list of billions
             raise redis.InvalidResponse("a reply that cannot be read") from error
         for refusal in refusals:
             if isinstance(refusal, redis.exceptions.ReadOnlyError):
                 raise refusal
-        if again is not None:
-            posted = replies.pop(0)
-            if refusals and refusals[0] is posted:
-                del refusals[0]
-                # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
-                if again is not bytes and isinstance(posted, redis.exceptions.NoScriptError):
-                    self.post(again(), bytes)  # which is not refused for that
         return replies
 
     def _read(self) -> Any:

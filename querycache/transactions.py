@@ -147,16 +147,18 @@ class Transactions:
     def committed_itself(self, connection: Connection, sql: str) -> None:
         """A statement has run, or failed, that commits itself."""
         info, word = connection.info, first_word(sql)
+        begun = info.get(self._begun_key)
         is_open = sa_internals.tells_open(connection)
         if is_open is None and word in ENDING:
             is_open = read_text(sql, connection.dialect.name).begins
-        if is_open is False:
+        if is_open is None:
+            if begun is not None and word not in ("begin", "start"):
+                self._begun_perhaps(info)
+        elif not is_open:
             info.pop(self._begun_key, None)
-        elif is_open is None and self._begun_key in info and word not in ("begin", "start"):
-            self._begun_perhaps(info)
-        elif is_open and info.get(self._begun_key) == _PERHAPS:
+        elif begun == _PERHAPS:
             info[self._begun_key] = True
-        elif is_open and sa_internals.is_autocommit(connection) and info.get(self._begun_key) is not True:
+        elif begun is None and sa_internals.is_autocommit(connection):
             # by one of several statements in a text, or by COMMIT AND CHAIN
             info[self._begun_key] = True
             self.began_unseen(connection)

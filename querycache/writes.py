@@ -343,18 +343,9 @@ class Writes:
     def _after_flush(self, session: Session, context: UOWTransaction) -> None:
         hash_key = session.hash_key
         for transaction, connection, expected in context.attributes.pop(self._told, ()):
-            if transaction.unresolved.get(hash_key) is not expected:
-                continue  # told as a whole already
-            tables: dict[Table, list[FlushedRows]] = {}
-            for (table, _), rows in expected.items():
-                tables.setdefault(table, []).append(rows)
-            for state, deleted in sa_internals.flushed(context):
-                for table in state.mapper.tables:
-                    for rows in tables.get(table, ()):
-                        rows.add(state, deleted)
-            for rows in expected.values():
-                rows.look_at(connection)
-            self._resolve(transaction, hash_key)
+            if transaction.unresolved.get(hash_key) is expected:  # otherwise told as a whole already
+                _tell_rows(expected, connection, context)
+                self._resolve(transaction, hash_key)
 
     def _resolve(self, transaction: Transaction, session: int) -> None:
         """Turn tables that a Session has flushed into tags: rows where they are known, else the whole table."""
@@ -384,6 +375,19 @@ class Writes:
         transaction = self._transactions.of(info) if outcome == "open" else self._transactions.end(info)
         if transaction is not None:
             self.phases.two(transaction.marking, certain=outcome != "unknown")
+
+
+def _tell_rows(expected: Expected, connection: Connection, flush: UOWTransaction) -> None:
+    """Have what a flush has written tell what it knows: its objects, and then the database."""
+    tables: dict[Table, list[FlushedRows]] = {}
+    for (table, _), rows in expected.items():
+        tables.setdefault(table, []).append(rows)
+    for state, deleted in sa_internals.flushed(flush):
+        for table in state.mapper.tables:
+            for rows in tables.get(table, ()):
+                rows.add(state, deleted)
+    for rows in expected.values():
+        rows.look_at(connection)
 
 
 def _as_text(sql: Any, context: Any) -> str:

@@ -23,11 +23,12 @@ from querycache.denormalize.attributes import Key, attribute_columns, in_order, 
 from querycache.denormalize.chain import Chain
 from querycache.denormalize.dml import columns_written, is_upsert, keys_upserted, literal_rows
 from querycache.denormalize.errors import UncoveredChange
-from querycache.denormalize.keeping import Work, keeper_of
+from querycache.denormalize.keeping import keeper_of
 from querycache.denormalize.locks import keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
 from querycache.denormalize.strategies.trigger import parents_in
 from querycache.denormalize.touched import Touched
+from querycache.denormalize.work import Work
 from querycache.sa_internals import (
     columns_set,
     inserts_one,

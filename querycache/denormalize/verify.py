@@ -35,10 +35,10 @@ from querycache.denormalize.chain import Chain
 from querycache.denormalize.configure import aggregates_of
 from querycache.denormalize.errors import AggregateMismatch, DenormalizeError
 from querycache.denormalize.images import recount, same
-from querycache.denormalize.keeping import connection_written
 from querycache.denormalize.kinds import MAX, MIN, Merge
 from querycache.denormalize.locks import Locks, keys_of
 from querycache.denormalize.plan import Place, Plan, plan_of
+from querycache.denormalize.work import connection_written
 from querycache.denormalize.writing import Changes, is_parent, key_parameter, write
 from querycache.errors import ConfigurationError
 
