@@ -204,12 +204,15 @@ class QueryCache:
             for name, listener in listeners.items():
                 event.listen(target, name, listener)
         sa_internals.load_in_order()
+        made = target
+        if isinstance(target, scoped_session):
+            # not to be made now: it may be configured later
+            made, target = target() if target.registry.has() else None, target.session_factory
+        binds: list[Any] = []
         if isinstance(target, sessionmaker):
-            binds = [target.kw.get("bind"), *(target.kw.get("binds") or {}).values()]
-        else:
-            # a Session may have written before
-            begun = sa_internals.connections(target) if isinstance(target, Session) else ()
-            binds = [*begun, getattr(target, "bind", None)]
+            binds += target.kw.get("bind"), *(target.kw.get("binds") or {}).values()
+        if isinstance(made, Session):
+            binds = [*sa_internals.connections(made), made.bind, *binds]  # it may have written before
         for bind in binds:
             if isinstance(bind, (Engine, Connection)):
                 self._writes.watch_bind(bind)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
-from sqlalchemy.engine import Result
+from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import sa_internals
@@ -43,6 +43,7 @@ from querycache.regions import Region
 from querycache.requests import ByKey, Completion, Refresh, Refused, Request, Requests
 from querycache.sa_internals import Prepared
 from querycache.shared_rows import Vectors
+from querycache.transactions import Transaction
 from querycache.writes import Writes
 
 __all__ = ["Interceptor"]
@@ -54,8 +55,11 @@ T = TypeVar("T")
 _BY_A_HANDLER = "answered by a handler"
 
 
-class _Torn(Exception):
-    """The database shows something later than what was replayed already, and by this transaction it must not."""
+class _Torn(BaseException):
+    """The database shows something later than what was replayed already, and by this transaction it must not.
+
+    It passes through listeners of the application, which are not to take it for an error of theirs.
+    """
 
 
 @dataclass(slots=True)
@@ -72,6 +76,7 @@ class _Load:
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once there is a further statement that the entry does not have.
         doubtful: True where the database was asked something else since the versions were read: they may be others now.
+        commits: how many there had been in this thread when they were read.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
@@ -81,6 +86,7 @@ class _Load:
     request: Request
     reading: Reading | None
     needed: set[str]
+    commits: int
     entry: Entry | None = None
     checks: bool = False
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
@@ -103,20 +109,6 @@ class _Load:
         except BaseException:
             self.over = True  # a signal may have come before it was reset
             raise
-
-    def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
-        """Ask the database, freeze what it returns, and load that."""
-        description, rows, rowcount = prepared.execute()
-        frozen = None
-        if prepared.rewritten:
-            self.spoiled = "rewritten"
-        if not self.unfit:
-            try:
-                frozen = freeze(description, rows, rowcount)
-                description = frozen.description  # as it is for a hit, for which a replay may have begun
-            except Unstorable as refusal:
-                self.spoiled = refusal.reason
-        return frozen, prepared.replay(description, rows, rowcount)
 
     def find(self, asked: Completion) -> FrozenStatement | None:
         """A further statement that the entry has and that still stands.
@@ -171,19 +163,11 @@ _MOST_LOADS = 64
 """Where an entry grows by what handlers add to further statements alone, it starts anew at so many of them."""
 
 
-class _Question:
-    """A call of explain().
+_QUESTION = "_querycache_question"
+"""An execution option: the statement is not to be answered, but explained."""
 
-    Attributes:
-        over: True once it has ended, however.
-    """
-
-    over = False
-
-
-# The load that runs around the current statement, in this thread or task; or the question where that is to be explained.
-# It is one variable for both since each statement asks for it, cached or not.
-_around: ContextVar[object] = ContextVar("querycache_around", default=None)
+# The load that runs around the current statement, in this thread or task.
+_around: ContextVar[_Load | None] = ContextVar("querycache_around", default=None)
 
 
 class Interceptor:
@@ -216,13 +200,13 @@ class Interceptor:
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
-        around = _around.get()
-        if isinstance(around, _Load) and around.request.session is state.session and not around.over:
+        around = _around_in(state.session)
+        if around is not None:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
             return self._within(around, state)
         options = self._requests.wanted(state)
-        if options is None and not _explains(around):
+        if options is None and _QUESTION not in state.local_execution_options:
             return None
         if later := sa_internals.later_handlers(state):
             # where the cache is attached to a Session and to its class, the last call is the one that counts
@@ -254,31 +238,41 @@ class Interceptor:
 
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
-        around = _around.get()
-        if isinstance(around, _Load) and around.request.session is state.session and not around.over:
+        around = _around_in(state.session)
+        if around is not None:
             result = self._within(around, state)
         else:
             result = self._answer(state, self._requests.wanted(state))
         return sa_internals.run_statement(state) if result is None else result
 
     def _answer(self, state: ORMExecuteState, options: CacheOptions | None) -> Result[Any] | None:
-        if _explains(_around.get()):
+        if _QUESTION in state.local_execution_options:
             raise _Explained(self._explanation(state, options))
         if options is None:
             return None
         region = self._region_for(options.region)
+        sa_internals.autobegin(state.session)  # as the statement does; a listener may write then
         try:
             request = self._requests.request(state, region, options)
         except Refused as refusal:
             self._leave(region, options, str(refusal))
-            return None
+            return self._hand_back(state) if refusal.flushed else None
         before = sa_internals.loads_so_far()
         try:
-            return self._look_up(request)
+            result = self._look_up(request)
         except _Torn:
             sa_internals.expire_loaded_since(request.session, before)
             self._leave(region, options, "snapshot")
+            result = None
+        return self._hand_back(state) if result is None else result
+
+    @staticmethod
+    def _hand_back(state: ORMExecuteState) -> Result[Any] | None:
+        """Leave to SQLAlchemy a statement that the session was flushed for, which is to be done once."""
+        if sa_internals.is_clean(state.session):
             return None
+        with state.session.no_autoflush:  # a listener has added something in the flush
+            return sa_internals.run_statement(state)
 
     def _leave(self, region: Region, options: CacheOptions, reason: str) -> None:
         """Leave a statement to the database, where that may be asked."""
@@ -287,30 +281,24 @@ class Interceptor:
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
-        question = _Question()
         try:
-            token = _around.set(question)
-            try:
-                with session.no_autoflush:
-                    session.execute(statement)
-            finally:
-                _around.reset(token)
+            with session.no_autoflush:
+                session.execute(statement, execution_options={_QUESTION: True})
         except _Explained as explained:
             return explained.explanation
-        finally:
-            question.over = True
         return Explanation(False, _BY_A_HANDLER)
 
     def _explanation(self, state: ORMExecuteState, options: CacheOptions | None) -> Explanation:
         if options is None:
             return Explanation(False, "no cache_key, no policy")
         region = self._region_for(options.region)
+        sa_internals.autobegin(state.session)  # as the statement does; a listener may write then
         try:
             request = self._requests.request(state, region, options)
         except Refused as refusal:
             return Explanation(False, str(refusal), region.name)
         lookup = region.lookup(request.key, request.tag_keys, request.options.exact)
-        distrust = "" if lookup.reading is None else self._distrust(request, lookup.reading)
+        distrust = "" if lookup.reading is None else _distrust(request, request.transactions, lookup.reading)
         entry = lookup.entry if lookup.outcome == "hit" else None
         return Explanation(
             cacheable=not distrust,
@@ -330,7 +318,7 @@ class Interceptor:
         lookup = region.lookup(request.key, request.tag_keys, options.exact, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if request.transactions and reading is not None:
-            distrust = self._distrust(request, reading)
+            distrust = _distrust(request, request.transactions, reading)
             if distrust:
                 self._leave(region, options, distrust)
                 return None
@@ -372,28 +360,12 @@ class Interceptor:
                     return self._replay(request, entry, reading)
             return self._ask_database(request, reading)
 
-    @staticmethod
-    def _distrust(request: Request, reading: Reading) -> str:
-        """Why this session's transaction must not be answered from the cache; empty where it may."""
-        ledger = request.region.ledger
-        for transaction in request.transactions:
-            if transaction.snapshot is not None:
-                snapshot = transaction.snapshot.get(ledger)
-                if snapshot is None or not ledger.shows(snapshot, reading):
-                    return "snapshot"
-            if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(
-                reading.tags
-            ):
-                return "own write"
-        return ""
-
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
         # which triggers there are may not have been known to the process that has stored it
         checks = bool(reading.fallen or self._declared.of_triggers)
-        load = _Load(request, reading, set(request.tag_keys), entry, checks)
-        sa_internals.autobegin(request.session)
+        load = _Load(request, reading, set(request.tag_keys), self._writes.phases.commits_here, entry, checks)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
@@ -404,11 +376,27 @@ class Interceptor:
         return result
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
-        load = _Load(request, reading, set(request.tag_keys))
+        load = _Load(request, reading, set(request.tag_keys), self._writes.phases.commits_here)
         created = time.time()
-        main, result = load.surround(lambda: load.run(request.prepared))
+        main, result = load.surround(lambda: self._run(load, request.prepared))
         self._fill(load, main, created)
         return result
+
+    def _run(self, load: _Load, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+        """Ask the database, freeze what it returns, and load that."""
+        description, rows, rowcount = prepared.execute()
+        frozen = None
+        if prepared.rewritten:
+            load.spoiled = "rewritten"
+        # now, for a listener may end the transaction before all is loaded
+        load.spoiled = load.spoiled or self._unfit_transaction(load, prepared.invocation.bind)
+        if not load.unfit:
+            try:
+                frozen = freeze(description, rows, rowcount)
+                description = frozen.description  # as it is for a hit, for which a replay may have begun
+            except Unstorable as refusal:
+                load.spoiled = refusal.reason
+        return frozen, prepared.replay(description, rows, rowcount)
 
     def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
@@ -422,6 +410,9 @@ class Interceptor:
             load.spoiled, load.grown = str(refusal), True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
+        commits = self._writes.phases.commits_here
+        if commits != load.commits:  # a listener has committed
+            load.commits, load.doubtful = commits, True
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):
             return merge_frozen_result(asked.prepared, stored)
@@ -435,7 +426,7 @@ class Interceptor:
             load.borrowed = True
             return merge_frozen_result(asked.prepared, frozen)
         load.later = True
-        frozen, result = load.run(asked.prepared)
+        frozen, result = self._run(load, asked.prepared)
         if (load.entry is not None or load.borrowed) and self._is_torn(load):
             raise _Torn
         if frozen is not None:
@@ -456,7 +447,7 @@ class Interceptor:
         ):
             return None
         for transaction in self._writes.transactions(request.session, request.bind, before_lookup=True):
-            if transaction.wrote or transaction.snapshot is not None:
+            if transaction.snapshot is not None:
                 return None
         if entry is None:
             # The database was asked after the versions were read, and what completes its answer is to be no older.
@@ -496,7 +487,7 @@ class Interceptor:
     def _fill(self, load: _Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
         outcome: Outcome = "bypass"
-        reason = load.unfit or self._unfit_transaction(request, load.reading)
+        reason = load.unfit or self._unfit_transaction(load, request.bind)
         seconds = request.region.seconds_left(request.options.ttl, created)
         if seconds == 0 and not reason:
             reason = "expired"
@@ -511,19 +502,34 @@ class Interceptor:
                 request.region.shared_rows.learn(by_key.family, by_key.own, vectors, frozen, by_key.place)
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 
-    def _unfit_transaction(self, request: Request, reading: Reading | None) -> str:
-        """Why what this session's transaction has read must not be shared; empty where it may."""
-        request.transactions = self._writes.transactions(request.session, request.bind)
-        for transaction in request.transactions:
-            if transaction.wrote:
-                return "after write"
-        if sa_internals.reads_uncommitted(request.session):
+    def _unfit_transaction(self, load: _Load, bind: Engine | Connection) -> str:
+        """Why what this session's transaction has just read must not be shared; empty where it may."""
+        session = load.request.session
+        transactions = self._writes.transactions(session, bind)
+        if any(transaction.wrote for transaction in transactions):
+            return "after write"
+        if sa_internals.reads_uncommitted(session):
             return "uncommitted"
-        return self._distrust(request, reading) if reading is not None else ""
+        return _distrust(load.request, transactions, load.reading) if load.reading is not None else ""
 
 
-def _explains(around: object) -> bool:
-    return isinstance(around, _Question) and not around.over
+def _distrust(request: Request, transactions: Sequence[Transaction], reading: Reading) -> str:
+    """Why these transactions of the session must not be answered from the cache; empty where they may."""
+    ledger = request.region.ledger
+    for transaction in transactions:
+        if transaction.snapshot is not None:
+            snapshot = transaction.snapshot.get(ledger)
+            if snapshot is None or not ledger.shows(snapshot, reading):
+                return "snapshot"
+        if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(reading.tags):
+            return "own write"
+    return ""
+
+
+def _around_in(session: Session) -> _Load | None:
+    """The load that runs around a statement of a session."""
+    around = _around.get()
+    return around if around is not None and around.request.session is session and not around.over else None
 
 
 def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozenset()) -> Vectors:

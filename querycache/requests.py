@@ -39,7 +39,13 @@ _T = TypeVar("_T")
 
 
 class Refused(Exception):
-    """The statement goes to the database, for the reason given."""
+    """The statement goes to the database, for the reason given.
+
+    Attributes:
+        flushed: True if the session was flushed for it.
+    """
+
+    flushed = False
 
 
 class Refresh(Refused):
@@ -193,6 +199,14 @@ class Requests:
         if options.mode == "bypass":
             raise Refused("mode")
         self._refuse(state)
+        try:
+            return self._flushed(state, region, options)
+        except Refused as refusal:
+            refusal.flushed = True
+            raise
+
+    def _flushed(self, state: ORMExecuteState, region: Region, options: CacheOptions) -> Request:
+        """The same for a statement of which nothing speaks against it; the session is flushed, as SQLAlchemy does then."""
         session = state.session
         try:
             prepared = _prepare(state)

@@ -19,10 +19,13 @@ __all__ = [
     "may_isolate",
     "may_write",
     "only_reads",
+    "says_the_same",
     "without_comments",
     "words",
 ]
 
+# but for those that MySQL and MariaDB execute
+_MERE_COMMENTS = re.compile(r"/\*(?!M?!).*?\*/|--[^\n]*", re.DOTALL)
 _COMMENTS = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 _QUERYING = frozenset(["select", "table", "values", "with"])
 COMMITTING = frozenset(["commit", "end"])
@@ -160,3 +163,11 @@ def may_write(sql: str) -> bool:
 def locks_rows(sql: str) -> bool:
     """True if a statement may lock the rows that it reads, wherever in it that is said."""
     return _LOCKS_ROWS.search(sql) is not None
+
+
+def says_the_same(sql: str, prepared: str) -> bool:
+    """True where nothing but comments was added to a statement before and after, as tracing does."""
+    if sql == prepared:
+        return True
+    before, found, after = sql.partition(prepared)
+    return bool(found) and not _MERE_COMMENTS.sub("", before + "\n" + after).strip()

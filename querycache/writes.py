@@ -42,7 +42,7 @@ from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
 from querycache.transactions import Expected, Transaction, Transactions
-from querycache.wording import commits, first_word, only_reads
+from querycache.wording import commits, first_word, only_reads, says_the_same
 
 __all__ = ["Writes"]
 
@@ -160,25 +160,32 @@ class Writes:
 
     # --- statements ----------------------------------------------------------------------------------
 
-    def executing(self, sql: str, context: Any) -> bool:
-        """A statement is about to run.
-
-        Returns True where it commits itself, and :meth:`executed` is to follow.
-        """
+    def asking(self, context: Any) -> bool:
+        """A statement is about to run, of which nothing else matters. Returns False where the dialect itself asks."""
         dialect = context.dialect
         known = self._transactions.known(dialect)
         if not known.settled:
             if sa_internals.is_initializing(context.root_connection):
                 return False
             self._transactions.settle(dialect)
-        connection: Connection = context.root_connection
         if known.old_views or "isolation_level" in context.execution_options:
-            self._transactions.before_statement(connection)
+            self._transactions.before_statement(context.root_connection)
+        return True
+
+    def executing(self, sql: str, context: Any) -> bool:
+        """A statement is about to run.
+
+        Returns True where it commits itself, and :meth:`executed` is to follow.
+        """
+        if not self.asking(context):
+            return False
+        dialect, connection = context.dialect, context.root_connection
         if type(sql) is not str:
             sql = _as_text(sql, context)
         compiled = context.compiled
+        rewritten = sql is not context.statement and _is_rewritten(sql, context)
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
-        if compiled is None or context.is_text or sa_internals.holds_text(compiled):
+        if compiled is None or context.is_text or rewritten or sa_internals.holds_text(compiled):
             text = _told(sql, context) or _read(sql, context)
             self._declared.note_temporary(sql, dialect.name)
             if text.begins:
@@ -188,15 +195,13 @@ class Writes:
             if text.commits and self._is_committing(connection, sql):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
+            if rewritten and compiled is not None:
+                wrote = self._note_compiled(connection, sql, context) or wrote
             if self._transactions.ends_savepoint(connection, first_word(sql)):
                 self.commit(connection.info, dialect)
                 return True
-        elif context.isddl:
-            wrote = True
-            self._declared.note_temporary(sql, dialect.name)
-            self._note_ddl(connection, context)
-        elif context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None):
-            wrote = self._note_dml(connection, context)
+        elif context.isddl or _may_be_dml(context):
+            wrote = self._note_compiled(connection, sql, context)
         elif word := sa_internals.savepoint_word(compiled.statement):
             if self._transactions.ends_savepoint(connection, word):
                 self.commit(connection.info, dialect)
@@ -244,6 +249,14 @@ class Writes:
             return True
         two_phase = isinstance(connection.get_transaction(), TwoPhaseTransaction)
         return two_phase and (first_word(sql) == "xa" or "prepared" in sql.lower())
+
+    def _note_compiled(self, connection: Connection, sql: str, context: Any) -> bool:
+        """Note what DML or DDL writes. Returns False if that is nothing."""
+        if context.isddl:
+            self._declared.note_temporary(sql, connection.dialect.name)
+            self._note_ddl(connection, context)
+            return True
+        return _may_be_dml(context) and self._note_dml(connection, context)
 
     def _note_dml(self, connection: Connection, context: Any) -> bool:
         """Note what a statement and its CTEs write. Returns False if that is nothing."""
@@ -388,6 +401,21 @@ def _tell_rows(expected: Expected, connection: Connection, flush: UOWTransaction
                 rows.add(state, deleted)
     for rows in expected.values():
         rows.look_at(connection)
+
+
+def _is_rewritten(sql: str, context: Any) -> bool:
+    """True where a listener has put another statement in the place of one; unless that is a query, of which the one that it
+    replaces tells more."""
+    prepared = _as_text(context.statement, context)
+    if sa_internals.is_batch(context):
+        prepared = prepared.partition("(")[0]  # of which each batch is made
+        sql = sql.partition("(")[0]
+    return not says_the_same(sql, prepared) and not only_reads(sql)
+
+
+def _may_be_dml(context: Any) -> bool:
+    compiled = context.compiled
+    return bool(context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None))
 
 
 def _as_text(sql: Any, context: Any) -> str:

@@ -543,6 +543,28 @@ def test_an_answer_of_a_handler_is_explained(engine: Engine, order: str) -> None
         assert (explanation.cacheable, explanation.reason) == (False, "answered by a handler")
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_a_handler_asks_itself_is_not_explained(engine: Engine, order: str) -> None:
+    def handler(state: ORMExecuteState) -> None:
+        if "mine" not in state.execution_options:
+            state.session.execute(select(Doc.name), execution_options={"mine": True}).all()
+
+    house = House(engine, handler, order)
+    statement = select(Doc.id).execution_options(cache_key="first")
+    with house.session() as session:
+        assert house.cache.explain(session, statement).reason == "miss"
+        session.scalars(statement).all()
+        assert house.cache.explain(session, statement).stored
+
+
+def test_what_a_scope_asks_is_not_explained(engine: Engine) -> None:
+    cache = QueryCache(scope=lambda session: session.scalars(select(Doc.id)).first())
+    factory = sessionmaker(engine)
+    cache.attach(factory)
+    with factory() as session:
+        assert cache.explain(session, select(Doc.id).execution_options(cache_key="first")).reason == "miss"
+
+
 @pytest.mark.parametrize("order", ["after", "on the session"])
 def test_an_answer_of_a_handler_is_not_the_caches(engine: Engine, order: str) -> None:
     house = House(engine, lambda state: IteratorResult(SimpleResultMetaData(["id"]), iter([(42,)])), order)

@@ -133,6 +133,12 @@ def load_options_of(live: Live) -> Any:
     return live.states[-2].execution_options["_sa_orm_load_options"]
 
 
+def post_load_options_of(live: Live) -> Any:
+    post_load: Any = next(state.statement for state in live.states if state.is_relationship_load)
+    assert not hasattr(live.statement._compile_options, "_current_path")  # by which it is told from this
+    return post_load._compile_options
+
+
 OWNERS: dict[str, Callable[[Live], Any]] = {
     "_all_registries": lambda live: import_module("sqlalchemy.orm.mapper"),
     "_NO_CURSOR_DML": lambda live: import_module("sqlalchemy.engine.cursor"),
@@ -141,7 +147,9 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_autoflush": lambda live: live.session,
     "_cache_key_bind_match": lambda live: live.contexts["SELECT"].compiled,
     "_column_args": lambda live: values(column("x"), name="v"),
+    "_compile_options": lambda live: live.statement,
     "_compile_state_cls": lambda live: live.states[0],
+    "_current_path": post_load_options_of,
     "_managers": lambda live: Parent.registry,
     "_new_runid": lambda live: import_module("sqlalchemy.orm.loading"),
     "_compile_w_cache": lambda live: live.statement,
@@ -162,6 +170,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_init_compiled": lambda live: live.engine.dialect.execution_ctx_cls,
     "_is_autocommit_isolation": lambda live: live.connection,
     "_echo": lambda live: live.loaded_result.raw,
+    "_is_clean": lambda live: live.session,
     "_json_deserializer": lambda live: create_engine("postgresql+psycopg://").dialect,
     "_json_serializer": lambda live: create_engine("postgresql+psycopg://").dialect,
     "_metadata": lambda live: live.loaded_result.raw,

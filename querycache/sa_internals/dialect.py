@@ -44,6 +44,8 @@ Row = Sequence[object]
 class Tap(Protocol):
     """Who listens to a dialect. ``info`` is the dictionary of a pooled DBAPI connection."""
 
+    def asking(self, context: Any) -> bool: ...
+
     def executing(self, sql: str, context: Any) -> bool: ...
 
     def executed(self, context: Any, outcome: Outcome) -> None: ...
@@ -225,13 +227,21 @@ def _execution_event(name: str) -> Callable[..., bool | None]:
 
 def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> list[Tap] | None:
     """Tell of a statement that is about to run. Gives those that want to hear when it has; None for nobody."""
+    if not hasattr(
+        context, "statement"
+    ):  # a default of an INSERT or UPDATE, which SQLAlchemy asks for ahead of that
+        for each in taps.listeners:
+            each.asking(context)
+        return None
     one_set = name == "do_execute"
-    if sql is not context.statement or (one_set and parameters is not context.parameters[0]):
+    replaced = sql is not context.statement
+    if replaced or (one_set and parameters is not context.parameters[0]):
         # by a listener of before_cursor_execute, of which the context is not told
         context.__dict__[_SENT] = sql, parameters if one_set else context.parameters[0]
     compiled = context.compiled
     if (
         compiled is not None
+        and not replaced
         and getattr(compiled, _READING, None) is taps.reading
         and "isolation_level" not in context.execution_options
     ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +16,7 @@ from querycache.sa_internals.dialect import Row, sent
 from querycache.sa_internals.handlers import uninterpreted_options, untouched
 from querycache.sa_internals.planning import ROWS_FIRST, Compilation, Plan
 from querycache.sa_internals.replay import ReplayCursor, loaded
+from querycache.wording import says_the_same
 
 __all__ = ["Invocation", "Prepared", "prepare"]
 
@@ -129,7 +129,7 @@ class Prepared:
         )
         context = cast("Any", result.context)
         sql, parameters = sent(context)
-        if not (_same_sql(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
+        if not (says_the_same(sql, self.plan.sql) and _same_parameters(parameters, self.plan.parameters)):
             # an event of the engine has changed the statement on its way
             self.rewritten = True
         cursor: Any = result.cursor
@@ -200,18 +200,6 @@ def prepare(invocation: Invocation) -> Prepared:
     compilation = Compilation.of(statement, invocation.engine, given, options)
     plan, context = compilation.with_values(given, options)
     return Prepared(invocation, compilation, plan, options, _context=context)
-
-
-# but for those that MySQL and MariaDB execute
-_COMMENT = re.compile(r"/\*(?!M?!).*?\*/|--[^\n]*", re.DOTALL)
-
-
-def _same_sql(executed: str, prepared: str) -> bool:
-    """True where nothing but comments was added before and after, as tracing does."""
-    if executed == prepared:
-        return True
-    before, found, after = executed.partition(prepared)
-    return bool(found) and not _COMMENT.sub("", before + "\n" + after).strip()
 
 
 def _same_parameters(executed: Any, prepared: Any) -> bool:

@@ -135,13 +135,13 @@ _INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_exist
 def completes(state: ORMExecuteState) -> bool:
     """True for a statement by which SQLAlchemy completes objects that it loads, as their loaders ask for.
 
-    Of those for subclasses (``selectin_polymorphic``) only the parameter tells.
+    Those for subclasses (``selectin_polymorphic``) are told by their parameter, and by options that no select() has.
     """
-    return (
-        state.is_relationship_load
-        or state.is_column_load
-        or (isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters)
-    )
+    if state.is_relationship_load or state.is_column_load:
+        return True
+    options = getattr(state.statement, "_compile_options", None)
+    given = isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters
+    return given and hasattr(options, "_current_path")
 
 
 def may_be_completed(statement: Any) -> bool:

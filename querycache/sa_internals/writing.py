@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import DDL, BindParameter, Column, Dialect, Integer, Select, Table, Values
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.orm import LoaderCallableStatus, Mapper, Session, UOWTransaction, persistence
 from sqlalchemy.orm.exc import UnmappedColumnError
 from sqlalchemy.sql import ClauseElement
@@ -32,6 +33,8 @@ __all__ = [
     "held",
     "holds_text",
     "inserts_one",
+    "is_batch",
+    "is_clean",
     "is_flushing",
     "is_of_flush",
     "is_of_relationship",
@@ -55,6 +58,16 @@ _PERSISTENCE = vars(persistence)
 def is_flushing(session: Session) -> bool:
     """True while the unit of work is sending statements."""
     return session._flushing
+
+
+def is_batch(context: Any) -> bool:
+    """True for an INSERT of many rows that is sent in batches, each of which is a statement made of the one that is known."""
+    return context.execute_style is ExecuteStyle.INSERTMANYVALUES
+
+
+def is_clean(session: Session) -> bool:
+    """True if a flush would find nothing to do."""
+    return session._is_clean()
 
 
 def is_unit_of_work(context: Any) -> bool:

@@ -4,6 +4,7 @@ written."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from dogpile.cache import make_region
 from sqlalchemy import (
+    Column,
     Engine,
     ForeignKey,
     ForeignKeyConstraint,
     Integer,
+    MetaData,
+    Sequence,
     String,
     Table,
     column,
@@ -22,6 +26,7 @@ from sqlalchemy import (
     delete,
     event,
     exists,
+    func,
     insert,
     literal,
     select,
@@ -366,3 +371,163 @@ def test_what_is_declared_follows_schemas(postgresql_engine: Engine, declared: s
     assert [reader.ask(statement)[0] for statement in (by_view, by_text)] == ["stale", "stale"]
     with postgresql_engine.begin() as connection:
         connection.execute(text("DROP SCHEMA mapped CASCADE"))
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql", "mariadb"])
+def test_a_default_that_sqlalchemy_asks_for_ahead_of_an_insert(
+    request: pytest.FixtureRequest, database: str
+) -> None:
+    """As it does for keys where nothing may be returned. By then the execution does not know its statement yet."""
+    engine: Engine = request.getfixturevalue(f"{database}_engine")
+    metadata = MetaData()
+    word = Table(
+        "mapped_word",
+        metadata,
+        Column("id", String(20), primary_key=True, default=func.lower("ABC")),
+        Column("n", Integer),
+        implicit_returning=False,
+    )
+    metadata.drop_all(engine)
+    metadata.create_all(engine)
+    process = Process(engine, make_region().configure("querycache.memory"))
+    found = select(word.c.n).where(word.c.id == "abc")
+    assert warm(process, found) == []
+    with engine.begin() as connection:
+        assert connection.execute(word.insert().values(n=1)).inserted_primary_key == ("abc",)
+    assert process.ask(found)[1] == [(1,)]
+    metadata.drop_all(engine)
+
+
+def test_a_snapshot_begins_with_such_a_default(postgresql_engine: Engine) -> None:
+    metadata = MetaData()
+    key = Sequence("mapped_numbers", metadata=metadata)
+    number = Table(
+        "mapped_number", metadata, Column("id", Integer, key, primary_key=True), implicit_returning=False
+    )
+    other = Table("mapped_other", metadata, Column("id", Integer, primary_key=True), Column("n", Integer))
+    metadata.drop_all(postgresql_engine)
+    metadata.create_all(postgresql_engine)
+    engine = postgresql_engine.execution_options(isolation_level="REPEATABLE READ")
+    process = Process(engine, make_region().configure("querycache.memory"))
+    found = select(other.c.n)
+    with engine.begin() as connection:
+        connection.execute(other.insert().values(id=1, n=1))
+    warm(process, found)
+
+    def write(connection: Any, cursor: Any, sql: str, *rest: Any) -> None:
+        if sql.startswith("INSERT INTO mapped_number"):
+            with engine.begin() as another:
+                another.execute(other.update().values(n=2))
+            warm(process, found)
+
+    event.listen(postgresql_engine, "before_cursor_execute", write)
+    try:
+        with process.sessions() as session:
+            session.execute(number.insert())
+            cached = session.execute(found.execution_options(cache_key=True)).all()
+            assert cached == session.execute(found).all() == [(1,)]
+    finally:
+        event.remove(postgresql_engine, "before_cursor_execute", write)
+        metadata.drop_all(postgresql_engine)
+
+
+class Page(Base):
+    __tablename__ = "mapped_page"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    title: Mapped[str] = mapped_column(String(20), default="")
+
+
+_elsewhere = MetaData()
+_page_2026 = Table(
+    "mapped_page_2026",
+    _elsewhere,
+    Column("id", Integer, primary_key=True),
+    Column("title", String(20)),
+)
+
+
+@contextmanager
+def rewriting(engine: Engine, rewrite: Callable[[str], str]) -> Iterator[None]:
+    """All statements of an engine are sent otherwise than they were compiled."""
+
+    def put(connection: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> Any:
+        return rewrite(sql), parameters
+
+    event.listen(engine, "before_cursor_execute", put, retval=True)
+    yield
+    event.remove(engine, "before_cursor_execute", put)
+
+
+def change(session: Session) -> None:
+    session.get_one(Page, 1).title = "new"
+
+
+def change_in_bulk(session: Session) -> None:
+    session.execute(update(Page).values(title="new"), execution_options={"synchronize_session": False})
+
+
+def change_on_the_connection(session: Session) -> None:
+    session.connection().execute(update(Page.__table__).values(title="new"))  # type: ignore[arg-type]
+
+
+def add_many(session: Session) -> None:
+    session.execute(insert(Page).returning(Page.id), [{"id": 7, "title": "new"}, {"id": 8, "title": "new"}])
+
+
+def ask(session: Session) -> None:
+    session.execute(select(Page.id))
+
+
+def _another_table(sql: str) -> str:
+    if sql.startswith("SELECT mapped_page.id"):
+        return "INSERT INTO mapped_page_2026 (id, title) VALUES (9, 'new') RETURNING id"
+    return sql.replace("mapped_page", "mapped_page_2026")
+
+
+@pytest.mark.parametrize("write", [change, change_in_bulk, change_on_the_connection, add_many, ask])
+def test_what_a_listener_sends_in_the_place_of_a_statement(
+    both: tuple[Process, Process], write: Callable[[Session], None]
+) -> None:
+    writer, reader = both
+    _elsewhere.create_all(writer.engine)
+    with writer.sessions.begin() as session:
+        session.add(Page(id=1))
+        session.execute(_page_2026.insert().values(id=1, title=""))
+    found = select(_page_2026.c.title).order_by(_page_2026.c.id)
+    for _ in range(2):  # the second time it is known what was compiled
+        warm(reader, found)
+        with writer.sessions() as session:
+            kept = session.get_one(Page, 1)
+            with rewriting(writer.engine, _another_table):
+                write(session)
+                session.commit()
+            del kept
+        with reader.sessions() as session:
+            now = list(map(tuple, session.execute(found)))
+        assert ("new",) in now
+        assert reader.ask(found)[1] == now
+        with writer.sessions.begin() as session:
+            session.execute(_page_2026.delete().where(_page_2026.c.id > 1))
+            session.execute(_page_2026.update().values(title=""))
+            session.execute(update(Page).values(title=""))
+
+
+@pytest.mark.parametrize("write", [change, change_in_bulk, change_on_the_connection, add_many, ask])
+def test_a_comment_that_a_listener_adds_changes_nothing(
+    both: tuple[Process, Process], write: Callable[[Session], None]
+) -> None:
+    """As tracing does: other tables are not written, nor other rows where single ones were."""
+    writer, reader = both
+    with writer.sessions.begin() as session:
+        session.add_all([Page(id=1), Page(id=2)])
+    beside, row = select(Person.id), select(Page.title).where(Page.id == 2)
+    warm(reader, beside)
+    warm(reader, row)
+    with (
+        rewriting(writer.engine, lambda sql: f"/* traced */ {sql} -- so"),
+        writer.sessions.begin() as session,
+    ):
+        write(session)
+    assert reader.ask(beside)[0] == "hit"
+    alone = write in (change, ask)
+    assert reader.ask(row)[0] == ("hit" if alone else "stale")
