@@ -215,7 +215,9 @@ class Interceptor:
 
     def _within(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that runs while something is loaded: for it, or of an application's listener."""
-        if sa_internals.completes(state):
+        if sa_internals.completes(state) and not sa_internals.completes_other(
+            state, load.request.invocation.load
+        ):
             return self._complete(load, state)
         result = self._answer(state, self._requests.wanted(state))
         if result is None and sa_internals.may_be_completed(state.statement):
@@ -401,7 +403,7 @@ class Interceptor:
     def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
         try:
-            asked = self._requests.completion(state, load.request.options)
+            asked = self._requests.completion(state, load.request)
         except Refresh:
             # Not part of the answer, but of what a listener does with it. Of what completes the object then, nobody can tell.
             load.doubtful = True

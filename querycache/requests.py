@@ -75,12 +75,16 @@ class Request:
     transactions: Sequence[Transaction]
 
     @property
+    def invocation(self) -> Invocation:
+        return self.prepared.invocation
+
+    @property
     def session(self) -> Session:
-        return self.prepared.invocation.session
+        return self.invocation.session
 
     @property
     def bind(self) -> Engine | Connection:
-        return self.prepared.invocation.bind
+        return self.invocation.bind
 
 
 @dataclass(slots=True)
@@ -234,8 +238,8 @@ class Requests:
                 raise Refused("own write")
         return request
 
-    def completion(self, state: ORMExecuteState, options: CacheOptions) -> Completion:
-        """The same for a statement that completes the objects of one that was made with these options.
+    def completion(self, state: ORMExecuteState, request: Request) -> Completion:
+        """The same for a statement that completes the objects of another.
 
         Raises:
             Refresh: it is not part of the answer, but of what the application does with it.
@@ -243,7 +247,8 @@ class Requests:
         """
         try:
             self._refuse(state, within=True)
-            prepared = _prepare(state)
+            prepared, options = _prepare(state), request.options
+            prepared.invocation.load = request.invocation.load
             plan = prepared.plan
             self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(plan.compiled)

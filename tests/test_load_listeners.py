@@ -416,3 +416,27 @@ def test_an_unrelated_write_does_not_take_what_completes_an_answer_to_the_databa
         asked.clear()
         assert children(session, CACHED) == ["", ""]
         assert asked == []
+
+
+@pytest.mark.parametrize("options", [{}, {"populate_existing": True}, {"yield_per": 10}])
+@pytest.mark.parametrize("loader", [selectinload, subqueryload, immediateload])
+def test_what_completes_a_listeners_own_statement_is_no_part_of_the_answer_around_it(
+    engine: Engine, store: CacheRegion, loader: Any, options: Any
+) -> None:
+    cache, factory = attached(engine, store)
+    options = {} if loader is subqueryload and "yield_per" in options else options  # SQLAlchemy refuses these
+    own = select(Child).options(loader(Child.toys)).execution_options(**options)
+    toys: list[int] = []
+
+    def listen(parent: Parent, context: Any) -> None:
+        found = context.session.scalars(own.where(Child.id <= len(toys) + 1)).all()
+        toys.append(sum(len(child.toys) for child in found))
+
+    with listening(Parent, "load", listen), cache.recording() as events:
+        for _ in range(3):
+            with factory() as session:
+                assert children(session, CACHED) == ["", ""]
+        with factory() as session:  # without the database, but for what the listener asks
+            assert children(session, CACHED.execution_options(cache_mode="only")) == ["", ""]
+    assert toys == [1, 1, 2, 2]
+    assert [each.outcome for each in events] == ["miss", "fill", "hit", "hit", "hit"]

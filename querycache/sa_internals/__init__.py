@@ -34,6 +34,7 @@ from querycache.sa_internals.executing import Invocation, Prepared, prepare
 from querycache.sa_internals.handlers import (
     StatementOption,
     completes,
+    completes_other,
     effective_options,
     expire_loaded_since,
     given_options,
@@ -130,6 +131,7 @@ __all__ = [
     "columns_set",
     "columns_upserted",
     "completes",
+    "completes_other",
     "connections",
     "custom_constructs",
     "declared",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import sqlalchemy
@@ -13,7 +13,7 @@ from sqlalchemy.orm.identity import IdentityMap
 from sqlalchemy.sql import ClauseElement
 
 from querycache.sa_internals.dialect import Row, sent
-from querycache.sa_internals.handlers import uninterpreted_options, untouched
+from querycache.sa_internals.handlers import marked, uninterpreted_options, untouched
 from querycache.sa_internals.planning import ROWS_FIRST, Compilation, Plan
 from querycache.sa_internals.replay import ReplayCursor, loaded
 from querycache.wording import says_the_same
@@ -30,6 +30,9 @@ class Invocation:
 
     Made by :meth:`take`, which does what SQLAlchemy does between the last handler and the execution:
     interpret the options, flush where autoflush asks for it, find the bind.
+
+    Attributes:
+        load: what the executions of one answer have in common: of a statement, and of those that complete its objects.
     """
 
     session: Session
@@ -39,6 +42,7 @@ class Invocation:
     bind_arguments: dict[str, Any]
     bind: Engine | Connection
     _compile_state_cls: Any
+    load: object = field(default_factory=object)
 
     @classmethod
     def take(cls, state: ORMExecuteState) -> Invocation:
@@ -91,7 +95,7 @@ class Invocation:
             self.session,
             self.statement,
             self.parameters or {},
-            self.options,
+            marked(self.options, self.load),
             self.bind_arguments,
             cursor_result,
         )

@@ -15,6 +15,7 @@ from sqlalchemy.sql.elements import TextClause
 __all__ = [
     "StatementOption",
     "completes",
+    "completes_other",
     "effective_options",
     "expire_loaded_since",
     "given_options",
@@ -22,6 +23,7 @@ __all__ = [
     "later_handlers",
     "load_options",
     "loads_so_far",
+    "marked",
     "may_be_completed",
     "run_later_handlers",
     "run_statement",
@@ -142,6 +144,28 @@ def completes(state: ORMExecuteState) -> bool:
     options = getattr(state.statement, "_compile_options", None)
     given = isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters
     return given and hasattr(options, "_current_path")
+
+
+_LOAD = "_querycache_load"
+# what statements of subqueryload have among their options, in 2.1 and in 2.0
+_OF_SUBQUERY_LOADS = frozenset({("subquery_rewritten_path", None), ("subquery_paths", None)})
+
+
+def marked(options: Mapping[str, Any], load: object) -> Mapping[str, Any]:
+    """Options with a mark, which those of the statements have that complete the objects."""
+    both: Mapping[str, Any] = util.immutabledict(options).union({_LOAD: load})
+    return both
+
+
+def completes_other(state: ORMExecuteState, load: object) -> bool:
+    """True for a statement that completes objects which are loaded without this mark, of a statement that a listener sent.
+
+    Lazy loads do not tell, nor do the statements for subclasses.
+    """
+    context: Any = state.local_execution_options.get("sa_top_level_orm_context")
+    options = state.statement.get_execution_options() if context is None else context.execution_options
+    tells = context is not None or not _OF_SUBQUERY_LOADS.isdisjoint(options)
+    return tells and options.get(_LOAD) is not load
 
 
 def may_be_completed(statement: Any) -> bool:

@@ -326,7 +326,7 @@ def test_D10_what_is_too_large_for_memcached_is_not_stored_and_counted(
 def test_D10_any_key_and_any_time_to_live(forum_on_store: tuple[sessionmaker[Session], QueryCache]) -> None:
     maker, cache = forum_on_store
     for number, key in enumerate(["with spaces", "ключ ☃\n", "x" * 1000, "\ud800", "~"], 1):
-        for ttl in (0.9, 60, 31 * 86_400, 10 * 365 * 86_400):
+        for ttl in (1.9, 60, 31 * 86_400, 10 * 365 * 86_400):
             for _ in range(2):
                 with maker() as db:
                     options = {"cache_key": key, "cache_ttl": ttl, "cache_tags": [f"{key} {ttl}"]}
