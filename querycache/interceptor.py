@@ -221,7 +221,7 @@ class Interceptor:
             return self._complete(load, state)
         result = self._answer(state, self._requests.wanted(state))
         if result is None and sa_internals.may_be_completed(state.statement):
-            # The database is asked for it, and what completes its objects cannot be told from what completes these.
+            # The database is asked for it, and lazy loads of its objects cannot be told from those of these.
             load.doubtful = True
         return result
 
@@ -294,7 +294,6 @@ class Interceptor:
         if options is None:
             return Explanation(False, "no cache_key, no policy")
         region = self._region_for(options.region)
-        sa_internals.autobegin(state.session)  # as the statement does; a listener may write then
         try:
             request = self._requests.request(state, region, options)
         except Refused as refusal:
