@@ -207,7 +207,7 @@ class QueryCache:
         made = target
         if isinstance(target, scoped_session):
             # not to be made now: it may be configured later
-            made, target = target() if target.registry.has() else None, target.session_factory
+            made, target = _made(target), target.session_factory
         binds: list[Any] = []
         if isinstance(target, sessionmaker):
             binds += target.kw.get("bind"), *(target.kw.get("binds") or {}).values()
@@ -346,7 +346,8 @@ class QueryCache:
     # --- what it does --------------------------------------------------------------------------------
 
     def explain(self, session: Session | scoped_session[Any], statement: Any) -> Explanation:
-        """What the cache would do with a statement in a session, and why; the database is not asked.
+        """What the cache would do with a statement in a session, and why; the database is not asked, but for what other
+        handlers ask themselves.
 
         Args:
             session: a Session to which the cache is attached.
@@ -439,3 +440,11 @@ def _add_dogpile_key(table: dict[str, Any], name: str, value: object) -> None:
             f"configuration: cache.{parts[1]}.arguments={shown(arguments)} beside {name!r}; give a mapping, or leave it out"
         )
     arguments[parts[3]] = value
+
+
+def _made(sessions: scoped_session[Any]) -> Session | None:
+    """The Session of a registry, where it has made one."""
+    try:
+        return sessions() if sessions.registry.has() else None
+    except Exception:  # noqa: BLE001 - its scope may be none, as outside of a request
+        return None

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
 
+import msgspec
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
@@ -37,7 +38,7 @@ from querycache.errors import CacheMiss
 from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
 from querycache.frozen import Entry, FrozenStatement, fits, freeze, layout, merge_frozen_result
-from querycache.ledger import Reading
+from querycache.ledger import Reading, changes_here
 from querycache.options import CacheOptions, Policy
 from querycache.regions import Region
 from querycache.requests import ByKey, Completion, Refresh, Refused, Request, Requests
@@ -56,7 +57,7 @@ _BY_A_HANDLER = "answered by a handler"
 
 
 class _Torn(BaseException):
-    """The database shows something later than what was replayed already, and by this transaction it must not.
+    """What was replayed, or was about to be, is not what the database shows to this transaction; says why.
 
     It passes through listeners of the application, which are not to take it for an error of theirs.
     """
@@ -76,7 +77,7 @@ class _Load:
         spoiled: why nothing of this may be stored; empty while it may.
         grown: True once there is a further statement that the entry does not have.
         doubtful: True where the database was asked something else since the versions were read: they may be others now.
-        commits: how many there had been in this thread when they were read.
+        changes: of how many this thread had told a ledger when they were read.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
@@ -86,7 +87,7 @@ class _Load:
     request: Request
     reading: Reading | None
     needed: set[str]
-    commits: int
+    changes: int
     entry: Entry | None = None
     checks: bool = False
     loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
@@ -253,7 +254,6 @@ class Interceptor:
         if options is None:
             return None
         region = self._region_for(options.region)
-        sa_internals.autobegin(state.session)  # as the statement does; a listener may write then
         try:
             request = self._requests.request(state, region, options)
         except Refused as refusal:
@@ -262,15 +262,18 @@ class Interceptor:
         before = sa_internals.loads_so_far()
         try:
             result = self._look_up(request)
-        except _Torn:
+        except _Torn as torn:
             sa_internals.expire_loaded_since(request.session, before)
-            self._leave(region, options, "snapshot")
+            self._leave(region, options, str(torn))
             result = None
         return self._hand_back(state) if result is None else result
 
     @staticmethod
     def _hand_back(state: ORMExecuteState) -> Result[Any] | None:
         """Leave to SQLAlchemy a statement that the session was flushed for, which is to be done once."""
+        around = _around_in(state.session)
+        if around is not None:
+            around.doubtful = True
         if sa_internals.is_clean(state.session):
             return None
         with state.session.no_autoflush:  # a listener has added something in the flush
@@ -366,7 +369,11 @@ class Interceptor:
     def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
         # which triggers there are may not have been known to the process that has stored it
         checks = bool(reading.fallen or self._declared.of_triggers)
-        load = _Load(request, reading, set(request.tag_keys), self._writes.phases.commits_here, entry, checks)
+        if sa_internals.autobegin(request.session):  # then listeners may have written
+            transactions = self._writes.transactions(request.session, request.bind)
+            if reason := _distrust(request, transactions, reading):
+                raise _Torn(reason)
+        load = _Load(request, reading, set(request.tag_keys), changes_here(), entry, checks)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
@@ -377,7 +384,7 @@ class Interceptor:
         return result
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
-        load = _Load(request, reading, set(request.tag_keys), self._writes.phases.commits_here)
+        load = _Load(request, reading, set(request.tag_keys), changes_here())
         created = time.time()
         main, result = load.surround(lambda: self._run(load, request.prepared))
         self._fill(load, main, created)
@@ -390,7 +397,8 @@ class Interceptor:
         if prepared.rewritten:
             load.spoiled = "rewritten"
         # now, for a listener may end the transaction before all is loaded
-        load.spoiled = load.spoiled or self._unfit_transaction(load, prepared.invocation.bind)
+        asked = None if load.reading is None else msgspec.structs.replace(load.reading, payload=None)
+        load.spoiled = load.spoiled or self._unfit_transaction(load.request, prepared.invocation.bind, asked)
         if not load.unfit:
             try:
                 frozen = freeze(description, rows, rowcount)
@@ -411,9 +419,9 @@ class Interceptor:
             load.spoiled, load.grown = str(refusal), True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
-        commits = self._writes.phases.commits_here
-        if commits != load.commits:  # a listener has committed
-            load.commits, load.doubtful = commits, True
+        changes = changes_here()
+        if changes != load.changes:  # a listener has committed, or said what it has written
+            load.changes, load.doubtful = changes, True
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):
             return merge_frozen_result(asked.prepared, stored)
@@ -429,7 +437,7 @@ class Interceptor:
         load.later = True
         frozen, result = self._run(load, asked.prepared)
         if (load.entry is not None or load.borrowed) and self._is_torn(load):
-            raise _Torn
+            raise _Torn("snapshot")
         if frozen is not None:
             load.loads[asked.mark] = frozen
             if by_key is not None:
@@ -466,13 +474,14 @@ class Interceptor:
         """True if the Session may see something else than the cache: what a listener has written meanwhile, or what a
         connection shows that was given to the Session for a further statement alone."""
         request, bind = load.request, asked.prepared.invocation.bind
-        transactions = self._writes.transactions(request.session, bind)
-        if any(each.wrote and each.hides(asked.tags()) for each in transactions):
-            return True
-        return bind is not request.bind and any(
-            each.snapshot is not None and not any(each is known for known in request.transactions)
-            for each in transactions
-        )
+        if bind is request.bind:
+            transactions = self._writes.noted(request.session, bind)
+        else:
+            transactions = self._writes.transactions(request.session, bind)
+            new = [each for each in transactions if not any(each is known for known in request.transactions)]
+            if any(each.snapshot is not None for each in new):
+                return True
+        return any(each.wrote and each.hides(asked.tags()) for each in transactions)
 
     def _is_torn(self, load: _Load) -> bool:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
@@ -488,7 +497,7 @@ class Interceptor:
     def _fill(self, load: _Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
         outcome: Outcome = "bypass"
-        reason = load.unfit or self._unfit_transaction(load, request.bind)
+        reason = load.unfit or self._unfit_transaction(request, request.bind, load.reading)
         seconds = request.region.seconds_left(request.options.ttl, created)
         if seconds == 0 and not reason:
             reason = "expired"
@@ -503,15 +512,14 @@ class Interceptor:
                 request.region.shared_rows.learn(by_key.family, by_key.own, vectors, frozen, by_key.place)
         self._telemetry.emit(outcome, request.region.name, request.name, reason)
 
-    def _unfit_transaction(self, load: _Load, bind: Engine | Connection) -> str:
+    def _unfit_transaction(self, request: Request, bind: Engine | Connection, reading: Reading | None) -> str:
         """Why what this session's transaction has just read must not be shared; empty where it may."""
-        session = load.request.session
-        transactions = self._writes.transactions(session, bind)
+        transactions = self._writes.transactions(request.session, bind)
         if any(transaction.wrote for transaction in transactions):
             return "after write"
-        if sa_internals.reads_uncommitted(session):
+        if sa_internals.reads_uncommitted(request.session):
             return "uncommitted"
-        return _distrust(load.request, transactions, load.reading) if load.reading is not None else ""
+        return _distrust(request, transactions, reading) if reading is not None else ""
 
 
 def _distrust(request: Request, transactions: Sequence[Transaction], reading: Reading) -> str:

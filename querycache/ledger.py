@@ -34,6 +34,7 @@ code, under random schedules, in ``tests/test_ledger_schedules.py``.
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -46,7 +47,7 @@ from querycache import forks, versions
 from querycache.errors import CacheUnavailable
 from querycache.store import Mark, Meanwhile, StoreBackend
 
-__all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading", "Snapshot"]
+__all__ = ["DEFAULT_LEASE", "Ledger", "Marks", "Reading", "Snapshot", "changes_here"]
 
 DEFAULT_LEASE = 30.0
 """Seconds. Longer than any COMMIT takes."""
@@ -57,6 +58,24 @@ Marks = Mapping[str, Mark]
 _PROOF_INTERVAL = 1.0
 _MOST_WATCHED = 16_384
 _MOST_SEEN = 16_384
+
+
+class _Here(threading.local):
+    """What a thread has done.
+
+    Attributes:
+        changes: of how many it has told a ledger.
+    """
+
+    changes = 0
+
+
+_here = _Here()
+
+
+def changes_here() -> int:
+    """A number that grows whenever this thread tells a ledger that something has changed."""
+    return _here.changes
 
 
 class Snapshot(NamedTuple):
@@ -368,6 +387,7 @@ class Ledger:
 
         One round trip (memcached: more where other writers are at the same tags).
         """
+        _here.changes += 1
         if marks:
             self.store.end(marks)
 
@@ -379,6 +399,7 @@ class Ledger:
 
         :param essential: try it although the server failed a moment ago.
         """
+        _here.changes += 1
         counters = list(dict.fromkeys(tags))
         if counters:
             self.store.bump([self._witness, *counters], essential=essential)

@@ -63,16 +63,6 @@ class _Commit:
     certain: bool
 
 
-class _Here(threading.local):
-    """What a thread has done.
-
-    Attributes:
-        commits: how many.
-    """
-
-    commits = 0
-
-
 class Phases:
     """Tells the ledgers of the commits of this process.
 
@@ -96,12 +86,6 @@ class Phases:
         self._owed: dict[Ledger, dict[str, _Commit]] = {}
         self._payer: threading.Thread | None = None
         self._complained = False
-        self._here = _Here()
-
-    @property
-    def commits_here(self) -> int:
-        """A number that grows with each commit of this thread that has written."""
-        return self._here.commits
 
     def one(self, marking: Marking, tags: set[str]) -> None:
         """Phase one, before COMMIT: mark those tags that are not marked yet.
@@ -141,7 +125,6 @@ class Phases:
         """
         if marking.tags is None:
             return
-        self._here.commits += 1
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
         # where nothing was marked, what is not told now is owed, also where a signal comes between
         left = [*unmarked, *(ledger for ledger, _ in marks if not ledger.store.atomic)]

@@ -9,6 +9,7 @@ from typing import Literal
 __all__ = [
     "COMMITTING",
     "ENDING",
+    "beginning",
     "chains",
     "commits",
     "first_word",
@@ -166,8 +167,19 @@ def locks_rows(sql: str) -> bool:
 
 
 def says_the_same(sql: str, prepared: str) -> bool:
-    """True where nothing but comments was added to a statement before and after, as tracing does."""
+    """True where two texts differ in their comments only, in white space and in what ends them."""
     if sql == prepared:
         return True
-    before, found, after = sql.partition(prepared)
-    return bool(found) and not _MERE_COMMENTS.sub("", before + "\n" + after).strip()
+    if "--" in prepared or "/*" in prepared:  # perhaps within a value, of which nothing is to be left out
+        before, found, after = sql.partition(prepared)
+        return bool(found) and not _bare(before + "\n" + after)
+    return _bare(sql) == _bare(prepared)
+
+
+def beginning(sql: str) -> str:
+    """A text up to its first bracket, without comments."""
+    return _bare(sql).partition("(")[0].strip()
+
+
+def _bare(sql: str) -> str:
+    return " ".join(_MERE_COMMENTS.sub(" ", sql).split()).rstrip("; ")

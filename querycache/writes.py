@@ -42,7 +42,7 @@ from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
 from querycache.transactions import Expected, Transaction, Transactions
-from querycache.wording import commits, first_word, only_reads, says_the_same
+from querycache.wording import beginning, commits, first_word, only_reads, says_the_same
 
 __all__ = ["Writes"]
 
@@ -135,6 +135,11 @@ class Writes:
                     self._resolve(transaction, session.hash_key)
                 found.append(transaction)
         return found
+
+    def noted(self, session: Session, bind: Engine | Connection) -> list[Transaction]:
+        """The same, as far as it is known without a look at the connections."""
+        found = [self._transactions.of(each.info) for each in sa_internals.connections(session, bind)]
+        return [transaction for transaction in found if transaction is not None]
 
     def note(self, session: Session, tags: Iterable[str]) -> None:
         """Make tags part of what a Session's transaction writes: they change when it commits.
@@ -407,10 +412,13 @@ def _is_rewritten(sql: str, context: Any) -> bool:
     """True where a listener has put another statement in the place of one; unless that is a query, of which the one that it
     replaces tells more."""
     prepared = _as_text(context.statement, context)
-    if sa_internals.is_batch(context):
-        prepared = prepared.partition("(")[0]  # of which each batch is made
-        sql = sql.partition("(")[0]
-    return not says_the_same(sql, prepared) and not only_reads(sql)
+    if sa_internals.is_batch(context):  # each of which is made of it
+        return beginning(sql) != beginning(prepared)
+    compiled = context.compiled
+    asks = only_reads(sql) or (
+        compiled is not None and compiled.statement.is_select and first_word(sql) == "select"
+    )
+    return not asks and not says_the_same(sql, prepared)
 
 
 def _may_be_dml(context: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from sqlalchemy.orm import (
     subqueryload,
 )
 
-from querycache import QueryCache
+from querycache import CacheMiss, QueryCache
 from tests.test_post_loads import (
     Base,
     Child,
@@ -191,6 +192,18 @@ def test_what_a_listener_refreshes_while_an_answer_is_replayed(
     assert found == [["", ""], ["", ""], ["new", "new"]]
 
 
+def elsewhere(factory: Any, name: str) -> None:
+    """Rename all children in another thread, as another process does."""
+
+    def write() -> None:
+        with factory.begin() as session:
+            session.execute(update(Child).values(name=name))
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+
+
 WHOLE = select(Parent).where(Parent.id == 1).options(selectinload(Parent.children))
 CACHED = WHOLE.execution_options(cache_key="parent")
 
@@ -317,18 +330,26 @@ def test_a_listener_is_not_shown_how_an_answer_is_given_up(snapshots: Engine, an
     assert seen[-1] in (["newer"] * 2, ["newest"] * 2)
 
 
-def test_a_parameter_of_the_application_may_have_any_name(tmp_path: Path, store: CacheRegion) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_parameter_of_the_application_may_have_any_name(
+    tmp_path: Path, store: CacheRegion, legacy: bool
+) -> None:
     engine = create_engine(f"sqlite:///{tmp_path}/family.db")
     fill(engine)
     _, factory = attached(engine, store)
-    names = select(Child.name).where(Child.id.in_(bindparam("primary_keys", expanding=True)))
+    chosen = Child.id.in_(bindparam("primary_keys", expanding=True))
     seen: list[Any] = []
 
     def listen(parent: Parent, context: Any) -> None:
         if len(seen) == 2:
-            with factory.begin() as other:
-                other.execute(update(Child).values(name="new"))
-        seen.append(context.session.scalars(names, {"primary_keys": [1, 2]}).all())
+            elsewhere(factory, "new")
+        if legacy:
+            query = context.session.query(Child.name).filter(chosen).params(primary_keys=[1, 2])
+            seen.append([name for (name,) in query])
+        else:
+            seen.append(
+                context.session.scalars(select(Child.name).where(chosen), {"primary_keys": [1, 2]}).all()
+            )
 
     with listening(Parent, "load", listen):
         for _ in range(3):
@@ -440,3 +461,79 @@ def test_what_completes_a_listeners_own_statement_is_no_part_of_the_answer_aroun
             assert children(session, CACHED.execution_options(cache_mode="only")) == ["", ""]
     assert toys == [1, 1, 2, 2]
     assert [each.outcome for each in events] == ["miss", "fill", "hit", "hit", "hit"]
+
+
+def test_a_listeners_statement_that_is_handed_back_has_asked_the_database(
+    tmp_path: Path, store: CacheRegion
+) -> None:
+    """With a cache_key, and refused after the session was to be flushed for it."""
+    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
+    fill(engine)
+    _, factory = attached(engine, store)
+    refused = WHOLE.add_columns(func.now()).execution_options(cache_key=True)
+    toy = select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")
+    seen: list[list[str]] = []
+
+    def listen(toy: Toy, context: Any) -> None:
+        if len(seen) == 2:
+            elsewhere(factory, "new")
+        context.session.add(Audit())
+        seen.append([child.name for child in context.session.execute(refused).one()[0].children])
+
+    with listening(Toy, "load", listen):
+        for _ in range(3):
+            with factory(autoflush=False) as session:
+                session.scalars(toy).one()
+    assert seen == [["", ""], ["", ""], ["new", "new"]]
+
+
+@pytest.mark.parametrize("by", ["invalidate", "another cache"])
+def test_what_a_listener_makes_known_is_in_what_completes_the_answer(
+    tmp_path: Path, store: CacheRegion, by: str
+) -> None:
+    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
+    fill(engine)
+    cache, factory = attached(engine, store)
+    beside = create_engine(f"sqlite:///{tmp_path}/family.db")
+    _, other = attached(beside, store)
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+
+    def listen(parent: Parent, context: Any) -> None:
+        if by == "invalidate":
+            raw = beside.raw_connection()
+            raw.cursor().execute("UPDATE family_children SET name = 'new'")
+            raw.commit()
+            raw.close()
+            cache.invalidate(tables=["family_children"])
+        else:
+            with other.begin() as session:
+                session.execute(update(Child).values(name="new"))
+
+    with listening(Parent, "load", listen), factory() as session:
+        assert children(session, CACHED) == ["new", "new"]
+    beside.dispose()
+
+
+def test_explaining_and_refusing_begin_nothing(engine: Engine, store: CacheRegion) -> None:
+    cache, factory = attached(engine, store)
+    with factory(autobegin=False) as session:
+        assert cache.explain(session, CACHED).reason == "miss"
+        with session.begin():
+            assert children(session, CACHED) == ["", ""]
+    with factory() as session:
+        with pytest.raises(CacheMiss):
+            session.scalars(CACHED.execution_options(cache_mode="only", cache_key="another"))
+        cache.explain(session, CACHED)
+        with session.begin():
+            assert children(session, CACHED) == ["", ""]
+
+
+def test_a_registry_whose_scope_is_not_there_yet_is_attached(engine: Engine) -> None:
+    scopes: list[int] = []
+    sessions = scoped_session(sessionmaker(engine), scopefunc=lambda: scopes[0])
+    QueryCache("memory://").attach(sessions)
+    scopes.append(1)
+    assert children(sessions(), CACHED) == ["", ""]
+    sessions.remove()

@@ -135,7 +135,7 @@ def load_options_of(live: Live) -> Any:
 
 def post_load_options_of(live: Live) -> Any:
     post_load: Any = next(state.statement for state in live.states if state.is_relationship_load)
-    assert not hasattr(live.statement._compile_options, "_current_path")  # by which it is told from this
+    assert not hasattr(live.statement._compile_options, "_use_legacy_query_style")  # by which it is told
     return post_load._compile_options
 
 
@@ -149,7 +149,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_column_args": lambda live: values(column("x"), name="v"),
     "_compile_options": lambda live: live.statement,
     "_compile_state_cls": lambda live: live.states[0],
-    "_current_path": post_load_options_of,
+    "_use_legacy_query_style": post_load_options_of,
     "_managers": lambda live: Parent.registry,
     "_new_runid": lambda live: import_module("sqlalchemy.orm.loading"),
     "_compile_w_cache": lambda live: live.statement,

@@ -137,13 +137,14 @@ _INTERPRETED_OPTIONS = frozenset({"autoflush", "identity_token", "populate_exist
 def completes(state: ORMExecuteState) -> bool:
     """True for a statement by which SQLAlchemy completes objects that it loads, as their loaders ask for.
 
-    Those for subclasses (``selectin_polymorphic``) are told by their parameter, and by options that no select() has.
+    Those for subclasses (``selectin_polymorphic``) are told by their parameter, and by options that neither a
+    select() nor a Query has.
     """
     if state.is_relationship_load or state.is_column_load:
         return True
     options = getattr(state.statement, "_compile_options", None)
     given = isinstance(state.parameters, Mapping) and "primary_keys" in state.parameters
-    return given and hasattr(options, "_current_path")
+    return given and not getattr(options, "_use_legacy_query_style", True)
 
 
 _LOAD = "_querycache_load"

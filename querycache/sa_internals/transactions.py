@@ -38,14 +38,16 @@ __all__ = [
 ]
 
 
-def autobegin(session: Session) -> None:
-    """Begin the Session's transaction as any statement would, without a connection.
+def autobegin(session: Session) -> bool:
+    """Begin the Session's transaction as any statement would, without a connection. Returns False where it was begun before.
 
     Raises:
         InvalidRequestError: the Session is within the context manager of a transaction that has ended.
     """
     TransactionalContext._trans_ctx_check(session)
+    begins = session._transaction is None
     session._autobegin_t()
+    return begins
 
 
 def may_block() -> bool:

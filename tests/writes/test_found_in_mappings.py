@@ -3,6 +3,7 @@ written."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -512,9 +513,30 @@ def test_what_a_listener_sends_in_the_place_of_a_statement(
             session.execute(update(Page).values(title=""))
 
 
-@pytest.mark.parametrize("write", [change, change_in_bulk, change_on_the_connection, add_many, ask])
+def flush_many(session: Session) -> None:
+    session.add_all([Page(title="new"), Page(title="new")])
+    session.flush()
+
+
+@pytest.mark.parametrize("parser", [True, False])
+@pytest.mark.parametrize(
+    "rewrite",
+    [
+        lambda sql: f"/* traced */ {sql} -- so",
+        lambda sql: f"-- by view(1)\n{sql}",
+        lambda sql: sql.replace(" ", " /*+ hint(1) */ ", 1),
+        lambda sql: f"{sql};",
+    ],
+)
+@pytest.mark.parametrize(
+    "write", [change, change_in_bulk, change_on_the_connection, add_many, flush_many, ask]
+)
 def test_a_comment_that_a_listener_adds_changes_nothing(
-    both: tuple[Process, Process], write: Callable[[Session], None]
+    both: tuple[Process, Process],
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Session], None],
+    rewrite: Callable[[str], str],
+    parser: bool,
 ) -> None:
     """As tracing does: other tables are not written, nor other rows where single ones were."""
     writer, reader = both
@@ -523,11 +545,26 @@ def test_a_comment_that_a_listener_adds_changes_nothing(
     beside, row = select(Person.id), select(Page.title).where(Page.id == 2)
     warm(reader, beside)
     warm(reader, row)
-    with (
-        rewriting(writer.engine, lambda sql: f"/* traced */ {sql} -- so"),
-        writer.sessions.begin() as session,
-    ):
+    if not parser:
+        monkeypatch.setitem(sys.modules, "sqlglot", None)
+    with rewriting(writer.engine, rewrite), writer.sessions.begin() as session:
         write(session)
     assert reader.ask(beside)[0] == "hit"
-    alone = write in (change, ask)
+    alone = write in (change, flush_many, ask)
     assert reader.ask(row)[0] == ("hit" if alone else "stale")
+
+
+def test_a_hint_in_a_query_does_not_make_it_write(
+    both: tuple[Process, Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody can read it, and one of its columns is called as what writes."""
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    _, reader = both
+    found, beside = select(Person.id.label("load"), func.replace("a", "b", "c")), select(Page.id)
+    warm(reader, beside)
+    with (
+        rewriting(reader.engine, lambda sql: sql.replace("SELECT ", "SELECT ALL ", 1)),
+        reader.sessions.begin() as session,
+    ):
+        session.execute(found)
+    assert reader.ask(beside)[0] == "hit"
