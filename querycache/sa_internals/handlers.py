@@ -154,6 +154,8 @@ _OF_SUBQUERY_LOADS = frozenset({("subquery_rewritten_path", None), ("subquery_pa
 
 def marked(options: Mapping[str, Any], load: object) -> Mapping[str, Any]:
     """Options with a mark, which those of the statements have that complete the objects."""
+    if options.get(_LOAD) is load:
+        return options  # handed on by SQLAlchemy
     both: Mapping[str, Any] = util.immutabledict(options).union({_LOAD: load})
     return both
 
