@@ -391,7 +391,7 @@ class Exists(Kind):
 
 class Latest(Kind):
     """The measure of the last child by its order; ties go to the greater primary key. Its value is no aggregate
-    function, so the recount selects it in a subquery of its own (`chain.py`); the parts only count rows."""
+    function, so the recount selects it in a subquery of its own (`aggregate.py`); the parts only count rows."""
 
     name = "latest_of"
     empty = None
