@@ -54,16 +54,16 @@ def _hesitate(longest: float = 0.02) -> None:
 
 
 def _late_versions() -> None:
-    original = interceptor._Load.run
+    original = interceptor.Interceptor._run
 
-    def run(self: Any, prepared: Any) -> Any:
-        answer = original(self, prepared)
-        if self.reading is not None:
+    def run(self: Any, load: Any, prepared: Any) -> Any:
+        answer = original(self, load, prepared)
+        if load.reading is not None:
             _hesitate()
-            self.reading = self.request.region.observe(self.reading.tags)
+            load.reading = load.request.region.observe(load.reading.tags)
         return answer
 
-    interceptor._Load.run = run  # type: ignore[method-assign]
+    interceptor.Interceptor._run = run  # type: ignore[method-assign]
 
 
 def _missing_is_valid() -> None:
@@ -133,13 +133,13 @@ def _own_writes_hidden() -> None:
 
 
 def _trust(reason: str) -> None:
-    original = interceptor.Interceptor._distrust
+    original = interceptor._distrust
 
-    def distrust(request: Any, reading: Any) -> str:
-        found = original(request, reading)
+    def distrust(request: Any, transactions: Any, reading: Any) -> str:
+        found = original(request, transactions, reading)
         return "" if found == reason else found
 
-    interceptor.Interceptor._distrust = staticmethod(distrust)  # type: ignore[method-assign]
+    interceptor._distrust = distrust
 
 
 def _fill_after_write() -> None:
