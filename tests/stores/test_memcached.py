@@ -108,7 +108,7 @@ class TestMemcached(StoreContract, ServerContract):
 
     @pytest.fixture
     def store(self, memcached_store_url: str) -> Iterator[MemcachedBackend]:
-        store = MemcachedBackend({"url": memcached_store_url})
+        store = MemcachedBackend({"url": memcached_store_url, "timeout": 5})
         yield store
         store.close()
 

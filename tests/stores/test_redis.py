@@ -86,7 +86,7 @@ class TestRedis(StoreContract, ServerContract):
 
     @pytest.fixture
     def store(self, redis_store_url: str) -> Iterator[RedisBackend]:
-        store = RedisBackend({"url": redis_store_url})
+        store = RedisBackend({"url": redis_store_url, "timeout": 5})
         yield store
         store.close()
 
