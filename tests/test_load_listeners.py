@@ -41,6 +41,15 @@ from tests.test_post_loads import (
 __all__ = ["any_store", "asked", "engine", "snapshots", "store"]  # fixtures
 
 
+@pytest.fixture
+def on_file(tmp_path: Path) -> Iterator[Engine]:
+    """A database to which another Session has a connection of its own."""
+    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
+    fill(engine)
+    yield engine
+    engine.dispose()
+
+
 @contextmanager
 def listening(cls: type, name: str, listener: Callable[..., object]) -> Iterator[None]:
     event.listen(cls, name, listener, restore_load_context=True)
@@ -52,12 +61,10 @@ def listening(cls: type, name: str, listener: Callable[..., object]) -> Iterator
 
 @pytest.mark.parametrize("loader", [selectinload, subqueryload, immediateload])
 def test_what_a_listener_asks_while_an_answer_is_replayed(
-    tmp_path: Path, store: CacheRegion, loader: Any
+    on_file: Engine, store: CacheRegion, loader: Any
 ) -> None:
     """What completes the objects of its statement is no part of that answer, and may be newer."""
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    _, factory = attached(engine, store)
+    _, factory = attached(on_file, store)
     parent = select(Parent).where(Parent.id == 1).options(loader(Parent.children))
     found: list[list[str]] = []
     names = iter(["", "", "new"])
@@ -162,12 +169,10 @@ def test_what_a_listener_writes_while_an_answer_is_replayed(
 
 @pytest.mark.parametrize("how", ["refresh", "expire"])
 def test_what_a_listener_refreshes_while_an_answer_is_replayed(
-    tmp_path: Path, store: CacheRegion, how: str
+    on_file: Engine, store: CacheRegion, how: str
 ) -> None:
     """What completes an object that is refreshed is no older than the refresh."""
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    _, factory = attached(engine, store)
+    _, factory = attached(on_file, store)
     statement = select(Parent).where(Parent.id == 1).options(selectinload(Parent.children))
     cached = statement.execution_options(cache_key="parent")
     found: list[list[str]] = []
@@ -238,12 +243,10 @@ def test_what_a_listener_commits_while_an_answer_is_replayed(
 @pytest.mark.parametrize("how", ["rollback", "close", "lost"])
 @pytest.mark.parametrize("in_part", [False, True])
 def test_what_a_listener_writes_and_takes_back_is_not_stored(
-    tmp_path: Path, store: CacheRegion, how: str, in_part: bool
+    on_file: Engine, store: CacheRegion, how: str, in_part: bool
 ) -> None:
     """By then nothing is known any more of the transaction in which the answer was completed."""
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    _, factory = attached(engine, store)
+    _, factory = attached(on_file, store)
     lazily = select(Parent).where(Parent.id == 1).execution_options(cache_key="lazily")
     if in_part:
         with listening(Parent, "load", lambda parent, context: parent.children), factory() as session:
@@ -332,11 +335,9 @@ def test_a_listener_is_not_shown_how_an_answer_is_given_up(snapshots: Engine, an
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_parameter_of_the_application_may_have_any_name(
-    tmp_path: Path, store: CacheRegion, legacy: bool
+    on_file: Engine, store: CacheRegion, legacy: bool
 ) -> None:
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    _, factory = attached(engine, store)
+    _, factory = attached(on_file, store)
     chosen = Child.id.in_(bindparam("primary_keys", expanding=True))
     seen: list[Any] = []
 
@@ -464,12 +465,10 @@ def test_what_completes_a_listeners_own_statement_is_no_part_of_the_answer_aroun
 
 
 def test_a_listeners_statement_that_is_handed_back_has_asked_the_database(
-    tmp_path: Path, store: CacheRegion
+    on_file: Engine, store: CacheRegion
 ) -> None:
     """With a cache_key, and refused after the session was to be flushed for it."""
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    _, factory = attached(engine, store)
+    _, factory = attached(on_file, store)
     refused = WHOLE.add_columns(func.now()).execution_options(cache_key=True)
     toy = select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")
     seen: list[list[str]] = []
@@ -489,11 +488,9 @@ def test_a_listeners_statement_that_is_handed_back_has_asked_the_database(
 
 @pytest.mark.parametrize("by", ["invalidate", "another cache"])
 def test_what_a_listener_makes_known_is_in_what_completes_the_answer(
-    tmp_path: Path, store: CacheRegion, by: str
+    on_file: Engine, tmp_path: Path, store: CacheRegion, by: str
 ) -> None:
-    engine = create_engine(f"sqlite:///{tmp_path}/family.db")
-    fill(engine)
-    cache, factory = attached(engine, store)
+    cache, factory = attached(on_file, store)
     beside = create_engine(f"sqlite:///{tmp_path}/family.db")
     _, other = attached(beside, store)
     for _ in range(2):
