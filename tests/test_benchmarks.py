@@ -75,7 +75,9 @@ def test_workload(postgresql_url: str, redis_store_url: str) -> None:
     assert set(modes) == {"row slots", "table tags", "TTL only", "limit", "no cache"}
     assert all(mode["operations"] > 0 for mode in modes.values())
     assert {mode for mode in modes if not modes[mode]["hits"]} == {"no cache"}
-    assert all(mode["transaction"] > mode["commit()"] > 0 for mode in modes.values())
+    # in so short a time a mode may write nothing
+    writing = [mode for mode in modes.values() if mode["transaction"]]
+    assert writing and all(mode["transaction"] > mode["commit()"] > 0 for mode in writing)
     assert len(answer["commits"]) == 2
     assert all(len(times) == 12 and min(times.values()) > 0 for times in answer["commits"].values())
     assert all(required.keys() >= {"required", "measured"} for required in answer["required"].values())
