@@ -12,7 +12,7 @@ One handler of ``do_orm_execute`` answers every select for which somebody asked 
    returns under the versions that were read *before* it was asked.
 
 SQLAlchemy completes objects by further statements (``selectinload`` …). They reach this handler while the
-first one is being loaded, which a context variable tells, and are replayed from, or frozen into, its entry. Where a
+first one is being loaded (:mod:`querycache.load`), and are replayed from, or frozen into, its entry. Where a
 write has reached only them, the first one is replayed, and the database is asked from the first that was written on.
 """
 
@@ -22,10 +22,8 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from sqlalchemy.engine import Connection, Engine, Result
@@ -39,6 +37,7 @@ from querycache.events import Explanation, Outcome, Telemetry
 from querycache.flight import Flights
 from querycache.frozen import Entry, FrozenStatement, fits, freeze, layout, merge_frozen_result
 from querycache.ledger import Reading, changes_here
+from querycache.load import Load, around_in
 from querycache.options import CacheOptions, Policy
 from querycache.regions import Region
 from querycache.requests import ByKey, Completion, Refresh, Refused, Request, Requests
@@ -48,8 +47,6 @@ from querycache.transactions import Transaction
 from querycache.writes import Writes
 
 __all__ = ["Interceptor"]
-
-T = TypeVar("T")
 
 # What a handler makes itself cannot be looked up before that handler has run: it may as well have changed the statement,
 # or read what no tag of the statement covers. Once it has run, there is nothing left to save.
@@ -61,96 +58,6 @@ class _Torn(BaseException):
 
     It passes through listeners of the application, which are not to take it for an error of theirs.
     """
-
-
-@dataclass(slots=True)
-class _Load:
-    """A request whose rows are being loaded, and what is gathered for its entry meanwhile.
-
-    Attributes:
-        reading: versions of the tags, read before a statement that depends on them was run; None where the server
-            did not answer.
-        needed: keys of the tags that the answer depends on.
-        entry: what was found, of which the statement itself is replayed; None where the database is asked for it.
-        checks: True where not all further statements of the entry may stand, or were stored with all tags they need.
-        loads: those that it is to have.
-        spoiled: why nothing of this may be stored; empty while it may.
-        grown: True once there is a further statement that the entry does not have.
-        doubtful: True where the database was asked something else since the versions were read: they may be others now.
-        changes: of how many this thread had told a ledger when they were read.
-        later: True once something may have been seen that is later than the entry: from the database, or of the tags.
-        borrowed: True once rows of other answers were used.
-        learned: further statements that were asked for by the keys of their rows.
-        over: True once it has failed.
-    """
-
-    request: Request
-    reading: Reading | None
-    needed: set[str]
-    changes: int
-    entry: Entry | None = None
-    checks: bool = False
-    loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
-    spoiled: str = ""
-    grown: bool = False
-    doubtful: bool = False
-    later: bool = False
-    borrowed: bool = False
-    learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
-    over: bool = False
-
-    def surround(self, load: Callable[[], T]) -> T:
-        """Take what is asked while something is loaded for a part of this."""
-        try:
-            token = _around.set(self)
-            try:
-                return load()
-            finally:
-                _around.reset(token)
-        except BaseException:
-            self.over = True  # a signal may have come before it was reset
-            raise
-
-    def find(self, asked: Completion) -> FrozenStatement | None:
-        """A further statement that the entry has and that still stands.
-
-        None once one was found out otherwise: SQLAlchemy asks them one after the other, so a later one never knows
-        less than an earlier one.
-        """
-        if self.doubtful:
-            self.doubtful = False
-            now = None if self.reading is None else self.request.region.observe(self.reading.tags)
-            self.later = (
-                self.later or now is None or self.reading is None or now.versions != self.reading.versions
-            )
-        frozen = None if self.later or self.entry is None else self.entry.loads.get(asked.mark)
-        if frozen is not None and self.checks:
-            keys, reading = self.request.region.tag_keys(asked.tags()), self.reading
-            if reading is None or not reading.fallen.isdisjoint(keys) or not reading.names(keys):
-                return None
-            self.needed.update(keys)
-        if frozen is not None:
-            self.loads[asked.mark] = frozen
-        return frozen
-
-    def observe(self, tags: Sequence[str]) -> None:
-        """Read the versions of tags not read yet, before the statement runs that depends on them."""
-        region = self.request.region
-        keys = region.tag_keys(tags)
-        self.needed.update(keys)
-        if self.reading is not None and not self.needed.issubset(self.reading.tags):
-            more = region.observe(keys)
-            self.reading = None if more is None else self.reading.union(more)
-            self.later = True
-
-    @property
-    def unfit(self) -> str:
-        """Why this cannot be stored, in a word or two; empty where it can."""
-        if self.spoiled:
-            return self.spoiled
-        if self.reading is None:
-            return "unavailable"
-        return "" if self.reading.of(self.needed).fillable else "pending"
 
 
 class _Explained(Exception):
@@ -166,9 +73,6 @@ _MOST_LOADS = 64
 
 _QUESTION = "_querycache_question"
 """An execution option: the statement is not to be answered, but explained."""
-
-# The load that runs around the current statement, in this thread or task.
-_around: ContextVar[_Load | None] = ContextVar("querycache_around", default=None)
 
 
 class Interceptor:
@@ -201,7 +105,7 @@ class Interceptor:
 
     def __call__(self, state: ORMExecuteState) -> Result[Any] | None:
         """Answer the statement, or return None to leave it to SQLAlchemy."""
-        around = _around_in(state.session)
+        around = around_in(state.session)
         if around is not None:
             if later := sa_internals.later_handlers(state):
                 return None if self in later else sa_internals.run_later_handlers(state, self._last)
@@ -214,7 +118,7 @@ class Interceptor:
             return None if self in later else self._after_others(state, options)
         return self._answer(state, options)
 
-    def _within(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
+    def _within(self, load: Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that runs while something is loaded: for it, or of an application's listener."""
         if sa_internals.completes(state) and not sa_internals.completes_other(
             state, load.request.invocation.load
@@ -241,7 +145,7 @@ class Interceptor:
 
     def _last(self, state: ORMExecuteState) -> Result[Any]:
         """Answer the statement after all other handlers have had their say."""
-        around = _around_in(state.session)
+        around = around_in(state.session)
         if around is not None:
             result = self._within(around, state)
         else:
@@ -271,7 +175,7 @@ class Interceptor:
     @staticmethod
     def _hand_back(state: ORMExecuteState) -> Result[Any] | None:
         """Leave to SQLAlchemy a statement that the session was flushed for, which is to be done once."""
-        around = _around_in(state.session)
+        around = around_in(state.session)
         if around is not None:
             around.doubtful = True
         if sa_internals.is_clean(state.session):
@@ -373,7 +277,7 @@ class Interceptor:
             transactions = self._writes.transactions(request.session, request.bind)
             if reason := _distrust(request, transactions, reading):
                 raise _Torn(reason)
-        load = _Load(request, reading, set(request.tag_keys), changes_here(), entry, checks)
+        load = Load(request, reading, set(request.tag_keys), changes_here(), entry, checks)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
@@ -384,13 +288,13 @@ class Interceptor:
         return result
 
     def _ask_database(self, request: Request, reading: Reading | None) -> Result[Any]:
-        load = _Load(request, reading, set(request.tag_keys), changes_here())
+        load = Load(request, reading, set(request.tag_keys), changes_here())
         created = time.time()
         main, result = load.surround(lambda: self._run(load, request.prepared))
         self._fill(load, main, created)
         return result
 
-    def _run(self, load: _Load, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+    def _run(self, load: Load, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
         """Ask the database, freeze what it returns, and load that."""
         description, rows, rowcount = prepared.execute()
         frozen = None
@@ -407,7 +311,7 @@ class Interceptor:
                 load.spoiled = refusal.reason
         return frozen, prepared.replay(description, rows, rowcount)
 
-    def _complete(self, load: _Load, state: ORMExecuteState) -> Result[Any] | None:
+    def _complete(self, load: Load, state: ORMExecuteState) -> Result[Any] | None:
         """Answer a statement that SQLAlchemy runs to complete the objects of the surrounding load."""
         try:
             asked = self._requests.completion(state, load.request)
@@ -444,7 +348,7 @@ class Interceptor:
                 load.learned.append((by_key, frozen))
         return result
 
-    def _known_rows(self, load: _Load, asked: Completion, by_key: ByKey) -> FrozenStatement | None:
+    def _known_rows(self, load: Load, asked: Completion, by_key: ByKey) -> FrozenStatement | None:
         """The rows that a further statement asks for, from this and other answers, where all of them still stand."""
         request, reading = load.request, load.reading
         known = request.region.shared_rows
@@ -470,7 +374,7 @@ class Interceptor:
                 known.learn(by_key.family, by_key.own, standing, stored, by_key.place)
         return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
-    def _has_own_view(self, load: _Load, asked: Completion) -> bool:
+    def _has_own_view(self, load: Load, asked: Completion) -> bool:
         """True if the Session may see something else than the cache: what a listener has written meanwhile, or what a
         connection shows that was given to the Session for a further statement alone."""
         request, bind = load.request, asked.prepared.invocation.bind
@@ -483,7 +387,7 @@ class Interceptor:
                 return True
         return any(each.wrote and each.hides(asked.tags()) for each in transactions)
 
-    def _is_torn(self, load: _Load) -> bool:
+    def _is_torn(self, load: Load) -> bool:
         """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
         request, reading = load.request, load.reading
         before = request.transactions
@@ -494,7 +398,7 @@ class Interceptor:
                 return witness is None or reading is None or witness != reading.witness
         return False
 
-    def _fill(self, load: _Load, main: FrozenStatement | None, created: float) -> None:
+    def _fill(self, load: Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
         outcome: Outcome = "bypass"
         reason = load.unfit or self._unfit_transaction(request, request.bind, load.reading)
@@ -533,12 +437,6 @@ def _distrust(request: Request, transactions: Sequence[Transaction], reading: Re
         if transaction.tags and not set(request.region.tag_keys(transaction.tags)).isdisjoint(reading.tags):
             return "own write"
     return ""
-
-
-def _around_in(session: Session) -> _Load | None:
-    """The load that runs around a statement of a session."""
-    around = _around.get()
-    return around if around is not None and around.request.session is session and not around.over else None
 
 
 def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozenset()) -> Vectors:

@@ -45,8 +45,9 @@ from sqlalchemy.sql import quoted_name
 
 from querycache import QueryCache, analysis, shared_rows, versions
 from querycache.frozen import Entry, freeze
-from querycache.interceptor import Interceptor, _Load
+from querycache.interceptor import Interceptor
 from querycache.ledger import Reading
+from querycache.load import Load
 from querycache.shared_rows import SharedRows, Vectors
 
 
@@ -976,7 +977,7 @@ def test_once_versions_were_read_again_nothing_of_the_entry_is_used() -> None:
     region = SimpleNamespace(tag_keys=tuple, observe=lambda keys: read(*keys))
     request: Any = SimpleNamespace(region=region)
     asked: Any = SimpleNamespace(mark=b"mark")
-    load = _Load(request, read("known"), set(), 0, Entry(0.0, frozen, {b"mark": frozen}))
+    load = Load(request, read("known"), set(), 0, Entry(0.0, frozen, {b"mark": frozen}))
     load.observe(["known"])
     assert load.find(asked) is frozen
     load.observe(["another"])

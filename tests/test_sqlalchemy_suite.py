@@ -91,6 +91,12 @@ def test_a_run_in_which_nothing_was_answered_proves_nothing() -> None:
     assert not judge({}, {}, [], whole=False).good
 
 
+def test_a_run_in_which_no_post_load_was_answered_proves_too_little() -> None:
+    alone = dict.fromkeys(MANY, Case("passed", {ANSWERED: 2}))
+
+    assert not judge(MANY, alone, [], whole=True).good
+
+
 def test_the_list_speaks_of_the_line_that_is_tested(tmp_path: Path) -> None:
     file = tmp_path / "known.toml"
     file.write_text(

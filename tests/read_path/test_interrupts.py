@@ -23,7 +23,7 @@ from sqlalchemy.orm import (
     sessionmaker,
 )
 
-from querycache import QueryCache, flight, interceptor
+from querycache import QueryCache, flight, interceptor, load
 from querycache.flight import Flights
 
 
@@ -57,13 +57,13 @@ _NOTHING = dis.opmap["NOP"]
 
 
 @contextmanager
-def stopped(file: str | None, number: int) -> Iterator[list[str]]:
-    """Raise at the line of this number, or where a function begins, of what is run in a file. Gives where that was."""
+def stopped(number: int, *files: str | None) -> Iterator[list[str]]:
+    """Raise at the line of this number, or where a function begins, of what is run in some files. Gives where that was."""
     numbers = itertools.count()
     where: list[str] = []
 
     def trace(frame: Any, kind: str, argument: object) -> Any:
-        if frame.f_code.co_filename != file:
+        if frame.f_code.co_filename not in files:
             return trace if kind == "call" else None
         stops = kind == "call" or (kind == "line" and frame.f_code.co_code[frame.f_lasti] != _NOTHING)
         if stops and next(numbers) == number:
@@ -106,7 +106,7 @@ def _stop_anywhere(sqlite_engine: Engine, asked: str) -> None:
             for _ in range(2):
                 session.scalars(CACHED).all()
         with sessions() as session:
-            with stopped(interceptor.__file__, number) as where:
+            with stopped(number, interceptor.__file__, load.__file__) as where:
                 if asked == "hit":
                     session.scalars(CACHED).all()
                 else:
@@ -124,7 +124,7 @@ def test_a_flight_that_is_stopped_anywhere_costs_one_wait(monkeypatch: pytest.Mo
     monkeypatch.setattr(flight, "MAX_WAIT", 0.01)
     for number in itertools.count():
         flights = Flights()
-        with stopped(flight.__file__, number) as where, flights.flying("here"):
+        with stopped(number, flight.__file__) as where, flights.flying("here"):
             pass
         waited = []
         for _ in range(2):

@@ -29,13 +29,14 @@ from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine, Result
 from sqlalchemy.orm import ORMExecuteState, Session
 
-from querycache import interceptor, sa_internals
+from querycache import sa_internals
 from querycache.codec import Codec, Unstorable
 from querycache.declarations import Declarations
 from querycache.events import Telemetry
 from querycache.frozen import Entry, FrozenStatement, freeze, merge_frozen_result
 from querycache.interceptor import Interceptor
 from querycache.ledger import DEFAULT_LEASE, Reading
+from querycache.load import Load
 from querycache.options import CacheOptions
 from querycache.phases import Phases
 from querycache.regions import Region, Regions
@@ -55,26 +56,6 @@ _codec = Codec(FrozenStatement)
 def _not_executed(prepared: Prepared) -> Prepared:
     """The statement without the execution context in which the database was asked."""
     return replace(prepared, _context=None, _begun=None)
-
-
-class _Load(interceptor._Load):
-    """A load whose post-loads are replayed from bytes, also when they are met for the first time."""
-
-    __slots__ = ()
-
-    def run(self, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
-        description, rows, rowcount = prepared.execute()
-        if prepared.rewritten:
-            _counts["rewritten"] += 1
-            return None, prepared.replay(description, rows, rowcount)
-        try:
-            packed = _codec.encode(freeze(description, rows, rowcount))
-        except Unstorable as refusal:
-            _counts[refusal.reason] += 1
-            return None, prepared.replay(description, rows, rowcount)
-        frozen = _codec.decode(packed)
-        _counts[COMPLETED] += 1
-        return frozen, merge_frozen_result(_not_executed(prepared), frozen)
 
 
 class _Writes(Writes):
@@ -119,11 +100,26 @@ class _Requests(Requests):
 class _Replay(Interceptor):
     """Answers every select from the store, filling it just before."""
 
-    def _complete(self, load: interceptor._Load, state: ORMExecuteState) -> Result[Any] | None:
+    def _complete(self, load: Load, state: ORMExecuteState) -> Result[Any] | None:
         result = super()._complete(load, state)
         if result is None:
             _counts[load.spoiled] += 1
         return result
+
+    def _run(self, load: Load, prepared: Prepared) -> tuple[FrozenStatement | None, Result[Any]]:
+        """Replay post-loads from bytes also when they are met for the first time."""
+        description, rows, rowcount = prepared.execute()
+        if prepared.rewritten:
+            _counts["rewritten"] += 1
+            return None, prepared.replay(description, rows, rowcount)
+        try:
+            packed = _codec.encode(freeze(description, rows, rowcount))
+        except Unstorable as refusal:
+            _counts[refusal.reason] += 1
+            return None, prepared.replay(description, rows, rowcount)
+        frozen = _codec.decode(packed)
+        _counts[COMPLETED] += 1
+        return frozen, merge_frozen_result(_not_executed(prepared), frozen)
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region = request.region
@@ -159,7 +155,6 @@ _listeners = {**_writes.session_listeners(), "do_orm_execute": _replay}
 
 
 def pytest_configure() -> None:
-    interceptor._Load = _Load  # type: ignore[misc]
     _replay._requests = _Requests(_writes, _declared, None, {})
     sa_internals.load_in_order()
 

@@ -78,7 +78,8 @@ class Verdict:
 
     @property
     def good(self) -> bool:
-        return self.ratio >= REQUIRED and self.answered > 0 and not self.unexplained and not self.outdated
+        from_bytes = self.answered > 0 and self.completed > 0
+        return self.ratio >= REQUIRED and from_bytes and not self.unexplained and not self.outdated
 
 
 def judge(

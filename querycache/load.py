@@ -1,0 +1,121 @@
+"""What is being loaded: a request whose rows become objects, and what is gathered for its entry meanwhile.
+
+SQLAlchemy completes objects by further statements while it loads them, and listeners of the application may run statements
+of their own. A context variable tells such a statement, in its thread or task, what it runs within.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from sqlalchemy.orm import Session
+
+from querycache.frozen import Entry, FrozenStatement
+from querycache.ledger import Reading
+from querycache.requests import ByKey, Completion, Request
+
+__all__ = ["Load", "around_in"]
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Load:
+    """A request whose rows are being loaded, and what is gathered for its entry meanwhile.
+
+    Attributes:
+        reading: versions of the tags, read before a statement that depends on them was run; None where the server
+            did not answer.
+        needed: keys of the tags that the answer depends on.
+        entry: what was found, of which the statement itself is replayed; None where the database is asked for it.
+        checks: True where not all further statements of the entry may stand, or were stored with all tags they need.
+        loads: those that it is to have.
+        spoiled: why nothing of this may be stored; empty while it may.
+        grown: True once there is a further statement that the entry does not have.
+        doubtful: True where the database was asked something else since the versions were read: they may be others now.
+        changes: of how many this thread had told a ledger when they were read.
+        later: True once something may have been seen that is later than the entry: from the database, or of the tags.
+        borrowed: True once rows of other answers were used.
+        learned: further statements that were asked for by the keys of their rows.
+        over: True once it has failed.
+    """
+
+    request: Request
+    reading: Reading | None
+    needed: set[str]
+    changes: int
+    entry: Entry | None = None
+    checks: bool = False
+    loads: dict[bytes, FrozenStatement] = field(default_factory=dict)
+    spoiled: str = ""
+    grown: bool = False
+    doubtful: bool = False
+    later: bool = False
+    borrowed: bool = False
+    learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
+    over: bool = False
+
+    def surround(self, load: Callable[[], T]) -> T:
+        """Take what is asked while something is loaded for a part of this."""
+        try:
+            token = _around.set(self)
+            try:
+                return load()
+            finally:
+                _around.reset(token)
+        except BaseException:
+            self.over = True  # a signal may have come before it was reset
+            raise
+
+    def find(self, asked: Completion) -> FrozenStatement | None:
+        """A further statement that the entry has and that still stands.
+
+        None once one was found out otherwise: SQLAlchemy asks them one after the other, so a later one never knows
+        less than an earlier one.
+        """
+        if self.doubtful:
+            self.doubtful = False
+            now = None if self.reading is None else self.request.region.observe(self.reading.tags)
+            self.later = (
+                self.later or now is None or self.reading is None or now.versions != self.reading.versions
+            )
+        frozen = None if self.later or self.entry is None else self.entry.loads.get(asked.mark)
+        if frozen is not None and self.checks:
+            keys, reading = self.request.region.tag_keys(asked.tags()), self.reading
+            if reading is None or not reading.fallen.isdisjoint(keys) or not reading.names(keys):
+                return None
+            self.needed.update(keys)
+        if frozen is not None:
+            self.loads[asked.mark] = frozen
+        return frozen
+
+    def observe(self, tags: Sequence[str]) -> None:
+        """Read the versions of tags not read yet, before the statement runs that depends on them."""
+        region = self.request.region
+        keys = region.tag_keys(tags)
+        self.needed.update(keys)
+        if self.reading is not None and not self.needed.issubset(self.reading.tags):
+            more = region.observe(keys)
+            self.reading = None if more is None else self.reading.union(more)
+            self.later = True
+
+    @property
+    def unfit(self) -> str:
+        """Why this cannot be stored, in a word or two; empty where it can."""
+        if self.spoiled:
+            return self.spoiled
+        if self.reading is None:
+            return "unavailable"
+        return "" if self.reading.of(self.needed).fillable else "pending"
+
+
+_around: ContextVar[Load | None] = ContextVar("querycache_around", default=None)
+
+
+def around_in(session: Session) -> Load | None:
+    """The load that runs around a statement of a session, in this thread or task."""
+    around = _around.get()
+    return around if around is not None and around.request.session is session and not around.over else None
