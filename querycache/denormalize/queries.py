@@ -41,12 +41,9 @@ def image_query(
         columns.extend(keys)
     grouping = list(columns)
     if rows:
-        columns.extend(attribute_columns(entities[-1], chain.leaf_columns))
-        for aggregate in aggregates:
-            columns.extend(aggregate.extra_columns(entities))
+        columns += _child_columns(chain, aggregates, entities)
     else:
-        for aggregate in aggregates:
-            columns.extend(aggregate.parts(entities))
+        columns += [part for aggregate in aggregates for part in aggregate.parts(entities)]
     statement = chain.join(select(*_distinct_names(columns)), entities, outer=False)
     statement = statement.where(key_condition(attribute_columns(entities[level], chain.keys[level])))
     if not rows:
@@ -68,12 +65,9 @@ def recount_query(
     columns: list[ColumnElement[Any]] = [*parent, *stored]
     grouping = list(columns)
     if rows:
-        columns.extend(attribute_columns(entities[-1], chain.leaf_columns))
-        for aggregate in aggregates:
-            columns.extend(aggregate.extra_columns(entities))
+        columns += _child_columns(chain, aggregates, entities)
     else:
-        for aggregate in aggregates:
-            columns.extend(aggregate.recount_parts(entities, locking))
+        columns += [part for aggregate in aggregates for part in aggregate.recount_parts(entities, locking)]
     statement = chain.join(select(*_distinct_names(columns)), entities, outer=True)
     statement = statement.where(key_condition(parent))
     if not rows:
@@ -84,6 +78,14 @@ def recount_query(
         (slice(len(parent), len(parent) + len(stored)),),
         slice(len(grouping), None),
     )
+
+
+def _child_columns(
+    chain: Chain, aggregates: Sequence[Aggregate], entities: tuple[Any, ...]
+) -> list[ColumnElement[Any]]:
+    """What is read of a child, and what the aggregates need of its row besides."""
+    extra = [column for aggregate in aggregates for column in aggregate.extra_columns(entities)]
+    return [*attribute_columns(entities[-1], chain.leaf_columns), *extra]
 
 
 def _distinct_names(columns: Sequence[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
