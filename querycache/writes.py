@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Table
@@ -35,14 +34,14 @@ from querycache.changes import WrittenTable, changes_of, tags_of_actions
 from querycache.declarations import Declarations
 from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
-from querycache.options import names
 from querycache.phases import Phases
 from querycache.regions import Regions
+from querycache.statement_text import as_text, is_rewritten, read_sent
 from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
 from querycache.transactions import Expected, Transaction, Transactions
-from querycache.wording import beginning, commits, first_word, only_reads, says_the_same
+from querycache.wording import commits, first_word
 
 __all__ = ["Writes"]
 
@@ -186,12 +185,12 @@ class Writes:
             return False
         dialect, connection = context.dialect, context.root_connection
         if type(sql) is not str:
-            sql = _as_text(sql, context)
+            sql = as_text(sql, context)
         compiled = context.compiled
-        rewritten = sql is not context.statement and _is_rewritten(sql, context)
+        rewritten = sql is not context.statement and is_rewritten(sql, context)
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or rewritten or sa_internals.holds_text(compiled):
-            text = _told(sql, context) or _read(sql, context)
+            text = read_sent(sql, context)
             self._declared.note_temporary(sql, dialect.name)
             if text.begins:
                 self._transactions.begin_by_hand(connection)
@@ -233,7 +232,7 @@ class Writes:
     def executed(self, context: Any, outcome: sa_internals.Outcome) -> None:
         """The statement that commits itself has run, or failed."""
         connection: Connection = context.root_connection
-        self._transactions.committed_itself(connection, _as_text(context.statement, context))
+        self._transactions.committed_itself(connection, as_text(context.statement, context))
         transaction = self._transactions.of(connection.info)
         if transaction is not None:
             self.phases.two(transaction.marking, certain=outcome != "unknown")
@@ -408,60 +407,9 @@ def _tell_rows(expected: Expected, connection: Connection, flush: UOWTransaction
         rows.look_at(connection)
 
 
-def _is_rewritten(sql: str, context: Any) -> bool:
-    """True where a listener has put another statement in the place of one; unless that is a query, of which the one that it
-    replaces tells more."""
-    prepared = _as_text(context.statement, context)
-    if sa_internals.is_batch(context):  # each of which is made of it
-        return beginning(sql) != beginning(prepared)
-    compiled = context.compiled
-    asks = only_reads(sql) or (
-        compiled is not None and compiled.statement.is_select and first_word(sql) == "select"
-    )
-    return not asks and not says_the_same(sql, prepared)
-
-
 def _may_be_dml(context: Any) -> bool:
     compiled = context.compiled
     return bool(context.isinsert or context.isupdate or context.isdelete or getattr(compiled, "ctes", None))
-
-
-def _as_text(sql: Any, context: Any) -> str:
-    """A statement as it is sent; drivers may take bytes, and objects of their own that they make text of.
-
-    Empty where that cannot be told, which may be any statement.
-    """
-    if isinstance(sql, str):
-        return sql
-    try:
-        if isinstance(sql, (bytes, bytearray)):
-            return sql.decode()
-        return str(sql.as_string(context.root_connection.connection.driver_connection))
-    except Exception:  # noqa: BLE001 - what the driver has to say of it, it says when it is sent
-        return ""
-
-
-def _told(sql: str, context: Any) -> TextStatement | None:
-    """What the option ``cache_tables`` says of textual DML; None where it says nothing."""
-    tables = context.execution_options.get("cache_tables")
-    if not tables or first_word(sql) not in _DML:
-        return None
-    parts = [name.rpartition(".") for name in names("cache_tables", tables)]
-    return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
-
-
-def _read(sql: str, context: Any) -> TextStatement:
-    """What can be read of textual SQL. Of a query to be cached the application says what it reads, or for how long it may."""
-    text = read_text(sql, context.dialect.name)
-    if not text.understood and only_reads(sql):
-        options = context.execution_options
-        return replace(
-            text, understood=bool(options.get("cache_tables") or options.get("cache_ttl") is not None)
-        )
-    return text
-
-
-_DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
 
 def _begins_nothing(connection: Connection, sql: str) -> bool:
