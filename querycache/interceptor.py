@@ -59,6 +59,10 @@ class _Torn(BaseException):
     It passes through listeners of the application, which are not to take it for an error of theirs.
     """
 
+    def __init__(self, reason: str, loaded: sa_internals.LoadedAttributes | None = None) -> None:
+        super().__init__(reason)
+        self.loaded = loaded
+
 
 class _Explained(Exception):
     """Carries an explanation out of Session.execute."""
@@ -125,8 +129,8 @@ class Interceptor:
         ):
             return self._complete(load, state)
         result = self._answer(state, self._requests.wanted(state))
-        if result is None and sa_internals.may_be_completed(state.statement):
-            # The database is asked for it, and lazy loads of its objects cannot be told from those of these.
+        if sa_internals.may_be_completed(state.statement):
+            # It may be newer, and lazy loads of its objects cannot be told from those of these.
             load.doubtful = True
         return result
 
@@ -167,7 +171,7 @@ class Interceptor:
         try:
             result = self._look_up(request)
         except _Torn as torn:
-            sa_internals.expire_loaded_since(request.session, before)
+            sa_internals.forget_loaded_since(request.session, before, torn.loaded)
             self._leave(region, options, str(torn))
             result = None
         return self._hand_back(state) if result is None else result
@@ -223,6 +227,7 @@ class Interceptor:
 
     def _look_up(self, request: Request, may_wait: bool = True) -> Result[Any] | None:
         region, options = request.region, request.options
+        changes = changes_here()
         lookup = region.lookup(request.key, request.tag_keys, options.exact, request.prepared.begin_replay)
         outcome, reason, entry, reading = lookup.outcome, lookup.reason, lookup.entry, lookup.reading
         if request.transactions and reading is not None:
@@ -244,7 +249,7 @@ class Interceptor:
             reading = region.observe(request.tag_keys)
         if entry is not None and reading is not None and not reading.fallen:
             try:
-                result = self._replay(request, entry, reading)
+                result = self._replay(request, entry, reading, changes)
             except Corrupt as fault:
                 outcome, reason, entry = "miss", fault.reason, None
             else:
@@ -265,19 +270,23 @@ class Interceptor:
         with self._flights.flying(flight):
             if entry is not None:
                 with suppress(Corrupt):
-                    return self._replay(request, entry, reading)
+                    return self._replay(request, entry, reading, changes)
             return self._ask_database(request, reading)
 
     # --- replay, or ask the database and freeze ------------------------------------------------------
 
-    def _replay(self, request: Request, entry: Entry, reading: Reading) -> Result[Any]:
+    def _replay(self, request: Request, entry: Entry, reading: Reading, changes: int) -> Result[Any]:
         # which triggers there are may not have been known to the process that has stored it
         checks = bool(reading.fallen or self._declared.of_triggers)
-        if sa_internals.autobegin(request.session):  # then listeners may have written
+        if sa_internals.autobegin(request.session, request.bind):  # then listeners may have written
             transactions = self._writes.transactions(request.session, request.bind)
             if reason := _distrust(request, transactions, reading):
                 raise _Torn(reason)
-        load = Load(request, reading, set(request.tag_keys), changes_here(), entry, checks)
+            if changes != changes_here():  # and committed, by another Session
+                raise _Torn("written meanwhile")
+        load = Load(request, reading, set(request.tag_keys), changes, entry, checks)
+        if reading.fallen:  # then the database is asked, which may show that this cannot stand
+            load.loaded = sa_internals.loaded_attributes(request.session)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
@@ -320,7 +329,7 @@ class Interceptor:
             load.doubtful = True
             return None
         except Refused as refusal:
-            load.spoiled, load.grown = str(refusal), True
+            load.spoiled, load.grown, load.doubtful = str(refusal), True, True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
         changes = changes_here()
@@ -341,7 +350,7 @@ class Interceptor:
         load.later = True
         frozen, result = self._run(load, asked.prepared)
         if (load.entry is not None or load.borrowed) and self._is_torn(load):
-            raise _Torn("snapshot")
+            raise _Torn("snapshot", load.loaded)
         if frozen is not None:
             load.loads[asked.mark] = frozen
             if by_key is not None:
@@ -378,6 +387,8 @@ class Interceptor:
         """True if the Session may see something else than the cache: what a listener has written meanwhile, or what a
         connection shows that was given to the Session for a further statement alone."""
         request, bind = load.request, asked.prepared.invocation.bind
+        if self._writes.phases.owes(request.region.ledger):
+            return True
         if bind is request.bind:
             transactions = self._writes.noted(request.session, bind)
         else:

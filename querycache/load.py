@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
+from querycache import sa_internals
 from querycache.frozen import Entry, FrozenStatement
 from querycache.ledger import Reading
 from querycache.requests import ByKey, Completion, Request
@@ -40,7 +41,9 @@ class Load:
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
-        over: True once it has failed.
+        loaded: what the Session's objects had loaded before; None where nothing that may have to be forgotten was loaded.
+        outer: the load within which this one runs, of this Session or of another.
+        over: True once it has ended. A task or thread that a listener has begun may still take it for the one around it.
     """
 
     request: Request
@@ -56,19 +59,21 @@ class Load:
     later: bool = False
     borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
+    loaded: sa_internals.LoadedAttributes | None = None
+    outer: Load | None = None
     over: bool = False
 
     def surround(self, load: Callable[[], T]) -> T:
         """Take what is asked while something is loaded for a part of this."""
+        self.outer = _running(_around.get())
         try:
             token = _around.set(self)
             try:
                 return load()
             finally:
                 _around.reset(token)
-        except BaseException:
-            self.over = True  # a signal may have come before it was reset
-            raise
+        finally:
+            self.over = True  # also where a signal has come before it was reset
 
     def find(self, asked: Completion) -> FrozenStatement | None:
         """A further statement that the entry has and that still stands.
@@ -117,5 +122,14 @@ _around: ContextVar[Load | None] = ContextVar("querycache_around", default=None)
 
 def around_in(session: Session) -> Load | None:
     """The load that runs around a statement of a session, in this thread or task."""
-    around = _around.get()
-    return around if around is not None and around.request.session is session and not around.over else None
+    around = _running(_around.get())
+    while around is not None and around.request.session is not session:
+        around = _running(around.outer)
+    return around
+
+
+def _running(load: Load | None) -> Load | None:
+    """The first that is not over, of a load and those around it."""
+    while load is not None and load.over:
+        load = load.outer
+    return load

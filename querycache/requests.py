@@ -175,6 +175,9 @@ class Requests:
 
     def _wanted_by_options(self, state: ORMExecuteState, options: Mapping[str, Any]) -> CacheOptions | None:
         refined = None
+        if "sa_top_level_orm_context" in options and "cache_exact" in options:
+            # What completes the objects of a statement has options of that and of the Session, which need not fit together.
+            options = {name: value for name, value in options.items() if name != "cache_exact"}
         if "cache_key" not in options:
             refined = self._asked_otherwise(state, sa_internals.given_options(state.statement)[1])
         return CacheOptions.from_execution_options(options, refined)
@@ -321,7 +324,7 @@ class Requests:
                 raise Refused("parameters")  # the execution will raise the reason
         if "sa_top_level_orm_context" in options and not within:
             raise Refused("part of another load")
-        if not session.is_active:
+        if not session.is_active or sa_internals.is_broken(session):
             raise Refused("transaction failed")
         if sa_internals.is_flushing(session):
             raise Refused("flushing")

@@ -37,9 +37,9 @@ def is_rewritten(sql: str, context: Any) -> bool:
     if sa_internals.is_batch(context):  # each of which is made of it
         return beginning(sql) != beginning(prepared)
     compiled = context.compiled
-    asks = only_reads(sql) or (
-        compiled is not None and compiled.statement.is_select and first_word(sql) == "select"
-    )
+    is_select = compiled is not None and compiled.statement.is_select
+    # whatever words of those that write are in it, unless it is more than one statement
+    asks = only_reads(sql) or (is_select and first_word(sql) == "select" and ";" not in sql.rstrip("; \n"))
     return not asks and not says_the_same(sql, prepared)
 
 

@@ -272,7 +272,7 @@ class Writes:
         transaction = self._transactions.ensure(connection.info)
         transaction.tags |= changes.tags
         flush = sa_internals.flush_of(context) if changes.tables else None
-        if flush is None:
+        if flush is None or sa_internals.has_other_parameters(context):  # of which its objects know nothing
             for written in changes.tables:
                 transaction.tags |= written.tags
         else:

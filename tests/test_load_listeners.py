@@ -5,17 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from dogpile.cache import CacheRegion
-from sqlalchemy import Engine, String, bindparam, create_engine, event, func, select, text, update
+from sqlalchemy import Engine, String, and_, bindparam, create_engine, event, func, select, text, update
 from sqlalchemy.orm import (
     Mapped,
     Session,
+    foreign,
     immediateload,
     mapped_column,
+    relationship,
     scoped_session,
     selectinload,
     sessionmaker,
@@ -23,6 +27,8 @@ from sqlalchemy.orm import (
 )
 
 from querycache import CacheMiss, QueryCache
+from querycache.backends.memory import MemoryBackend
+from querycache.errors import CacheUnavailable
 from tests.test_post_loads import (
     Base,
     Child,
@@ -197,12 +203,13 @@ def test_what_a_listener_refreshes_while_an_answer_is_replayed(
     assert found == [["", ""], ["", ""], ["new", "new"]]
 
 
-def elsewhere(factory: Any, name: str) -> None:
-    """Rename all children in another thread, as another process does."""
+def elsewhere(factory: Any, name: str, *classes: type[Any]) -> None:
+    """Rename all children, and others, in another thread, as another process does."""
 
     def write() -> None:
         with factory.begin() as session:
-            session.execute(update(Child).values(name=name))
+            for each in (Child, *classes):
+                session.execute(update(each).values(name=name))
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -534,3 +541,147 @@ def test_a_registry_whose_scope_is_not_there_yet_is_attached(engine: Engine) -> 
     scopes.append(1)
     assert children(sessions(), CACHED) == ["", ""]
     sessions.remove()
+
+
+def test_a_task_that_a_listener_begins_is_no_part_of_the_answer(on_file: Engine, store: CacheRegion) -> None:
+    """It has the context of the load, and outlives it."""
+    _, factory = attached(on_file, store)
+    bare = select(Parent).where(Parent.id == 1).execution_options(cache_key="bare")
+    contexts = []
+
+    def listen(parent: Parent, context: Any) -> None:
+        contexts.append(copy_context())
+        if len(contexts) == 1:
+            parent.children  # noqa: B018 - so that the entry has them
+
+    with listening(Parent, "load", listen):
+        with factory() as session:
+            session.scalars(bare).one()
+        with factory() as session:
+            parent = session.scalars(bare).one()
+            elsewhere(factory, "new")
+            assert contexts[1].run(lambda: [child.name for child in parent.children]) == ["new", "new"]
+
+
+@pytest.mark.parametrize("by", ["Core", "the ORM", "invalidate"])
+def test_what_is_committed_as_the_transaction_begins(on_file: Engine, store: CacheRegion, by: str) -> None:
+    """Which is after the lookup, and by another Session, whose transaction that of this one knows nothing of."""
+    cache, factory = attached(on_file, store)
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+    done = []
+
+    def begun(session: Session, transaction: Any) -> None:
+        if done:
+            return
+        done.append(by)
+        if by == "the ORM":
+            with factory.begin() as other:
+                for each in other.scalars(select(Child).where(Child.parent_id == 1)):
+                    each.name = "new"
+                other.get_one(Parent, 1).name = "new"
+            return
+        with on_file.begin() as connection:
+            connection.execute(update(Child).values(name="new"))
+            connection.execute(update(Parent).values(name="new"))
+        if by == "invalidate":
+            cache.invalidate(everything=True)
+
+    with factory() as session:
+        event.listen(session, "after_transaction_create", begun)
+        assert session.scalars(CACHED).one().name == "new"
+        assert children(session, CACHED) == ["new", "new"]
+
+
+def test_a_listeners_own_cached_statement_may_be_newer(on_file: Engine, store: CacheRegion) -> None:
+    """And what completes its objects is no older."""
+    _, factory = attached(on_file, store)
+    toy = select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")
+    bare = select(Parent).where(Parent.id == 1).execution_options(cache_key="bare")
+    seen: list[tuple[str, list[str]]] = []
+
+    def listen(toy: Toy, context: Any) -> None:
+        if len(seen) == 2:
+            elsewhere(factory, "new", Parent)
+        parent = context.session.scalars(bare).one()
+        seen.append((parent.name, [child.name for child in parent.children]))
+
+    with listening(Toy, "load", listen):
+        for _ in range(3):
+            with factory() as session:
+                session.scalars(toy).one()
+    assert seen == [("", ["", ""]), ("", ["", ""]), ("new", ["new", "new"])]
+
+
+Parent.at_random = relationship(  # type: ignore[attr-defined]
+    Toy,
+    primaryjoin=and_(foreign(Toy.child_id) == Parent.id, Toy.id < 1000 + func.abs(func.random())),
+    viewonly=True,
+)
+"""What the cache refuses, since it may be another answer each time."""
+
+
+def test_what_completes_an_answer_is_no_older_than_what_was_refused(
+    on_file: Engine, store: CacheRegion
+) -> None:
+    _, factory = attached(on_file, store)
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+    seen = []
+
+    def listen(parent: Parent, context: Any) -> None:
+        elsewhere(factory, "new", Toy)
+        seen.extend(toy.name for toy in parent.at_random)
+
+    with listening(Parent, "load", listen), factory() as session:
+        assert children(session, CACHED) == ["new", "new"]
+    assert seen == ["new"]
+
+
+def test_a_listener_within_a_load_of_another_session_asks_the_first(
+    on_file: Engine, store: CacheRegion
+) -> None:
+    _, factory = attached(on_file, store)
+    toy = select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+            session.scalars(toy).one()
+    outer: list[Session] = []
+    seen: list[list[str]] = []
+
+    def of_the_first(parent: Parent, context: Any) -> None:
+        if not outer:
+            outer.append(context.session)
+            with factory() as second:
+                second.scalars(toy).one()
+
+    def of_the_second(toy: Toy, context: Any) -> None:
+        elsewhere(factory, "new")
+        other = select(Parent).where(Parent.id == 2)
+        seen.append([child.name for child in outer[0].scalars(other).one().children])
+
+    with listening(Parent, "load", of_the_first), listening(Toy, "load", of_the_second), factory() as session:
+        assert children(session, CACHED) == ["new", "new"]
+    assert seen == [[""] * 2] or seen == [["new"] * 2]
+
+
+def test_what_could_not_be_told_is_in_what_completes_the_answer(
+    on_file: Engine, store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server refuses writes, and answers reads."""
+    _, factory = attached(on_file, store)
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+
+    def listen(parent: Parent, context: Any) -> None:
+        for step in ("begin", "end", "bump"):
+            monkeypatch.setattr(MemoryBackend, step, mock.Mock(side_effect=CacheUnavailable("full")))
+        with factory.begin() as other:
+            other.execute(update(Child).values(name="new"))
+
+    with listening(Parent, "load", listen), factory() as session:
+        assert children(session, CACHED) == ["new", "new"]

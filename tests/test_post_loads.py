@@ -38,7 +38,9 @@ class Parent(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(20), default="")
-    children: Mapped[list[Child]] = relationship(order_by="Child.id", back_populates="parent")
+    children: Mapped[list[Child]] = relationship(
+        order_by="Child.id", back_populates="parent", cascade="save-update, merge, refresh-expire"
+    )
 
 
 class Child(Base):
@@ -468,6 +470,37 @@ def test_a_snapshot_shows_one_state(snapshots: Engine, any_store: CacheRegion, c
             ("stale", "in part"),
             ("bypass", "snapshot"),
         ]
+
+
+def test_an_answer_that_is_given_up_takes_nothing_from_the_application(
+    snapshots: Engine, any_store: CacheRegion
+) -> None:
+    """Not what it has changed in objects that are related to those of the answer; and nothing is left of the answer in
+    objects that were there before."""
+    cache, factory = attached(snapshots, any_store)
+    factory.configure(autoflush=False, expire_on_commit=False)
+    until_hit(cache, factory)
+    with factory.begin() as session:
+        session.get_one(Toy, 1).name = "old"
+
+    def write() -> None:
+        with factory.begin() as session:
+            session.get_one(Toy, 1).name = "new"
+            session.add(Child(parent_id=1, name="added"))
+
+    once(snapshots, "FROM family_toys", write)
+    with factory() as session, cache.recording() as events:
+        parent, child = session.get_one(Parent, 1), session.get_one(Child, 2)
+        session.commit()
+        child.name = "mine"
+        session.scalars(whole_family(1)).one()
+        assert ("bypass", "snapshot") in [(each.outcome, each.reason) for each in events]
+        assert child.name == "mine" and child in session.dirty
+        toys, added = parent.children[0].toys[0].name, [each.name for each in parent.children][2:]
+        assert (toys, added) in (("old", []), ("new", ["added"]))
+        session.commit()
+    with factory() as session:
+        assert session.get_one(Child, 2).name == "mine"
 
 
 def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(

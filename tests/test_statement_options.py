@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import sqlalchemy
 from sqlalchemy import ForeignKey, Select, create_engine, select
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -19,6 +20,7 @@ from sqlalchemy.orm import (
     mapped_column,
     relationship,
     selectinload,
+    sessionmaker,
 )
 from sqlalchemy.pool import StaticPool
 
@@ -139,3 +141,19 @@ def test_a_pickled_option_is_as_good_as_a_new_one_in_another_process() -> None:
             [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}
         )
         assert {pickle.loads(pickled)} == {CacheOptions(key="a name")}
+
+
+@pytest.mark.skipif(sqlalchemy.__version__.startswith("2.0."), reason="Sessions have no options of their own")
+def test_options_of_a_session_and_of_a_statement_meet_in_what_completes_its_objects() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    Base.metadata.create_all(engine)
+    sessions: Any = sessionmaker(engine, execution_options={"cache_key": True})
+    QueryCache().attach(sessions)
+    statement = select(Author).options(selectinload(Author.books))
+    with sessions() as session:
+        session.add(Author(id=1, books=[Book(id=1)]))
+        session.flush()  # so that the cache is not asked
+        session.expunge_all()
+        [author] = session.scalars(statement.execution_options(cache_key="authors", cache_exact=True))
+        assert [book.id for book in author.books] == [1]
+    engine.dispose()

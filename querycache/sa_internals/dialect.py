@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from sqlalchemy import event
 from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.engine.interfaces import ExecuteStyle
 from sqlalchemy.pool import PoolProxiedConnection
 
 from querycache import forks
@@ -25,6 +26,7 @@ __all__ = [
     "Tap",
     "driver_settings",
     "has_listeners",
+    "has_other_parameters",
     "heed_others",
     "json_serializer",
     "listening",
@@ -233,11 +235,12 @@ def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> li
         for each in taps.listeners:
             each.asking(context)
         return None
-    one_set = name == "do_execute"
     replaced = sql is not context.statement
-    if replaced or (one_set and parameters is not context.parameters[0]):
+    prepared = context.parameters if name == "do_executemany" else context.parameters[0]
+    given = prepared if name == "do_execute_no_params" else parameters
+    if replaced or given is not prepared:
         # by a listener of before_cursor_execute, of which the context is not told
-        context.__dict__[_SENT] = sql, parameters if one_set else context.parameters[0]
+        context.__dict__[_SENT] = sql, given
     compiled = context.compiled
     if (
         compiled is not None
@@ -251,6 +254,15 @@ def _tell(taps: _Taps, name: str, sql: str, parameters: Any, context: Any) -> li
         if each.executing(sql, context):
             ending = [*(ending or ()), each]
     return ending
+
+
+def has_other_parameters(context: Any) -> bool:
+    """True where a listener has put other parameters in the place of those of a statement; not known of what is sent in
+    batches."""
+    given = getattr(context, _SENT, None)
+    if given is None or context.execute_style is ExecuteStyle.INSERTMANYVALUES:
+        return False
+    return given[1] is not (context.parameters if context.executemany else context.parameters[0])
 
 
 def sent(context: Any) -> tuple[str, Any]:

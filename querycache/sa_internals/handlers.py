@@ -13,15 +13,17 @@ from sqlalchemy.orm.interfaces import UserDefinedOption
 from sqlalchemy.sql.elements import TextClause
 
 __all__ = [
+    "LoadedAttributes",
     "StatementOption",
     "completes",
     "completes_other",
     "effective_options",
-    "expire_loaded_since",
+    "forget_loaded_since",
     "given_options",
     "is_textual",
     "later_handlers",
     "load_options",
+    "loaded_attributes",
     "loads_so_far",
     "marked",
     "may_be_completed",
@@ -185,16 +187,35 @@ def loads_so_far() -> int:
     return number
 
 
-def expire_loaded_since(session: Session, before: int) -> None:
+LoadedAttributes = Mapping[Any, frozenset[str]]
+"""The attributes that each object of a Session has loaded, by its state."""
+
+
+def loaded_attributes(session: Session) -> LoadedAttributes:
+    """What a Session's objects have loaded."""
+    return {state: frozenset(state.dict) for state in session.identity_map.all_states()}
+
+
+def forget_loaded_since(session: Session, before: int, loaded: LoadedAttributes | None) -> None:
     """Forget what a Session's objects were given by results loaded since then.
 
-    Objects with changes of the application are left alone: none were made by loading.
+    What the application has changed is left alone: nothing was by loading.
+
+    Args:
+        session: whose.
+        before: what :func:`loads_so_far` gave then.
+        loaded: what they had loaded then, if that was noted. Without it, what was loaded into objects that were there is not
+            forgotten.
     """
     for state in session.identity_map.all_states():
-        if state.runid is not None and state.runid > before and not state.modified:
-            instance = state.obj()
-            if instance is not None:
-                session.expire(instance)
+        instance, names = state.obj(), state.manager.keys() & state.dict.keys()
+        if loaded is not None and state in loaded:
+            names -= loaded[state] | state.committed_state.keys()
+        elif state.runid is None or state.runid <= before or state.modified:
+            continue
+        if instance is not None and names:
+            # with names it does not go on to what the object is related to, which may have been changed
+            session.expire(instance, names)
 
 
 def is_textual(statement: Any) -> bool:

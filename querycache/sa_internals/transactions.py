@@ -24,6 +24,7 @@ __all__ = [
     "in_transaction",
     "info_of",
     "is_autocommit",
+    "is_broken",
     "is_initializing",
     "is_serializable",
     "is_serializable_by_default",
@@ -38,16 +39,43 @@ __all__ = [
 ]
 
 
-def autobegin(session: Session) -> bool:
-    """Begin the Session's transaction as any statement would, without a connection. Returns False where it was begun before.
+_FAILED = 3
+
+
+def autobegin(session: Session, bind: Engine | Connection) -> bool:
+    """Begin the Session's transaction as any statement would, without a connection; but one that was given, and is in a
+    transaction, is joined, unless that takes a savepoint: or else a rollback would not reach it. Returns False where all of
+    this was done before.
 
     Raises:
         InvalidRequestError: the Session is within the context manager of a transaction that has ended.
     """
     TransactionalContext._trans_ctx_check(session)
     begins = session._transaction is None
-    session._autobegin_t()
+    transaction: Any = session._autobegin_t()
+    if isinstance(bind, Connection) and bind.in_transaction() and bind not in transaction._connections:
+        how = session.join_transaction_mode
+        savepoint = how == "create_savepoint" or (
+            how == "conditional_savepoint" and bind.in_nested_transaction()
+        )
+        if not (savepoint or session.twophase or session.in_nested_transaction()):
+            session._connection_for_bind(bind)
+            return True
     return begins
+
+
+def is_broken(session: Session) -> bool:
+    """True where the next statement will be refused: a connection of the Session's transaction was closed or invalidated, or
+    its driver tells that a statement has failed."""
+    transaction = session._transaction
+    while transaction is not None:
+        for each in transaction._connections:
+            if isinstance(each, Connection) and (
+                each.closed or each.invalidated or transaction_status(_driver(each)) == _FAILED
+            ):
+                return True
+        transaction = transaction._parent
+    return False
 
 
 def may_block() -> bool:
@@ -238,12 +266,12 @@ def is_open(driver: Any) -> bool | None:
     """The same of a driver's own connection."""
     status = transaction_status(driver)
     if status is not None:
-        return {0: False, 2: True, 3: True}.get(status)  # idle, in one, in one that failed
+        return {0: False, 2: True, _FAILED: True}.get(status)  # idle, in one, in one that failed
     return _is_in_transaction(driver)
 
 
 def transaction_status(driver: Any) -> int | None:
-    """What psycopg and psycopg2 tell of a transaction; 0 is "idle"."""
+    """What psycopg and psycopg2 tell of a transaction; 0 is "idle", 3 one in which a statement has failed."""
     status = getattr(getattr(driver, "info", None), "transaction_status", None)
     return None if status is None else int(status)
 

@@ -4,7 +4,7 @@ written."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -448,11 +448,15 @@ _page_2026 = Table(
 
 
 @contextmanager
-def rewriting(engine: Engine, rewrite: Callable[[str], str]) -> Iterator[None]:
+def rewriting(
+    engine: Engine,
+    rewrite: Callable[[str], str],
+    change: Callable[[Any], Any] = lambda parameters: parameters,
+) -> Iterator[None]:
     """All statements of an engine are sent otherwise than they were compiled."""
 
     def put(connection: Any, cursor: Any, sql: str, parameters: Any, context: Any, many: bool) -> Any:
-        return rewrite(sql), parameters
+        return rewrite(sql), change(parameters)
 
     event.listen(engine, "before_cursor_execute", put, retval=True)
     yield
@@ -568,3 +572,86 @@ def test_a_hint_in_a_query_does_not_make_it_write(
     ):
         session.execute(found)
     assert reader.ask(beside)[0] == "hit"
+
+
+def test_several_statements_in_the_place_of_a_query(postgresql_engine: Engine) -> None:
+    """Of which the first is a query, too."""
+    Base.metadata.create_all(postgresql_engine)
+    process = Process(postgresql_engine, make_region().configure("querycache.memory"))
+    with process.sessions.begin() as session:
+        session.add(Page(id=1))
+    found = select(Page.title)
+    several = "SELECT 'x'; UPDATE mapped_page SET title = title || 'x'"
+    for _ in range(2):
+        warm(process, found)
+        with (
+            rewriting(
+                postgresql_engine,
+                lambda sql: several if "person" in sql else sql,
+                lambda given: given or None,
+            ),
+            process.sessions.begin() as session,
+        ):
+            session.execute(select(Person.id))
+        with process.sessions() as session:
+            assert process.ask(found)[1] == list(map(tuple, session.execute(found)))
+
+
+def _of_page_2(parameters: Any) -> Any:
+    """Whatever is for page 1 is for page 2."""
+    if isinstance(parameters, Mapping):
+        return {name: 2 if value == 1 else value for name, value in parameters.items()}
+    if isinstance(parameters, list):
+        return [_of_page_2(each) for each in parameters]
+    return tuple(2 if value == 1 else value for value in parameters)
+
+
+def _change_page(session: Session) -> None:
+    session.get_one(Page, 1).title = "new"
+
+
+def _change_pages(session: Session) -> None:
+    for page in session.scalars(select(Page).where(Page.id.in_([1, 3]))).all():
+        page.title = "new"
+
+
+def _delete_page(session: Session) -> None:
+    session.delete(session.get_one(Page, 1))
+
+
+def _add_page(session: Session) -> None:
+    session.add(Page(id=1, title="new"))
+
+
+def _add_pages(session: Session) -> None:
+    _add_page(session)
+    session.add(Page(id=3, title="new"))
+
+
+@pytest.mark.parametrize(
+    ("write", "before"),
+    [
+        (_change_page, ["", "", ""]),
+        (_change_pages, ["", "", ""]),
+        (_delete_page, ["", ""]),
+        (_add_page, []),
+        (_add_pages, []),
+    ],
+)
+def test_what_a_listener_gives_in_the_place_of_parameters(
+    both: tuple[Process, Process], write: Callable[[Session], None], before: list[str]
+) -> None:
+    """The objects of a flush know nothing of it."""
+    writer, reader = both
+    row = select(Page.title).where(Page.id == 2)
+    with writer.sessions.begin() as session:
+        session.add_all(Page(id=number, title=title) for number, title in enumerate(before, 1))
+    warm(reader, row)
+    with writer.sessions() as session:
+        write(session)
+        with rewriting(writer.engine, lambda sql: sql, _of_page_2):
+            session.commit()
+    with reader.sessions() as session:
+        now = list(map(tuple, session.execute(row)))
+    assert now != [(title,) for title in before[1:2]]
+    assert reader.ask(row)[1] == now

@@ -10,6 +10,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import QueuePool
 
@@ -837,3 +839,66 @@ def test_a_raw_cursors_write_that_is_made_known_is_not_stored(library: Library) 
             assert library.outcome(statement, session) == "bypass own write"
         session.rollback()
     check(library)
+
+
+# --- what a hit must not keep from the database ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode", ["conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"]
+)
+def test_a_transaction_that_a_session_has_only_hit_in_is_rolled_back(either: Library, mode: Any) -> None:
+    """Where it was given a connection whose transaction began outside, as it is without a cache."""
+    authors = select(Author.id)
+    either.fill(authors)
+    left = []
+    for cached in (True, False):
+        with either.engine.connect() as connection:
+            outer = connection.begin()
+            with either.sessions(bind=connection, join_transaction_mode=mode) as session:
+                session.get_one(Book, 1).price = 99
+                session.commit()
+                session.execute(authors.execution_options(cache_key=cached or None)).all()
+                session.rollback()
+            if outer.is_active:
+                outer.commit()
+        left.append(either.ask(point(1)))
+        either.write(update(Book).values(price=10))
+    assert left[0] == left[1]
+
+
+def test_a_hit_joins_a_transaction_without_a_statement(either: Library) -> None:
+    """But not where that takes a savepoint."""
+    authors = select(Author.id)
+    either.fill(authors)
+    sent: list[str] = []
+    event.listen(either.engine, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    with either.engine.connect() as connection, connection.begin():
+        for mode in ("conditional_savepoint", "create_savepoint"):
+            with either.sessions(bind=connection, join_transaction_mode=mode) as session:
+                assert either.outcome(authors, session) == "hit"
+    assert sent == []
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated")
+@pytest.mark.parametrize("how", ["aborted", "invalidated", "closed"])
+def test_what_the_database_would_refuse_is_not_answered(on_postgresql: Library, how: str) -> None:
+    authors = select(Author.id)
+    on_postgresql.fill(authors)
+    errors = []
+    for cached in (True, False):
+        with on_postgresql.sessions() as session:
+            connection = session.connection()
+            if how == "aborted":
+                with pytest.raises(DBAPIError):
+                    session.execute(text("SELECT 1 / 0"))
+            elif how == "invalidated":
+                connection.invalidate()
+            else:
+                connection.close()
+            with pytest.raises(SQLAlchemyError) as error:
+                session.execute(authors.execution_options(cache_key=cached or None)).all()
+            errors.append(error.type)
+            with suppress(SQLAlchemyError):
+                session.rollback()
+    assert errors[0] is errors[1]
