@@ -121,13 +121,14 @@ def _limit(name: str, url: str) -> Arm:
     held: dict[object, tuple[Any, list[Any], int]] = {}
 
     def replay(state: ORMExecuteState) -> Any:
-        prepared = prepare(Invocation.take(state))
+        invocation = Invocation.take(state)
+        prepared = prepare(invocation)
         given = prepared.plan.parameters
         key = prepared.plan.sql, tuple(given.values() if isinstance(given, dict) else given)
         answer = held.get(key)
         if answer is None:
             answer = held[key] = prepared.execute()
-        autobegin(state.session)
+        autobegin(invocation.session, invocation.bind)
         return prepared.replay(*answer)
 
     event.listen(factory, "do_orm_execute", replay)

@@ -26,9 +26,10 @@ def column(obj: Any, key: str, persisted: bool = False) -> Any:
         return UNKNOWN if isinstance(value, ClauseElement) else value
     if key in state.expired_attributes:
         return UNKNOWN
-    if state.key is not None and (key in state.callables or key == "bio"):
+    deleted = key in state.committed_state and state.committed_state[key] is not LoaderCallableStatus.NO_VALUE
+    if state.key is not None and not deleted and (key in state.callables or key == "bio"):
         return UNKNOWN
-    return None  # it was never set, and SQLAlchemy says None without asking
+    return None  # it was never set, or was deleted, and SQLAlchemy says None without asking
 
 
 def related(obj: Any, key: str, persisted: bool = False) -> Any:
