@@ -112,6 +112,20 @@ def test_loading_relationships_and_what_lies_behind(
         assert by_label(session, label, unknown="raise") == {item}
 
 
+def test_a_deferred_attribute_that_was_deleted_is_none(
+    indexes: SessionIndex, session: Session, people: list[Person], statements: Statements
+) -> None:
+    """As SQLAlchemy says by itself, which does not load what was deleted."""
+    by_name = indexes.index(Person.name)
+    deferred = select(Person).options(defer(Person.name)).execution_options(populate_existing=True)
+    session.scalars(deferred).all()
+    with statements.none():
+        del people[0].name
+        matches = by_name.lookup(session, None)
+        assert people[0].name is None
+    assert matches.known == {people[0]} and people[0] not in matches.unknown
+
+
 def test_loading_subclasses_through_the_base(indexes: SessionIndex, session: Session) -> None:
     indexes.indexed(Person, "by_grade", depends_on=[Manager.grade])(lambda p: getattr(p, "grade", None))
     session.add_all([Manager(grade=3), Person()])
