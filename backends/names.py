@@ -6,14 +6,14 @@ A name carries the run id of the server (:mod:`querycache.backends.redis` says w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from querycache import versions
-from querycache.backends.resp import Batch, Command, batch, increments, word
+from querycache.backends.resp import Batch, increments, plantings, word
 
 __all__ = ["COUNTER_TTL", "Names", "encode"]
 
-COUNTER_TTL = str(30 * 24 * 3600)
+COUNTER_TTL = 30 * 24 * 3600
 """Seconds that a counter outlives the last write of its tag. Far longer than any transaction, so no mark
 expires."""
 
@@ -27,8 +27,8 @@ class Names(dict[str, bytes]):
 
     Attributes:
         until: when they are to be forgotten, by the monotonic clock.
-        met: those that this process has marked, so that they are likely to be there, packed. They are forgotten when there
-            are too many names, also of those that are only read.
+        met: those that this process has marked, so that they are likely to be there, as words of a command; not too many,
+            either.
     """
 
     def __init__(self, run: str) -> None:
@@ -39,7 +39,6 @@ class Names(dict[str, bytes]):
     def __missing__(self, counter: str) -> bytes:
         if len(self) >= _MOST_NAMES:
             self.clear()
-            self.met = {}
         name = self[counter] = encode(f"{counter}@{self.run}")
         return name
 
@@ -53,27 +52,30 @@ class Names(dict[str, bytes]):
         try:
             return [*map(known.__getitem__, counters)]
         except KeyError:
-            return [known.get(counter) or word(self[counter]) for counter in counters]
+            end = f"@{self.run}"
+            return [known.get(counter) or word(encode(counter + end)) for counter in counters]
 
-    def marking(self, counters: Sequence[str]) -> Batch:
-        """What marks them, the first of which is the witness. Those that are new to this process may not be there yet."""
-        marks = increments(self.words(counters))
-        if self.met.keys() >= {*counters}:
-            return Batch(marks, len(counters))
-        planted = str(versions.planted(versions.fresh()))
-        commands: list[Command] = []
-        for each in counters:
-            if each not in self.met:
-                # While the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
-                commands.append(("SET", self[each], planted, "NX", "EX", COUNTER_TTL))
-                commands.append(("EXPIRE", self[each], COUNTER_TTL))
-        return Batch(batch(*commands).data + marks, len(commands) + len(counters))
+    def marking(self, counters: Sequence[str]) -> tuple[Batch, Mapping[str, bytes]]:
+        """What marks them, the first of which is the witness; and those that are new to this process, which may not be there
+        yet, and are planted before."""
+        words = self.words(counters)
+        marks = increments(words)
+        known = self.met
+        if known.keys() >= {*counters}:
+            return Batch(marks, len(counters)), _NONE
+        new = {counter: name for counter, name in zip(counters, words, strict=True) if counter not in known}
+        # While the witness is marked, no other that is lost can be taken for clean. So it must not expire, either.
+        plants = plantings(new.values(), versions.planted(versions.fresh()), COUNTER_TTL)
+        return Batch(plants + marks, 2 * len(new) + len(counters)), new
 
-    def meet(self, counters: Sequence[str]) -> None:
-        """Take for there what was marked."""
-        for counter in counters:
-            if counter not in self.met:
-                self.met[counter] = word(self[counter])
+    def meet(self, new: Mapping[str, bytes]) -> None:
+        """Take for there what was new when it was marked."""
+        if len(self.met) + len(new) > _MOST_NAMES:
+            self.met = {}
+        self.met.update(new)
+
+
+_NONE: Mapping[str, bytes] = {}
 
 
 def encode(key: str) -> bytes:

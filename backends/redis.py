@@ -225,36 +225,31 @@ class RedisBackend(StoreBackend):
         # The writer waits for this, and plain increments take the server half the time of a script.
         if not counters:
             return {}
-        names: Names
 
-        def marking(run: str) -> Batch:
-            nonlocal names
-            names = self._names(run)
-            return names.marking(counters)
+        def mark(wire: Wire) -> tuple[list[Any], list[redis.ResponseError]]:
+            names = self._names(wire.run)
+            commands, new = names.marking(counters)
+            found = wire.converse(commands)[-len(counters) :]
+            if new and not wire.refusals:
+                names.meet(new)
+            return found, wire.refusals[:1]
 
-        replies = self._exchange(marking, essential=True, refusable=True)
-        found = replies[-len(counters) :]
-        if versions.are_marked(found):
-            marks: dict[str, Mark] = dict(zip(counters, found, strict=True))
-        else:
+        found, refusals = self._speak(mark, essential=True)
+        self._heed(refusals, refusable=True)
+        if not versions.are_marked(found):
             # Where the witness was lost nobody plants it meanwhile, for there is something now, and the other marks stay.
-            marks = {
-                counter: version
-                for counter, version in zip(counters, found, strict=True)
-                if versions.are_marked([version])
-            }
-            anew = self._begin_anew([counter for counter in counters if counter not in marks])
-            marks = {counter: marks.get(counter) or anew[counter] for counter in counters}
-        if len(replies) > len(found):
-            names.meet(counters)
-        return marks
+            lost = [place for place, number in enumerate(found) if not versions.are_marked([number])]
+            anew = self._begin_anew([counters[place] for place in lost])
+            for place, version in zip(lost, anew, strict=True):
+                found[place] = version
+        return dict(zip(counters, found, strict=True))
 
-    def _begin_anew(self, counters: Sequence[str]) -> dict[str, Mark]:
+    def _begin_anew(self, counters: Sequence[str]) -> list[int]:
         """Mark counters that were lost since they were met, hold something else, or have no room for more marks."""
         arguments = versions.fresh() + versions.GIVEN_UP + 1, versions.MAX_PENDING, COUNTER_TTL
         reply = self._run("begin", counters, *arguments, essential=True, length=len(counters))
         try:
-            return {counter: int(text) for counter, text in zip(counters, reply, strict=True)}
+            return [int(text) for text in reply]
         except (TypeError, ValueError) as error:
             raise self._unreadable() from error
 
@@ -384,29 +379,29 @@ class RedisBackend(StoreBackend):
         :param meanwhile: is called before the replies are read.
         :param length: of the list that the first reply is to be.
         """
-        refusal: redis.ResponseError | None = None
 
-        def say(wire: Wire) -> list[Any]:
-            nonlocal refusal
+        def say(wire: Wire) -> tuple[list[Any], list[redis.ResponseError]]:
             replies = wire.converse(build(wire.run), meanwhile)
-            if wire.refusals:
-                refusal = wire.refusals[0]
             if length is not None:
                 reply = replies[0]
                 is_list = type(reply) is list and len(reply) == length
                 if not is_list and not isinstance(reply, redis.ResponseError):
                     wire.close()  # whose answer was that?
                     raise redis.InvalidResponse("another reply than to what was asked")
-            return replies
+            return replies, wire.refusals[:1]
 
-        replies = self._speak(say, essential)
-        if refusal is None or (refusable and isinstance(refusal, redis.exceptions.NoScriptError)):
-            self._breaker.succeeded()  # and where it does not have the script, it is told the whole of it then
-        else:
-            self._breaker.refused(refusal)
-            if not refusable:
-                raise CacheUnavailable(f"{self._name} refused: {refusal}") from refusal
+        replies, refusals = self._speak(say, essential)
+        self._heed(refusals, refusable)
         return replies
+
+    def _heed(self, refusals: Sequence[redis.ResponseError], refusable: bool) -> None:
+        """The server has answered, and refused something or not."""
+        if not refusals or (refusable and isinstance(refusals[0], redis.exceptions.NoScriptError)):
+            self._breaker.succeeded()  # and where it does not have the script, it is told the whole of it then
+            return
+        self._breaker.refused(refusals[0])
+        if not refusable:
+            raise CacheUnavailable(f"{self._name} refused: {refusals[0]}") from refusals[0]
 
     def _speak(self, say: Callable[[Wire], T], essential: bool) -> T:
         """Have an open wire for a moment: the one place that touches the network."""

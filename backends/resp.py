@@ -18,7 +18,18 @@ import redis
 
 from querycache.backends.patience import Patience
 
-__all__ = ["CONNECTIONS", "Batch", "Command", "Wire", "batch", "evaluate", "increments", "pack", "word"]
+__all__ = [
+    "CONNECTIONS",
+    "Batch",
+    "Command",
+    "Wire",
+    "batch",
+    "evaluate",
+    "increments",
+    "pack",
+    "plantings",
+    "word",
+]
 
 Command = tuple[Any, ...]
 """The words of a command, texts and bytes."""
@@ -69,6 +80,18 @@ def increments(keys: Iterable[bytes]) -> bytes:
     :param keys: at least one, as words.
     """
     return _INCREMENT + _INCREMENT.join(keys)
+
+
+def plantings(keys: Iterable[bytes], value: int, lifetime: int) -> bytes:
+    """SET of each key to a value, unless it has one, and EXPIRE, as they are sent.
+
+    :param keys: as words.
+    :param lifetime: seconds.
+    """
+    given, ttl = word(b"%d" % value), word(b"%d" % lifetime)
+    command = b"*6\r\n$3\r\nSET\r\n%b" + given + b"$2\r\nNX\r\n$2\r\nEX\r\n" + ttl
+    command += b"*3\r\n$6\r\nEXPIRE\r\n%b" + ttl
+    return b"".join([command % (key, key) for key in keys])
 
 
 def evaluate(verb: str, script: str, size: int, keys: bytes, argument: bytes) -> bytes:
@@ -207,7 +230,7 @@ class Wire:
             self._socket.sendall(commands.data)
             if meanwhile is not None:
                 meanwhile()
-            return self._replies(commands.size)
+            return self._receive(commands.size)
         except BaseException:
             self.close()
             raise
@@ -255,39 +278,35 @@ class Wire:
         if self._again is None:
             return
         try:
-            self._replies(0)
+            self._receive(0)
         except BaseException:  # a signal, for example: the reply is still to come
             self.close()
             raise
 
-    def _replies(self, size: int) -> list[Any]:
-        """The next replies, as many as these, after that to what was posted."""
-        again, self._again = self._again, None
-        if again is None:
-            return self._receive(size)
-        posted, *replies = self._receive(size + 1)
-        if self.refusals and self.refusals[0] is posted:
-            del self.refusals[0]
-            # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
-            if again is not bytes and isinstance(posted, redis.exceptions.NoScriptError):
-                self.post(again(), bytes)  # which is not refused for that
-        return replies
-
     def _receive(self, size: int) -> list[Any]:
-        """The next replies, as many as these, with the refusals among them noted."""
+        """The next replies, as many as these, after that to what was posted; with the refusals among them noted."""
+        again, self._again = self._again, None
+        expected = size if again is None else size + 1
         refusals, gets = self.refusals, self._reader.gets
         refusals.clear()
         self._patience.start()
         try:
-            replies = list(islice(iter(gets, _INCOMPLETE), size))
-            while len(replies) < size:
+            replies = list(islice(iter(gets, _INCOMPLETE), expected))
+            while len(replies) < expected:
                 replies.append(self._read())
-                replies += islice(iter(gets, _INCOMPLETE), size - len(replies))
+                replies += islice(iter(gets, _INCOMPLETE), expected - len(replies))
         except (TypeError, MemoryError) as error:  # a map of RESP 3 whose keys are arrays; a list of billions
             raise redis.InvalidResponse("a reply that cannot be read") from error
         for refusal in refusals:
             if isinstance(refusal, redis.exceptions.ReadOnlyError):
                 raise refusal
+        if again is not None:
+            posted = replies.pop(0)
+            if refusals and refusals[0] is posted:
+                del refusals[0]
+                # Where the server refused it otherwise, the marks of the writer stay, and heal as those of one that died.
+                if again is not bytes and isinstance(posted, redis.exceptions.NoScriptError):
+                    self.post(again(), bytes)  # which is not refused for that
         return replies
 
     def _read(self) -> Any:

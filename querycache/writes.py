@@ -204,7 +204,9 @@ class Writes:
             if self._transactions.ends_savepoint(connection, first_word(sql)):
                 self.commit(connection.info, dialect)
                 return True
-        elif context.isddl or _may_be_dml(context):
+        elif _may_be_dml(context):
+            wrote = self._note_dml(connection, context)
+        elif context.isddl:
             wrote = self._note_compiled(connection, sql, context)
         elif word := sa_internals.savepoint_word(compiled.statement):
             if self._transactions.ends_savepoint(connection, word):
