@@ -57,11 +57,14 @@ class _Torn(BaseException):
     """What was replayed, or was about to be, is not what the database shows to this transaction; says why.
 
     It passes through listeners of the application, which are not to take it for an error of theirs.
+
+    Attributes:
+        load: what was replayed in vain; None where that had not begun.
     """
 
-    def __init__(self, reason: str, loaded: sa_internals.LoadedAttributes | None = None) -> None:
+    def __init__(self, reason: str, load: Load | None = None) -> None:
         super().__init__(reason)
-        self.loaded = loaded
+        self.load = load
 
 
 class _Explained(Exception):
@@ -171,7 +174,8 @@ class Interceptor:
         try:
             result = self._look_up(request)
         except _Torn as torn:
-            sa_internals.forget_loaded_since(request.session, before, torn.loaded)
+            if torn.load is not None:
+                sa_internals.forget_loaded_since(request.session, before, torn.load.loaded)
             self._leave(region, options, str(torn))
             result = None
         return self._hand_back(state) if result is None else result
@@ -279,14 +283,15 @@ class Interceptor:
         # which triggers there are may not have been known to the process that has stored it
         checks = bool(reading.fallen or self._declared.of_triggers)
         if sa_internals.autobegin(request.session, request.bind):  # then listeners may have written
-            transactions = self._writes.transactions(request.session, request.bind)
-            if reason := _distrust(request, transactions, reading):
+            request.transactions = self._writes.transactions(request.session, request.bind)
+            if reason := _distrust(request, request.transactions, reading):
                 raise _Torn(reason)
             if changes != changes_here():  # and committed, by another Session
                 raise _Torn("written meanwhile")
         load = Load(request, reading, set(request.tag_keys), changes, entry, checks)
-        if reading.fallen:  # then the database is asked, which may show that this cannot stand
-            load.loaded = sa_internals.loaded_attributes(request.session)
+        if self._writes.may_begin_snapshot(request.bind, request.prepared.plan.options, request.transactions):
+            # and show, if the database is asked for what completes this, that it cannot stand
+            load.loaded = sa_internals.loaded_objects(request.session)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:
             if not reading.fallen:
@@ -332,8 +337,11 @@ class Interceptor:
             load.spoiled, load.grown, load.doubtful = str(refusal), True, True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
+        begun = sa_internals.autobegin(load.request.session, asked.prepared.invocation.bind)
         changes = changes_here()
-        if changes != load.changes:  # a listener has committed, or said what it has written
+        if (
+            begun or changes != load.changes
+        ):  # a listener has ended the transaction, or said what it has written
             load.changes, load.doubtful = changes, True
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):
@@ -350,7 +358,7 @@ class Interceptor:
         load.later = True
         frozen, result = self._run(load, asked.prepared)
         if (load.entry is not None or load.borrowed) and self._is_torn(load):
-            raise _Torn("snapshot", load.loaded)
+            raise _Torn("snapshot", load)
         if frozen is not None:
             load.loads[asked.mark] = frozen
             if by_key is not None:

@@ -6,10 +6,10 @@ of their own. A context variable tells such a statement, in its thread or task, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -41,7 +41,7 @@ class Load:
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
-        loaded: what the Session's objects had loaded before; None where nothing that may have to be forgotten was loaded.
+        loaded: what the Session's objects had loaded before, where what is loaded may have to be forgotten.
         outer: the load within which this one runs, of this Session or of another.
         over: True once it has ended. A task or thread that a listener has begun may still take it for the one around it.
     """
@@ -59,7 +59,7 @@ class Load:
     later: bool = False
     borrowed: bool = False
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
-    loaded: sa_internals.LoadedAttributes | None = None
+    loaded: Mapping[Any, sa_internals.Loaded] | None = None
     outer: Load | None = None
     over: bool = False
 

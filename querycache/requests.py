@@ -219,8 +219,8 @@ class Requests:
             prepared = _prepare(state)
             plan = prepared.plan
             bind = prepared.invocation.bind
-            if isinstance(bind, Connection) and bind.closed:
-                raise Refused("connection closed")  # the execution will raise it
+            if isinstance(bind, Connection) and sa_internals.is_unusable(bind):
+                raise Refused("transaction failed")  # the execution will raise it
             if self._writes.watch_bind(bind) and "isolation_level" not in plan.options:
                 raise Refused("serializable")
             scope = "" if self._scope is None else canonical(self._scope(session))

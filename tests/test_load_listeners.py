@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from dogpile.cache import CacheRegion
 from sqlalchemy import Engine, String, and_, bindparam, create_engine, event, func, select, text, update
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import (
     Mapped,
     Session,
@@ -592,6 +593,53 @@ def test_what_is_committed_as_the_transaction_begins(on_file: Engine, store: Cac
         event.listen(session, "after_transaction_create", begun)
         assert session.scalars(CACHED).one().name == "new"
         assert children(session, CACHED) == ["new", "new"]
+
+
+def test_what_is_loaded_as_the_transaction_begins_stays_loaded(on_file: Engine, store: CacheRegion) -> None:
+    """Also where something is written then, so that the database is asked; nothing was replayed yet."""
+    _, factory = attached(on_file, store)
+    toy = select(Toy).where(Toy.id == 1).execution_options(cache_key="toy")
+    for _ in range(2):
+        with factory() as session:
+            session.scalars(toy).one()
+    done: list[bool] = []
+    kept: list[Parent] = []
+
+    def begun(session: Session, transaction: Any) -> None:
+        if not done:
+            done.append(True)
+            kept.append(session.get_one(Parent, 1))
+            with factory.begin() as other:
+                other.get_one(Child, 1).name = "new"
+
+    with factory() as session:
+        event.listen(session, "after_transaction_create", begun)
+        session.scalars(toy).one()
+    assert kept[0].name == ""
+
+
+def test_what_completes_an_answer_begins_the_transaction_that_a_listener_has_ended(
+    on_file: Engine, store: CacheRegion
+) -> None:
+    _, factory = attached(on_file, store)
+    factory.configure(expire_on_commit=False)
+    for _ in range(2):
+        with factory() as session:
+            assert children(session, CACHED) == ["", ""]
+
+    def listen(parent: Parent, context: Any) -> None:
+        context.session.commit()
+
+    with listening(Parent, "load", listen):
+        with factory() as session:
+            session.scalars(CACHED).one()
+            assert session.in_transaction()
+        with (
+            factory() as session,
+            pytest.raises(InvalidRequestError, match="closed transaction"),
+            session.begin(),
+        ):
+            session.scalars(CACHED).one()
 
 
 def test_a_listeners_own_cached_statement_may_be_newer(on_file: Engine, store: CacheRegion) -> None:

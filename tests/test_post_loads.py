@@ -15,6 +15,7 @@ from sqlalchemy.orm import (
     Mapped,
     Session,
     immediateload,
+    load_only,
     mapped_column,
     relationship,
     selectin_polymorphic,
@@ -503,10 +504,110 @@ def test_an_answer_that_is_given_up_takes_nothing_from_the_application(
         assert session.get_one(Child, 2).name == "mine"
 
 
-def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(
+def test_an_answer_that_is_given_up_leaves_expired_what_was(
     snapshots: Engine, any_store: CacheRegion
 ) -> None:
+    """Or else lazy loads take an object for loaded that is not."""
     cache, factory = attached(snapshots, any_store)
+    until_hit(cache, factory)
+    statement = (
+        select(Child).where(Child.id == 1).options(immediateload(Child.parent), selectinload(Child.toys))
+    )
+    cached = statement.execution_options(cache_key="expired")
+    for _ in range(2):
+        with factory() as session:
+            session.scalars(cached).one()
+    with factory.begin() as session:
+        session.get_one(Toy, 1).name = "old"
+
+    def write() -> None:
+        with factory.begin() as session:
+            session.get_one(Child, 1).name = "new"
+
+    once(snapshots, "FROM family_toys", write)
+    with factory() as session, cache.recording() as events:
+        parent = session.get_one(Parent, 1)
+        session.commit()
+        child = session.scalars(cached).one()
+        assert ("bypass", "snapshot") in [(each.outcome, each.reason) for each in events]
+    assert child.parent is parent and parent.name == ""  # loaded, since no Session would do it now
+
+
+def test_an_answer_that_is_given_up_leaves_pending_what_was(
+    snapshots: Engine, any_store: CacheRegion
+) -> None:
+    """What was added to a collection that is not loaded is merged with the rows that are right."""
+    cache, factory = attached(snapshots, any_store)
+    factory.configure(autoflush=False, expire_on_commit=False)
+    until_hit(cache, factory)
+    with factory.begin() as session:
+        session.get_one(Toy, 1).name = "old"
+
+    def write() -> None:
+        with factory.begin() as session:
+            session.get_one(Toy, 1).name = "new"
+            session.add(Child(parent_id=1, name="theirs"))
+
+    once(snapshots, "FROM family_toys", write)
+    with factory() as session, cache.recording() as events:
+        parent = session.get_one(Parent, 1)
+        session.commit()
+        session.add(Child(parent=parent, name="mine"))
+        assert "children" not in parent.__dict__
+        session.scalars(whole_family(1)).one()
+        assert ("bypass", "snapshot") in [(each.outcome, each.reason) for each in events]
+        toy, added = parent.children[0].toys[0].name, [each.name for each in parent.children][2:]
+        assert (toy, added) in (("old", ["mine"]), ("new", ["theirs", "mine"]))
+        session.commit()
+    with factory() as session:
+        assert [each.name for each in session.get_one(Parent, 1).children] == ["", "", "theirs", "mine"]
+
+
+def test_what_a_listener_has_set_is_given_up_with_the_answer(
+    snapshots: Engine, any_store: CacheRegion
+) -> None:
+    """Or else the next flush writes what it has made of that."""
+    cache, factory = attached(snapshots, any_store)
+    factory.configure(autoflush=False)
+    until_hit(cache, factory)
+    statement = select(Parent).where(Parent.id == 1).execution_options(cache_key="listened")
+
+    def write() -> None:
+        with factory.begin() as session:
+            session.execute(update(Parent).where(Parent.id == 1).values(name="theirs"))
+            session.execute(update(Toy).values(name="new"))
+
+    def listen(parent: Parent, context: Any) -> None:
+        parent.name = parent.name or "nobody"
+        parent.children[0].toys  # noqa: B018
+
+    event.listen(Parent, "load", listen)
+    try:
+        for _ in range(2):
+            with factory() as session:
+                session.scalars(statement).one()
+        with factory.begin() as session:
+            session.execute(update(Toy).values(name="old"))
+        once(snapshots, "FROM family_toys", write)
+        with factory() as session, cache.recording() as events:
+            parent = session.scalars(statement).one()
+            assert ("bypass", "snapshot") in [(each.outcome, each.reason) for each in events]
+            assert (parent.name, parent.children[0].toys[0].name) == ("theirs", "new")
+            assert parent not in session.dirty
+            session.commit()
+    finally:
+        event.remove(Parent, "load", listen)
+    with factory() as session:
+        assert session.get_one(Parent, 1).name == "theirs"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(
+    snapshots: Engine, any_store: CacheRegion, there: bool
+) -> None:
+    """Also in objects that were there before, and lacked what the entry has."""
+    cache, factory = attached(snapshots, any_store)
+    factory.configure(expire_on_commit=False)
     until_hit(cache, factory)  # now the history of the store is known
     statement = select(Child).where(Child.id == 1).options(immediateload(Child.parent))
     cached = statement.execution_options(cache_key="child")
@@ -521,8 +622,13 @@ def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(
 
     once(snapshots, "FROM family_parents", rename)
     with factory() as session, cache.recording() as events:
+        before = (
+            session.scalars(select(Child).options(load_only(Child.id)).where(Child.id == 1)) if there else ()
+        )
+        kept = list(before)
+        session.commit()
         child = session.scalars(cached).one()
-        assert child.name == child.parent.name == "new"
+        assert child.name == child.parent.name == "new" and kept in ([], [child])
     assert [(each.outcome, each.reason) for each in events][:1] == [("bypass", "snapshot")]
 
 

@@ -7,6 +7,7 @@ private name of SQLAlchemy.
 ==================  ============================================================================================
 ``handlers``        what a ``do_orm_execute`` handler is given, and the options of the statement in it
 ``planning``        what a statement is compiled to, and what that comes to with values for its parameters
+``loaded``          what the objects of a Session have loaded, and how they forget it
 ``replay``          results over rows that were stored earlier
 ``executing``       a statement that is run against the database, or replayed
 ``transactions``    sessions, their connections, and what transactions of these see
@@ -33,22 +34,19 @@ from querycache.sa_internals.dialect import (
 from querycache.sa_internals.endings import Outcome
 from querycache.sa_internals.executing import Invocation, Prepared, prepare
 from querycache.sa_internals.handlers import (
-    LoadedAttributes,
     StatementOption,
     completes,
     completes_other,
     effective_options,
-    forget_loaded_since,
     given_options,
     is_textual,
     later_handlers,
     load_options,
-    loaded_attributes,
-    loads_so_far,
     may_be_completed,
     run_later_handlers,
     run_statement,
 )
+from querycache.sa_internals.loaded import Loaded, forget_loaded_since, loaded_objects, loads_so_far
 from querycache.sa_internals.mapping import (
     declared,
     is_exact,
@@ -78,6 +76,7 @@ from querycache.sa_internals.transactions import (
     is_serializable,
     is_serializable_by_default,
     is_told,
+    is_unusable,
     isolation_level,
     may_block,
     reads_uncommitted,
@@ -121,7 +120,7 @@ __all__ = [
     "UNKNOWN",
     "Held",
     "Invocation",
-    "LoadedAttributes",
+    "Loaded",
     "Outcome",
     "Plan",
     "Prepared",
@@ -171,6 +170,7 @@ __all__ = [
     "is_textual",
     "is_told",
     "is_unit_of_work",
+    "is_unusable",
     "isolation_level",
     "json_serializer",
     "just_flushed",
@@ -182,7 +182,7 @@ __all__ = [
     "listening",
     "load_in_order",
     "load_options",
-    "loaded_attributes",
+    "loaded_objects",
     "loads_so_far",
     "made_by_flush",
     "mappers_of",

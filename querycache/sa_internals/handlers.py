@@ -8,23 +8,19 @@ from typing import Any, cast
 
 from sqlalchemy import util
 from sqlalchemy.engine import Result
-from sqlalchemy.orm import ORMExecuteState, Session, loading
+from sqlalchemy.orm import ORMExecuteState
 from sqlalchemy.orm.interfaces import UserDefinedOption
 from sqlalchemy.sql.elements import TextClause
 
 __all__ = [
-    "LoadedAttributes",
     "StatementOption",
     "completes",
     "completes_other",
     "effective_options",
-    "forget_loaded_since",
     "given_options",
     "is_textual",
     "later_handlers",
     "load_options",
-    "loaded_attributes",
-    "loads_so_far",
     "marked",
     "may_be_completed",
     "run_later_handlers",
@@ -179,43 +175,6 @@ def may_be_completed(statement: Any) -> bool:
         return False
     columns = getattr(statement, "column_descriptions", None)
     return columns is None or any(isinstance(column["type"], type) for column in columns)
-
-
-def loads_so_far() -> int:
-    """A number that grows with each result that the ORM loads in this process."""
-    number: int = loading._new_runid()
-    return number
-
-
-LoadedAttributes = Mapping[Any, frozenset[str]]
-"""The attributes that each object of a Session has loaded, by its state."""
-
-
-def loaded_attributes(session: Session) -> LoadedAttributes:
-    """What a Session's objects have loaded."""
-    return {state: frozenset(state.dict) for state in session.identity_map.all_states()}
-
-
-def forget_loaded_since(session: Session, before: int, loaded: LoadedAttributes | None) -> None:
-    """Forget what a Session's objects were given by results loaded since then.
-
-    What the application has changed is left alone: nothing was by loading.
-
-    Args:
-        session: whose.
-        before: what :func:`loads_so_far` gave then.
-        loaded: what they had loaded then, if that was noted. Without it, what was loaded into objects that were there is not
-            forgotten.
-    """
-    for state in session.identity_map.all_states():
-        instance, names = state.obj(), state.manager.keys() & state.dict.keys()
-        if loaded is not None and state in loaded:
-            names -= loaded[state] | state.committed_state.keys()
-        elif state.runid is None or state.runid <= before or state.modified:
-            continue
-        if instance is not None and names:
-            # with names it does not go on to what the object is related to, which may have been changed
-            session.expire(instance, names)
 
 
 def is_textual(statement: Any) -> bool:

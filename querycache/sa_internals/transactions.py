@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -29,6 +30,7 @@ __all__ = [
     "is_serializable",
     "is_serializable_by_default",
     "is_told",
+    "is_unusable",
     "isolation_level",
     "may_block",
     "reads_uncommitted",
@@ -39,43 +41,58 @@ __all__ = [
 ]
 
 
-_FAILED = 3
-
-
 def autobegin(session: Session, bind: Engine | Connection) -> bool:
-    """Begin the Session's transaction as any statement would, without a connection; but one that was given, and is in a
-    transaction, is joined, unless that takes a savepoint: or else a rollback would not reach it. Returns False where all of
-    this was done before.
+    """Begin the Session's transaction as any statement would, without a connection; but one that it was given is joined, or
+    else neither commit() nor rollback() would reach it. Returns False where all of this was done before.
+
+    What takes a savepoint or another command is not done.
 
     Raises:
         InvalidRequestError: the Session is within the context manager of a transaction that has ended.
     """
     TransactionalContext._trans_ctx_check(session)
     begins = session._transaction is None
-    transaction: Any = session._autobegin_t()
-    if isinstance(bind, Connection) and bind.in_transaction() and bind not in transaction._connections:
-        how = session.join_transaction_mode
-        savepoint = how == "create_savepoint" or (
-            how == "conditional_savepoint" and bind.in_nested_transaction()
-        )
-        if not (savepoint or session.twophase or session.in_nested_transaction()):
-            session._connection_for_bind(bind)
-            return True
-    return begins
+    session._autobegin_t()
+    if not isinstance(bind, Connection) or session.twophase:
+        return begins
+    *_, (root, joined) = ((each, bind in each._connections) for each in _transactions(session))
+    if joined or _takes_savepoint(session, bind):
+        return begins
+    root._connection_for_bind(bind, None)
+    return True
+
+
+def _takes_savepoint(session: Session, bind: Connection) -> bool:
+    """True if a Session begins a savepoint where it joins a connection's transaction."""
+    if not bind.in_transaction():
+        return False
+    how = session.join_transaction_mode
+    return how == "create_savepoint" or (how == "conditional_savepoint" and bind.in_nested_transaction())
+
+
+def _transactions(session: Session) -> Iterator[Any]:
+    """A Session's savepoints and its transaction, the innermost first."""
+    transaction: Any = session._transaction
+    while transaction is not None:
+        yield transaction
+        transaction = transaction._parent
 
 
 def is_broken(session: Session) -> bool:
-    """True where the next statement will be refused: a connection of the Session's transaction was closed or invalidated, or
-    its driver tells that a statement has failed."""
-    transaction = session._transaction
-    while transaction is not None:
-        for each in transaction._connections:
-            if isinstance(each, Connection) and (
-                each.closed or each.invalidated or transaction_status(_driver(each)) == _FAILED
-            ):
-                return True
-        transaction = transaction._parent
-    return False
+    """True where the next statement will be refused, for a connection of the Session's transaction :func:`is_unusable`."""
+    return any(
+        isinstance(each, Connection) and is_unusable(each)
+        for transaction in _transactions(session)
+        for each in transaction._connections
+    )
+
+
+def is_unusable(connection: Connection) -> bool:
+    """True where the next statement of a connection will be refused: it was closed, or invalidated in a transaction, or its
+    driver tells that a statement of that has failed."""
+    if connection.closed or connection.invalidated:
+        return connection.closed or connection.in_transaction()
+    return transaction_status(_driver(connection)) == _FAILED
 
 
 def may_block() -> bool:
@@ -102,10 +119,8 @@ def connections(session: Session, bind: Engine | Connection | None = None) -> li
     # 2.0 keeps them in a name of the class, 2.1 in a plain one
     binds = session.__dict__.get("binds") or session.__dict__.get("_Session__binds") or {}
     found = [bind, session.bind, *binds.values()]
-    transaction = session._transaction
-    while transaction is not None:
+    for transaction in _transactions(session):
         found += transaction._connections  # by themselves and by their engines
-        transaction = transaction._parent
     seen = [
         each for each in found if isinstance(each, Connection) and not each.closed and not each.invalidated
     ]
@@ -120,11 +135,10 @@ def was_given(transaction: Any, connection: Connection) -> bool:
 
 def checked_out(session: Session, bind: Engine | Connection) -> Connection | None:
     """The connection that a Session's transaction has for a bind already, without the checks of ``connection()``."""
-    transaction = session._transaction
-    while transaction is not None:
+    for transaction in _transactions(session):
         if (entry := transaction._connections.get(bind)) is not None:
-            return entry[0]
-        transaction = transaction._parent
+            connection: Connection = entry[0]
+            return connection
     return None
 
 
@@ -268,6 +282,9 @@ def is_open(driver: Any) -> bool | None:
     if status is not None:
         return {0: False, 2: True, _FAILED: True}.get(status)  # idle, in one, in one that failed
     return _is_in_transaction(driver)
+
+
+_FAILED = 3  # of what follows
 
 
 def transaction_status(driver: Any) -> int | None:

@@ -880,6 +880,66 @@ def test_a_hit_joins_a_transaction_without_a_statement(either: Library) -> None:
     assert sent == []
 
 
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_hit_begins_the_transaction_of_a_given_connection(either: Library, end: str) -> None:
+    """Or else what Core writes beside it is lost by the Session's commit(), and kept by its rollback()."""
+    authors = select(Author.id)
+    either.fill(authors)
+    left = []
+    for cached in (True, False):
+        with either.engine.connect() as connection:
+            session = either.sessions(bind=connection)
+            session.execute(authors.execution_options(cache_key=cached or None)).all()
+            assert connection.in_transaction()
+            connection.execute(update(Book).where(Book.id == 1).values(price=99))
+            getattr(session, end)()
+            assert not connection.in_transaction()
+            connection.commit()
+        left.append(either.ask(point(1)))
+        either.write(update(Book).values(price=10))
+    assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "control_fully"])
+def test_a_hit_in_a_savepoint_joins_what_is_around_it(either: Library, mode: Any) -> None:
+    authors = select(Author.id)
+    either.fill(authors)
+    left = []
+    for cached in (True, False):
+        with either.engine.connect() as connection:
+            outer = connection.begin()
+            connection.execute(update(Book).where(Book.id == 1).values(price=99))
+            with either.sessions(bind=connection, join_transaction_mode=mode) as session:
+                with session.begin_nested():
+                    session.execute(authors.execution_options(cache_key=cached or None)).all()
+                session.rollback()
+            if outer.is_active:
+                outer.commit()
+        left.append(either.ask(point(1)))
+        either.write(update(Book).values(price=10))
+    assert left[0] == left[1]
+
+
+@pytest.mark.parametrize("how", ["aborted", "invalidated"])
+def test_what_the_database_would_refuse_on_a_given_connection(on_postgresql: Library, how: str) -> None:
+    authors = select(Author.id)
+    on_postgresql.fill(authors)
+    errors = []
+    for cached in (True, False):
+        with on_postgresql.engine.connect() as connection:
+            connection.begin()
+            if how == "aborted":
+                with pytest.raises(DBAPIError):
+                    connection.execute(text("SELECT 1 / 0"))
+            else:
+                connection.invalidate()
+            with on_postgresql.sessions(bind=connection) as session:
+                with pytest.raises(SQLAlchemyError) as error:
+                    session.execute(authors.execution_options(cache_key=cached or None)).all()
+                errors.append(error.type)
+    assert errors[0] is errors[1]
+
+
 @pytest.mark.filterwarnings("ignore:transaction already deassociated")
 @pytest.mark.parametrize("how", ["aborted", "invalidated", "closed"])
 def test_what_the_database_would_refuse_is_not_answered(on_postgresql: Library, how: str) -> None:
