@@ -98,7 +98,7 @@ class FlushedRows:
             if not inserted:
                 if held.primary:
                     key.append(new)
-                if held.remade and sa_internals.made_by_flush(state, held):
+                if sa_internals.made_by_flush(state, held):
                     self.moved = True
         if not inserted:
             if len(key) < len(self.written.key):  # not all of it can be tracked

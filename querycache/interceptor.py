@@ -289,8 +289,7 @@ class Interceptor:
             if changes != changes_here():  # and committed, by another Session
                 raise _Torn("written meanwhile")
         load = Load(request, reading, set(request.tag_keys), changes, entry, checks)
-        if self._writes.may_begin_snapshot(request.bind, request.prepared.plan.options, request.transactions):
-            # and show, if the database is asked for what completes this, that it cannot stand
+        if reading.fallen:  # then the database is asked, which may show that this cannot stand
             load.loaded = sa_internals.loaded_objects(request.session)
         result = load.surround(lambda: merge_frozen_result(request.prepared, entry.main))
         if load.grown:

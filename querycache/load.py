@@ -41,7 +41,7 @@ class Load:
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
         learned: further statements that were asked for by the keys of their rows.
-        loaded: what the Session's objects had loaded before, where what is loaded may have to be forgotten.
+        loaded: what the Session's objects had loaded before; None where it is unlikely that anything has to be forgotten.
         outer: the load within which this one runs, of this Session or of another.
         over: True once it has ended. A task or thread that a listener has begun may still take it for the one around it.
     """

@@ -127,13 +127,13 @@ class Phases:
             return
         marks, unmarked, tags = marking.marks, marking.unmarked, marking.tags
         # where nothing was marked, what is not told now is owed, also where a signal comes between
-        left = unmarked + [ledger for ledger, _ in marks if not ledger.store.atomic]
-        debts = self._debts(tags, certain) if left else {}
+        left = [*unmarked, *(ledger for ledger, _ in marks if not ledger.store.atomic)]
+        commit = _Commit(certain)
         try:
             marking.marks, marking.unmarked, marking.tags = [], [], None
             if self._consistency == "strict":
                 for ledger in unmarked:
-                    self._owe(ledger, debts)
+                    self._owe(ledger, self._debts(tags, commit))
             for ledger, marks_there in marks:
                 if not certain and ledger.store.atomic:
                     continue
@@ -146,6 +146,7 @@ class Phases:
                     if not ledger.store.atomic:
                         left.remove(ledger)
             for ledger in unmarked:
+                debts = self._debts(tags, commit)
                 if self._tell(ledger, debts, essential=True):
                     self._settle(ledger, debts)
                     left.remove(ledger)
@@ -153,12 +154,12 @@ class Phases:
                     self._telemetry.emit("error", "", "", "unavailable at commit")
         finally:
             for ledger in left:
-                self._owe(ledger, debts)
+                self._owe(ledger, self._debts(tags, commit))
             if self._owed and any(list(self._owed.values())):
                 self._pay_later()
 
-    def _debts(self, tags: set[str], certain: bool) -> dict[str, _Commit]:
-        return dict.fromkeys(self._regions.tag_keys(tags), _Commit(certain))
+    def _debts(self, tags: set[str], commit: _Commit) -> dict[str, _Commit]:
+        return dict.fromkeys(self._regions.tag_keys(tags), commit)
 
     def _tell(self, ledger: Ledger, debts: dict[str, _Commit], *, essential: bool = False) -> bool:
         """Tell a ledger of tags that have changed. Returns False if it cannot be reached.
@@ -184,7 +185,7 @@ class Phases:
             if len(owed) + len(debts) > MOST_OWED:
                 certain = all(commit.certain for each in (owed, debts) for commit in list(each.values()))
                 paid = list(owed)
-                debts = self._debts({EVERYTHING}, certain)
+                debts = dict.fromkeys(self._regions.tag_keys([EVERYTHING]), _Commit(certain))
             for tag, commit in debts.items():
                 before = owed.get(tag)
                 # what nobody knows of a commit, a later one does not tell

@@ -219,8 +219,8 @@ class Requests:
             prepared = _prepare(state)
             plan = prepared.plan
             bind = prepared.invocation.bind
-            if isinstance(bind, Connection) and sa_internals.is_unusable(bind):
-                raise Refused("transaction failed")  # the execution will raise it
+            if isinstance(bind, Connection):
+                self._refuse_connection(session, bind)
             if self._writes.watch_bind(bind) and "isolation_level" not in plan.options:
                 raise Refused("serializable")
             scope = "" if self._scope is None else canonical(self._scope(session))
@@ -341,6 +341,14 @@ class Requests:
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
                     raise Refused(name)
+
+    @staticmethod
+    def _refuse_connection(session: Session, bind: Connection) -> None:
+        """Raise Refused for what the execution will raise on a connection that a Session was given, or begin there."""
+        if sa_internals.is_unusable(bind):
+            raise Refused("connection closed" if bind.closed else "transaction failed")
+        if session.twophase and sa_internals.checked_out(session, bind) is None:
+            raise Refused("two-phase")
 
     def _refuse_content(self, analysis: Analysis, plan: Plan, options: CacheOptions) -> None:
         """Raise Refused for what no cache can answer, as far as it shows in what the statement says."""

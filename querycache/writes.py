@@ -140,21 +140,6 @@ class Writes:
         found = [self._transactions.of(each.info) for each in sa_internals.connections(session, bind)]
         return [transaction for transaction in found if transaction is not None]
 
-    def may_begin_snapshot(
-        self, bind: Engine | Connection, options: Mapping[str, Any], transactions: Iterable[Transaction]
-    ) -> bool:
-        """True if a Session may not know yet what its next statement will see: its transaction may have a snapshot, which has
-        not begun.
-
-        Args:
-            bind: what it asks.
-            options: those of the execution.
-            transactions: those that it takes part in.
-        """
-        known = self._transactions.known(bind.dialect)
-        snapshots = known.old_views or not known.settled or "isolation_level" in options
-        return snapshots and all(transaction.snapshot is None for transaction in transactions)
-
     def note(self, session: Session, tags: Iterable[str]) -> None:
         """Make tags part of what a Session's transaction writes: they change when it commits.
 
@@ -219,9 +204,7 @@ class Writes:
             if self._transactions.ends_savepoint(connection, first_word(sql)):
                 self.commit(connection.info, dialect)
                 return True
-        elif _may_be_dml(context):
-            wrote = self._note_dml(connection, context)
-        elif context.isddl:
+        elif context.isddl or _may_be_dml(context):
             wrote = self._note_compiled(connection, sql, context)
         elif word := sa_internals.savepoint_word(compiled.statement):
             if self._transactions.ends_savepoint(connection, word):

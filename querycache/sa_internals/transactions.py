@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.engine.util import TransactionalContext
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
 
 from querycache.wording import first_word
@@ -55,8 +56,8 @@ def autobegin(session: Session, bind: Engine | Connection) -> bool:
     session._autobegin_t()
     if not isinstance(bind, Connection) or session.twophase:
         return begins
-    *_, (root, joined) = ((each, bind in each._connections) for each in _transactions(session))
-    if joined or _takes_savepoint(session, bind):
+    *_, root = _transactions(session)  # which a savepoint has the connection from
+    if bind in root._connections or _takes_savepoint(session, bind):
         return begins
     root._connection_for_bind(bind, None)
     return True
@@ -88,10 +89,17 @@ def is_broken(session: Session) -> bool:
 
 
 def is_unusable(connection: Connection) -> bool:
-    """True where the next statement of a connection will be refused: it was closed, or invalidated in a transaction, or its
-    driver tells that a statement of that has failed."""
+    """True where the next statement of a connection will be refused: it was closed, or its transaction is over for
+    SQLAlchemy, or for the server, as a driver tells in whose transaction a statement has failed."""
     if connection.closed or connection.invalidated:
         return connection.closed or connection.in_transaction()
+    begun = connection.get_transaction(), connection.get_nested_transaction()
+    if not all(each is None or each.is_active for each in begun):
+        return True
+    try:
+        TransactionalContext._trans_ctx_check(connection)
+    except InvalidRequestError:
+        return True
     return transaction_status(_driver(connection)) == _FAILED
 
 

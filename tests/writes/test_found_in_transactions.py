@@ -32,7 +32,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column, sessionmaker
 from sqlalchemy.pool import QueuePool
 
@@ -918,6 +918,38 @@ def test_a_hit_in_a_savepoint_joins_what_is_around_it(either: Library, mode: Any
         left.append(either.ask(point(1)))
         either.write(update(Book).values(price=10))
     assert left[0] == left[1]
+
+
+def test_a_transaction_of_two_phases_is_begun_on_a_given_connection(on_postgresql: Library) -> None:
+    authors = select(Author.id)
+    on_postgresql.fill(authors)
+    for cached in (True, False):
+        with (
+            on_postgresql.engine.connect() as connection,
+            on_postgresql.sessions(bind=connection, twophase=True) as session,
+        ):
+            session.execute(authors.execution_options(cache_key=cached or None)).all()
+            connection.execute(update(Book).where(Book.id == 1).values(price=99))
+            if cached:
+                assert on_postgresql.outcome(authors, session) == "hit"
+            session.commit()
+        assert on_postgresql.ask(point(1)) == [(1, "book 1", 99)]
+        on_postgresql.write(update(Book).values(price=10))
+
+
+def test_a_savepoint_that_is_over_before_its_block_is(either: Library) -> None:
+    authors = select(Author.id)
+    either.fill(authors)
+    for cached in (True, False):
+        with (
+            either.engine.connect() as connection,
+            connection.begin(),
+            either.sessions(bind=connection, join_transaction_mode="rollback_only") as session,
+            connection.begin_nested() as nested,
+        ):
+            nested.rollback()
+            with pytest.raises(InvalidRequestError, match="closed transaction"):
+                session.execute(authors.execution_options(cache_key=cached or None))
 
 
 @pytest.mark.parametrize("how", ["aborted", "invalidated"])
