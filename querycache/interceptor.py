@@ -338,9 +338,8 @@ class Interceptor:
             return None
         begun = sa_internals.autobegin(load.request.session, asked.prepared.invocation.bind)
         changes = changes_here()
-        if (
-            begun or changes != load.changes
-        ):  # a listener has ended the transaction, or said what it has written
+        # where a listener has ended the transaction, has committed elsewhere, or said what it has written
+        if begun or changes != load.changes:
             load.changes, load.doubtful = changes, True
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):

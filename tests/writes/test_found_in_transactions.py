@@ -844,27 +844,76 @@ def test_a_raw_cursors_write_that_is_made_known_is_not_stored(library: Library) 
 # --- what a hit must not keep from the database ------------------------------------------------------------
 
 
+def same_left(library: Library, act: Callable[[Connection, Any], object]) -> bool:
+    """True if what is done on a connection leaves the same whether the statement that it is given is answered or not."""
+    authors = select(Author.id)
+    library.fill(authors)
+    left = []
+    for statement in (authors.execution_options(cache_key=True), authors):
+        with library.engine.connect() as connection:
+            act(connection, statement)
+        left.append(library.ask(point(1)))
+        library.write(update(Book).values(price=10))
+    return bool(left[0] == left[1])
+
+
 @pytest.mark.parametrize(
     "mode", ["conditional_savepoint", "rollback_only", "control_fully", "create_savepoint"]
 )
 def test_a_transaction_that_a_session_has_only_hit_in_is_rolled_back(either: Library, mode: Any) -> None:
     """Where it was given a connection whose transaction began outside, as it is without a cache."""
-    authors = select(Author.id)
-    either.fill(authors)
-    left = []
-    for cached in (True, False):
-        with either.engine.connect() as connection:
-            outer = connection.begin()
-            with either.sessions(bind=connection, join_transaction_mode=mode) as session:
-                session.get_one(Book, 1).price = 99
-                session.commit()
-                session.execute(authors.execution_options(cache_key=cached or None)).all()
-                session.rollback()
-            if outer.is_active:
-                outer.commit()
-        left.append(either.ask(point(1)))
-        either.write(update(Book).values(price=10))
-    assert left[0] == left[1]
+
+    def act(connection: Connection, statement: Any) -> None:
+        outer = connection.begin()
+        with either.sessions(bind=connection, join_transaction_mode=mode) as session:
+            session.get_one(Book, 1).price = 99
+            session.commit()
+            session.execute(statement).all()
+            session.rollback()
+        if outer.is_active:
+            outer.commit()
+
+    assert same_left(either, act)
+
+
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_a_hit_begins_the_transaction_of_a_given_connection(either: Library, end: str) -> None:
+    """Or else what Core writes beside it is lost by the Session's commit(), and kept by its rollback()."""
+
+    def act(connection: Connection, statement: Any) -> None:
+        session = either.sessions(bind=connection)
+        session.execute(statement).all()
+        assert connection.in_transaction()
+        connection.execute(update(Book).where(Book.id == 1).values(price=99))
+        getattr(session, end)()
+        assert not connection.in_transaction()
+
+    assert same_left(either, act)
+
+
+@pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "control_fully"])
+def test_a_hit_in_a_savepoint_joins_what_is_around_it(either: Library, mode: Any) -> None:
+    def act(connection: Connection, statement: Any) -> None:
+        outer = connection.begin()
+        connection.execute(update(Book).where(Book.id == 1).values(price=99))
+        with either.sessions(bind=connection, join_transaction_mode=mode) as session:
+            with session.begin_nested():
+                session.execute(statement).all()
+            session.rollback()
+        if outer.is_active:
+            outer.commit()
+
+    assert same_left(either, act)
+
+
+def test_a_transaction_of_two_phases_is_begun_on_a_given_connection(on_postgresql: Library) -> None:
+    def act(connection: Connection, statement: Any) -> None:
+        with on_postgresql.sessions(bind=connection, twophase=True) as session:
+            session.execute(statement).all()
+            connection.execute(update(Book).where(Book.id == 1).values(price=99))
+            session.commit()
+
+    assert same_left(on_postgresql, act)
 
 
 def test_a_hit_joins_a_transaction_without_a_statement(either: Library) -> None:
@@ -878,63 +927,6 @@ def test_a_hit_joins_a_transaction_without_a_statement(either: Library) -> None:
             with either.sessions(bind=connection, join_transaction_mode=mode) as session:
                 assert either.outcome(authors, session) == "hit"
     assert sent == []
-
-
-@pytest.mark.parametrize("end", ["commit", "rollback"])
-def test_a_hit_begins_the_transaction_of_a_given_connection(either: Library, end: str) -> None:
-    """Or else what Core writes beside it is lost by the Session's commit(), and kept by its rollback()."""
-    authors = select(Author.id)
-    either.fill(authors)
-    left = []
-    for cached in (True, False):
-        with either.engine.connect() as connection:
-            session = either.sessions(bind=connection)
-            session.execute(authors.execution_options(cache_key=cached or None)).all()
-            assert connection.in_transaction()
-            connection.execute(update(Book).where(Book.id == 1).values(price=99))
-            getattr(session, end)()
-            assert not connection.in_transaction()
-            connection.commit()
-        left.append(either.ask(point(1)))
-        either.write(update(Book).values(price=10))
-    assert left[0] == left[1]
-
-
-@pytest.mark.parametrize("mode", ["conditional_savepoint", "rollback_only", "control_fully"])
-def test_a_hit_in_a_savepoint_joins_what_is_around_it(either: Library, mode: Any) -> None:
-    authors = select(Author.id)
-    either.fill(authors)
-    left = []
-    for cached in (True, False):
-        with either.engine.connect() as connection:
-            outer = connection.begin()
-            connection.execute(update(Book).where(Book.id == 1).values(price=99))
-            with either.sessions(bind=connection, join_transaction_mode=mode) as session:
-                with session.begin_nested():
-                    session.execute(authors.execution_options(cache_key=cached or None)).all()
-                session.rollback()
-            if outer.is_active:
-                outer.commit()
-        left.append(either.ask(point(1)))
-        either.write(update(Book).values(price=10))
-    assert left[0] == left[1]
-
-
-def test_a_transaction_of_two_phases_is_begun_on_a_given_connection(on_postgresql: Library) -> None:
-    authors = select(Author.id)
-    on_postgresql.fill(authors)
-    for cached in (True, False):
-        with (
-            on_postgresql.engine.connect() as connection,
-            on_postgresql.sessions(bind=connection, twophase=True) as session,
-        ):
-            session.execute(authors.execution_options(cache_key=cached or None)).all()
-            connection.execute(update(Book).where(Book.id == 1).values(price=99))
-            if cached:
-                assert on_postgresql.outcome(authors, session) == "hit"
-            session.commit()
-        assert on_postgresql.ask(point(1)) == [(1, "book 1", 99)]
-        on_postgresql.write(update(Book).values(price=10))
 
 
 def test_a_savepoint_that_is_over_before_its_block_is(either: Library) -> None:
