@@ -390,8 +390,8 @@ class Interceptor:
         return None if reading is None else known.find(by_key.family, _vectors(by_key, reading))
 
     def _has_own_view(self, load: Load, asked: Completion) -> bool:
-        """True if the Session may see something else than the cache: what a listener has written meanwhile, or what a
-        connection shows that was given to the Session for a further statement alone."""
+        """True if the Session may see something else than the cache: what a listener has written meanwhile, what a connection
+        shows that was given to the Session for a further statement alone, or what the cache server was not told of yet."""
         request, bind = load.request, asked.prepared.invocation.bind
         if self._writes.phases.owes(request.region.ledger):
             return True
