@@ -405,15 +405,14 @@ class Interceptor:
         return any(each.wrote and each.hides(asked.tags()) for each in transactions)
 
     def _is_torn(self, load: Load) -> bool:
-        """True if a snapshot of the database has begun meanwhile, and may be of another state than what was replayed."""
+        """True if what was replayed may not be what a snapshot of the database shows, which may have begun only now: not each
+        statement before did begin it."""
         request, reading = load.request, load.reading
-        before = request.transactions
         request.transactions = self._writes.transactions(request.session, request.bind, before_lookup=True)
-        for transaction in request.transactions:
-            if transaction.snapshot is not None and not any(transaction is each for each in before):
-                witness = request.region.ledger.quiet()
-                return witness is None or reading is None or witness != reading.witness
-        return False
+        if all(transaction.snapshot is None for transaction in request.transactions):
+            return False
+        now = None if reading is None else request.region.observe(reading.tags)
+        return now is None or not now.confirms(reading)
 
     def _fill(self, load: Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request

@@ -216,13 +216,8 @@ class Requests:
         """The same for a statement of which nothing speaks against it; the session is flushed, as SQLAlchemy does then."""
         session = state.session
         try:
-            prepared = _prepare(state)
-            plan = prepared.plan
-            bind = prepared.invocation.bind
-            if isinstance(bind, Connection):
-                self._refuse_connection(session, bind)
-            if self._writes.watch_bind(bind) and "isolation_level" not in plan.options:
-                raise Refused("serializable")
+            prepared = self._prepare(state)
+            plan, bind = prepared.plan, prepared.invocation.bind
             scope = "" if self._scope is None else canonical(self._scope(session))
             # For a statement that is executed again and again, all of this follows from its plan.
             memo = (self, region, options, scope, self._declared.digest, self._declared.of_triggers)
@@ -250,10 +245,9 @@ class Requests:
         """
         try:
             self._refuse(state, within=True)
-            prepared, options = _prepare(state), request.options
+            prepared, options = self._prepare(state), request.options
             prepared.invocation.load = request.invocation.load
             plan = prepared.plan
-            self._writes.watch_bind(prepared.invocation.bind)
             analysis = analyse(plan.compiled)
             # what follows from the plan alone is remembered by it, as for _request()
             memo = ("completion", self, options, self._declared.digest, self._declared.of_triggers)
@@ -341,6 +335,25 @@ class Requests:
             for name in ("populate_existing", "yield_per"):
                 if load_options[name]:
                     raise Refused(name)
+
+    def _prepare(self, state: ORMExecuteState) -> Prepared:
+        """The statement, ready to run on a database whose writes are noticed from now on.
+
+        Raises:
+            Refused: it is for a driver of asyncio, whose results are made otherwise; or its database or connection is to be
+                asked itself.
+            Unpreparable: it cannot be compiled ahead of its execution.
+        """
+        invocation = Invocation.take(state)
+        bind = invocation.bind
+        if invocation.engine.dialect.is_async:
+            raise Refused("asyncio")
+        prepared = sa_internals.prepare(invocation)
+        if isinstance(bind, Connection):
+            self._refuse_connection(state.session, bind)
+        if self._writes.watch_bind(bind) and "isolation_level" not in prepared.plan.options:
+            raise Refused("serializable")
+        return prepared
 
     @staticmethod
     def _refuse_connection(session: Session, bind: Connection) -> None:
@@ -436,19 +449,6 @@ class Requests:
         tags.extend(map(user_tag, options.tags))
         tags.extend(declared_tags(self._declared.closure(options.tables)) if options.tables else ())
         return tags
-
-
-def _prepare(state: ORMExecuteState) -> Prepared:
-    """The statement, ready to run.
-
-    Raises:
-        Refused: it is for a driver of asyncio, whose results are made otherwise.
-        Unpreparable: it cannot be compiled ahead of its execution.
-    """
-    invocation = Invocation.take(state)
-    if invocation.engine.dialect.is_async:
-        raise Refused("asyncio")
-    return sa_internals.prepare(invocation)
 
 
 def _remember(plan: Plan, memo: object, value: _T) -> _T:
