@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 from dogpile.cache import CacheRegion, make_region
-from sqlalchemy import Engine, ForeignKey, String, create_engine, event, func, select, text, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    ForeignKey,
+    String,
+    create_engine,
+    event,
+    func,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import InternalError, ProgrammingError
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -708,6 +720,74 @@ def test_a_snapshot_shows_one_state_also_where_the_entry_lacks_something(
         child = session.scalars(cached).one()
         assert child.name == child.parent.name == "new"
     assert [(each.outcome, each.reason) for each in events][:1] == [("bypass", "snapshot")]
+
+
+@pytest.fixture
+def elsewhere(postgresql_engine: Engine) -> Iterator[Connection]:
+    """A connection of another engine to the same database."""
+    engine = create_engine(postgresql_engine.url)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
+
+
+def of_two_databases(factory: Any, other: Any) -> Session:
+    """A Session that asks for the toys elsewhere."""
+    session: Session = factory(binds={Parent: factory.kw["bind"], Child: factory.kw["bind"], Toy: other})
+    return session
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_completed_on_a_failed_connection_fails(
+    postgresql_engine: Engine, elsewhere: Connection, store: CacheRegion, cached: bool
+) -> None:
+    fill(postgresql_engine)
+    cache, factory = attached(postgresql_engine, store)
+    statement = whole_family(1) if cached else whole_family(1).execution_options(cache_key=None)
+    until_hit(cache, factory)
+    with factory() as session:
+        session.scalars(whole_family(1)).one()
+    elsewhere.begin()
+    with pytest.raises(ProgrammingError):
+        elsewhere.execute(text("SELECT * FROM nowhere"))
+    with of_two_databases(factory, elsewhere) as session, pytest.raises(InternalError):
+        session.scalars(statement).one()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("end", ["commit", "rollback"])
+def test_what_is_completed_on_a_given_connection_begins_two_phases_there(
+    postgresql_engine: Engine, elsewhere: Connection, store: CacheRegion, cached: bool, end: str
+) -> None:
+    fill(postgresql_engine)
+    cache, factory = attached(postgresql_engine, store)
+    factory.configure(twophase=True)
+    statement = whole_family(1) if cached else whole_family(1).execution_options(cache_key=None)
+    until_hit(cache, factory)
+    with of_two_databases(factory, elsewhere) as session:
+        session.scalars(statement).one()
+        elsewhere.execute(update(Toy).values(name="new"))
+        getattr(session, end)()
+        assert not elsewhere.in_transaction()
+    assert elsewhere.scalars(select(Toy.name)).all() == ["new" if end == "commit" else ""] * 40
+
+
+def test_what_is_completed_on_a_serializable_database_is_asked_there(
+    postgresql_engine: Engine, store: CacheRegion
+) -> None:
+    """It wants to know what was read."""
+    fill(postgresql_engine)
+    cache, factory = attached(postgresql_engine, store)
+    strict = create_engine(postgresql_engine.url, isolation_level="SERIALIZABLE")
+    until_hit(cache, factory)
+    sent: list[str] = []
+    event.listen(strict, "before_cursor_execute", lambda *given: sent.append(given[2]))
+    for _ in range(2):
+        sent.clear()
+        with of_two_databases(factory, strict) as session:
+            session.scalars(whole_family(1)).one()
+        assert ["family_toys" in each for each in sent] == [True]
+    strict.dispose()
 
 
 def test_statements_of_the_application_within_a_load_are_its_own(

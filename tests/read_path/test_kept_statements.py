@@ -310,7 +310,9 @@ def test_the_errors_of_sqlite_are_its_own(sqlite_forum: Engine) -> None:
     statement = select(Post.id).where(Post.author_id == bindparam("author"))
     with sessions() as session:
         session.scalars(select(User.id), execution_options=CACHED).all()
-        with pytest.raises(DBAPIError, match="type 'object' is not supported|unsupported type"):  # (Python 3.10)
+        with pytest.raises(
+            DBAPIError, match=r"type 'object' is not supported|unsupported type"
+        ):  # (Python 3.10)
             session.execute(statement, {"author": object()})
 
 
