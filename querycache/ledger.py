@@ -117,11 +117,7 @@ class Reading(msgspec.Struct, frozen=True):
 
     def confirms(self, earlier: Reading) -> bool:
         """Whether nothing that stood then has changed until this later reading of the same tags."""
-        if (
-            earlier.witness is not None
-            and versions.is_clean(self.witness)
-            and self.witness == earlier.witness
-        ):
+        if versions.is_clean(self.witness) and self.witness == earlier.witness:
             return True
         return all(
             versions.is_clean(now) and now == then
