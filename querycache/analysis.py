@@ -30,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.elements import quoted_name
+from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
@@ -107,6 +108,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         )
         constructs = custom_constructs(rendered)
         memo.functions |= constructs
+        memo.writes |= bool(constructs) and not is_query(rendered.string)
         if not constructs and not any(hides(text, compiled.dialect.name) for text in memo.texts):
             # of several the first is taken that can be: a key changes least
             memo.pins = tuple(sorted(pins(rendered, memo.tables), key=lambda pin: not pin.key))
@@ -198,17 +200,21 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
                     counter.update(each.key for each in members if isinstance(each, BindParameter))
             return super().visit_case(clause, *args, **kwargs)
 
-        def visit_textual_select(self, taf: Any, *args: Any, **kwargs: Any) -> Any:
-            self.analysis.writes |= not is_query(taf.element.text)
-            return super().visit_textual_select(taf, *args, **kwargs)
-
         def visit_textclause(self, textclause: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.stack:  # it is the statement
-                self.analysis.writes |= not is_query(textclause.text)
-            # as a member of FROM it may be no more than the name of a table
-            before = "SELECT 1 FROM " if kwargs.get("asfrom") else ""
-            self.analysis.texts.append(before + textclause.text)
+            self._note_text(textclause, textclause.text, kwargs)
             return super().visit_textclause(textclause, *args, **kwargs)
+
+        def visit_tstring(self, tstring: Any, *args: Any, **kwargs: Any) -> Any:  # from 2.1 on
+            text = super().visit_tstring(tstring, *args, **kwargs)
+            self._note_text(tstring, text, kwargs)
+            return text
+
+        def _note_text(self, element: Any, text: str, kwargs: dict[str, Any]) -> None:
+            around = self.stack[-1].get("selectable") if self.stack else element
+            if around is element or (isinstance(around, TextualSelect) and around.element is element):
+                self.analysis.writes |= not is_query(text)
+            # as a member of FROM it may be no more than the name of a table
+            self.analysis.texts.append(f"SELECT 1 FROM {text}" if kwargs.get("asfrom") else text)
 
         def get_statement_hint_text(self, hint_texts: Any) -> Any:
             for text in hint_texts:

@@ -412,7 +412,7 @@ class Interceptor:
         if all(transaction.snapshot is None for transaction in request.transactions):
             return False
         now = None if reading is None else request.region.observe(reading.tags)
-        return now is None or not now.confirms(reading)
+        return reading is None or now is None or not now.confirms(reading)
 
     def _fill(self, load: Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request

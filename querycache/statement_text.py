@@ -31,16 +31,17 @@ def as_text(sql: Any, context: Any) -> str:
 
 
 def is_rewritten(sql: str, context: Any) -> bool:
-    """True where a listener has put another statement in the place of one; unless that is a query, of which the one that it
-    replaces tells more."""
+    """True where a listener has put another statement in the place of one, or the application renders it itself; unless that
+    is a query, of which what it was made from tells more."""
+    compiled = context.compiled
+    is_custom = compiled is not None and sa_internals.is_custom(compiled)
     prepared = as_text(context.statement, context)
     if sa_internals.is_batch(context):  # each of which is made of it
-        return beginning(sql) != beginning(prepared)
-    compiled = context.compiled
+        return is_custom or beginning(sql) != beginning(prepared)
     is_select = compiled is not None and compiled.statement.is_select
     # whatever words of those that write are in it, unless it is more than one statement
     asks = only_reads(sql) or (is_select and first_word(sql) == "select" and ";" not in sql.rstrip("; \n"))
-    return not asks and not says_the_same(sql, prepared)
+    return not asks and (is_custom or not says_the_same(sql, prepared))
 
 
 def read_sent(sql: str, context: Any) -> TextStatement:

@@ -187,7 +187,8 @@ class Writes:
         if type(sql) is not str:
             sql = as_text(sql, context)
         compiled = context.compiled
-        rewritten = sql is not context.statement and is_rewritten(sql, context)
+        custom = compiled is not None and sa_internals.is_custom(compiled)
+        rewritten = (custom or sql is not context.statement) and is_rewritten(sql, context)
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
         if compiled is None or context.is_text or rewritten or sa_internals.holds_text(compiled):
             text = read_sent(sql, context)

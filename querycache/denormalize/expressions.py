@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import ColumnClause, ColumnElement, FromClause, Join, Table, TextClause
+from sqlalchemy import ColumnClause, ColumnElement, FromClause, Join, Table
 from sqlalchemy import inspect as sqlalchemy_inspect
 from sqlalchemy.sql import visitors
 
@@ -71,7 +71,7 @@ def attributes_read(given: Expression | None, chain: Chain) -> tuple[list[set[st
 
 def _text(element: Any) -> str:
     """What of an expression is text that may name columns, which only the database can read; empty where there is none."""
-    if isinstance(element, TextClause):
+    if element.__visit_name__ in ("textclause", "tstring_text"):
         said = element.text
     elif isinstance(element, ColumnClause) and element.table is None:
         said = element.name

@@ -10,7 +10,6 @@ from sqlalchemy import util
 from sqlalchemy.engine import Result
 from sqlalchemy.orm import ORMExecuteState
 from sqlalchemy.orm.interfaces import UserDefinedOption
-from sqlalchemy.sql.elements import TextClause
 
 __all__ = [
     "StatementOption",
@@ -178,5 +177,5 @@ def may_be_completed(statement: Any) -> bool:
 
 
 def is_textual(statement: Any) -> bool:
-    """True for ``text("…")`` as a whole statement, of which the event does not tell whether it selects."""
-    return isinstance(statement, TextClause)
+    """True for ``text("…")`` or ``tstring(…)`` as a whole statement, of which the event does not tell whether it selects."""
+    return statement.__visit_name__ in ("textclause", "tstring")

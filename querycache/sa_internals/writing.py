@@ -262,6 +262,18 @@ def holds_text(compiled: Any) -> bool:
 _TEXT = "_querycache_text"
 
 
+def is_custom(compiled: Any) -> bool:
+    """True where the application renders the statement itself, or a CTE of it: what it comes to, only its text tells."""
+    known: bool | None = compiled.__dict__.get(_CUSTOM)
+    if known is None:
+        statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
+        known = compiled.__dict__[_CUSTOM] = any(_is_custom(each, compiled.dialect) for each in statements)
+    return known
+
+
+_CUSTOM = "_querycache_custom"
+
+
 def unflushed(session: Session) -> tuple[list[Any], list[Any], list[Any]]:
     """The objects of ``session.new``, ``dirty`` and ``deleted``, without the sets that those properties make."""
     deleted = session._deleted
@@ -385,15 +397,19 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
     root = cast("Any", rendered.statement if statement is None else statement)
     found = set()
     for element in [*iterate(root), *_made_by_types(root, rendered.dialect)]:
-        dispatcher = getattr(type(element), "_compiler_dispatcher", None)
-        if dispatcher is not None:
-            specs = dispatcher.specs
-            render = specs.get(rendered.dialect.name, specs.get("default"))
-            # what SQLAlchemy does itself, where the construct is rendered for other dialects only
-            if getattr(render, "__name__", "") != "_wrap_existing_dispatch":
-                name = getattr(element, "name", None)
-                found.add(f"@compiles.{name if isinstance(name, str) else type(element).__name__}".lower())
+        if _is_custom(element, rendered.dialect):
+            name = getattr(element, "name", None)
+            found.add(f"@compiles.{name if isinstance(name, str) else type(element).__name__}".lower())
     return found
+
+
+def _is_custom(element: Any, dialect: Dialect) -> bool:
+    """True for what the application renders itself on a dialect, rather than for others only."""
+    dispatcher = getattr(type(element), "_compiler_dispatcher", None)
+    if dispatcher is None:
+        return False
+    render = dispatcher.specs.get(dialect.name, dispatcher.specs.get("default"))
+    return getattr(render, "__name__", "") != "_wrap_existing_dispatch"
 
 
 def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:

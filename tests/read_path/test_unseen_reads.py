@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+import sqlalchemy
 from sqlalchemy import (
     Column,
     DateTime,
@@ -32,6 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.schema import CreateIndex
 from sqlalchemy.sql.elements import quoted_name
+from sqlalchemy.util import compat
 
 from querycache.analysis import analyse
 from tests.writes.library import Book
@@ -191,6 +194,56 @@ def test_a_table_that_is_text(on_postgresql: Library, name: str) -> None:
     named = table(quoted_name(name, False))
     put = insert(SHELF).values(book=2)
     assert _is_right_after(on_postgresql, select(func.count()).select_from(named), put)
+
+
+class Given:
+    """What stands in braces in a t-string, on a Python that has none; SQLAlchemy has a Template of its own there."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def t(*parts: Any) -> Any:
+    """A t-string of texts and values, as Python 3.14 reads them."""
+    given = getattr(sys.modules.get("string.templatelib"), "Interpolation", Given)
+    return sqlalchemy.tstring(
+        compat.Template(*(each if isinstance(each, str) else given(each[0]) for each in parts))
+    )
+
+
+@pytest.mark.skipif(not hasattr(sqlalchemy, "tstring"), reason="SQLAlchemy 2.0 has no t-strings")
+@pytest.mark.parametrize(
+    "statement",
+    [
+        lambda: t("SELECT book FROM shelf WHERE book < ", [3]),
+        lambda: t("SELECT book FROM ", [SHELF], " WHERE ", [SHELF.c.book < 3]),
+        lambda: t("SELECT book FROM shelf").columns(column("book", Integer)),
+        lambda: select(t("SELECT book FROM shelf").columns(column("book", Integer)).subquery()),
+        lambda: select(Book.id).where(t("EXISTS (SELECT 1 FROM shelf WHERE book = ", [2], ")")),
+        lambda: select(Book.id).where(Book.id.in_(t("SELECT book FROM shelf"))),
+        lambda: select(literal_column("x.book")).select_from(t("(SELECT book FROM shelf) AS x")),
+        lambda: (
+            select(SHELF.c.book).where(SHELF.c.book == 1, t("1 = 1 OR book = ", [2])).order_by(SHELF.c.book)
+        ),
+    ],
+)
+def test_a_t_string(library: Library, statement: Any) -> None:
+    assert _is_right_after(library, statement(), insert(SHELF).values(book=2))
+
+
+@pytest.mark.skipif(not hasattr(sqlalchemy, "tstring"), reason="SQLAlchemy 2.0 has no t-strings")
+def test_what_a_t_string_does(library: Library) -> None:
+    """It is a query, and answered as such, or it is not; or it changes by itself."""
+    query = t("SELECT book FROM shelf WHERE book < ", [3])
+    library.fill(query)
+    assert library.outcome(t("SELECT book FROM shelf WHERE book < ", [3])) == "hit"
+    assert _is_asked_for(library, t("SELECT book FROM shelf WHERE book < ", [func.random()]))
+    assert _is_asked_for(library, select(SHELF.c.book).order_by(t("random()")))
+    library.write(t("INSERT INTO shelf (book) VALUES (", [2], ")"))
+    assert library.is_right(query)
+    writing = t("UPDATE shelf SET book = book + 10 RETURNING book").columns(column("book", Integer))
+    assert library.outcome(writing) == "bypass not a select"
+    assert library.is_right(query)
 
 
 def test_a_column_that_is_text(on_postgresql: Library) -> None:

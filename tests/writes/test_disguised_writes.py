@@ -6,7 +6,7 @@ Named after the line of PITFALLS E that they belong to.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psycopg.sql
@@ -14,10 +14,13 @@ import pytest
 from sqlalchemy import (
     Column,
     Connection,
+    Delete,
     Engine,
     ForeignKey,
+    Insert,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     UniqueConstraint,
@@ -26,11 +29,12 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    literal,
     select,
     text,
     update,
 )
-from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.ext.compiler import compiles, deregister
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import DropTable
 from sqlalchemy.sql.expression import ClauseElement, Executable
@@ -38,7 +42,7 @@ from sqlalchemy.sql.expression import ClauseElement, Executable
 from querycache.temporary import temporary_tables
 from querycache.textual import read_text
 from querycache.wording import commits, locks_rows, only_reads
-from tests.writes.library import Author, Book
+from tests.writes.library import Author, Book, Loan
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
 OF_AUTHOR = select(Book.id, Book.price).where(Book.author_id == 1).order_by(Book.id)
@@ -447,6 +451,24 @@ def _create_as(element: CreateAs, compiler: Any, **kwargs: Any) -> str:
     return "CREATE TEMPORARY TABLE book AS SELECT 666 AS id, 666 AS price"
 
 
+class After(Select[Any]):
+    """A SELECT that is part of what writes, as in old recipes."""
+
+    inherit_cache = False
+    words: str
+
+
+@compiles(After)
+def _after(element: After, compiler: Any, **kwargs: Any) -> str:
+    return f"{element.words} {compiler.visit_select(element, **kwargs)}"
+
+
+def after(words: str, *columns: Any) -> After:
+    made = After(*columns)
+    made.words = words
+    return made
+
+
 SHADOWING: list[tuple[str, list[Any]]] = [
     ("sqlite", ["CREATE TABLE temp.book AS SELECT 666 AS id, 666 AS price"]),
     (
@@ -469,7 +491,75 @@ SHADOWING: list[tuple[str, list[Any]]] = [
     ),
     ("mariadb", ["CREATE TEMPORARY TABLE a SELECT 666 AS id, 666 AS price", "RENAME TABLE a TO book"]),
     ("mariadb", [CreateAs()]),
+    (
+        "postgresql",
+        [after("CREATE TEMP TABLE book AS", literal(666).label("id"), literal(666).label("price"))],
+    ),
 ]
+
+
+def test_E2_a_select_that_the_application_renders_as_a_write(library: Library) -> None:
+    library.fill(*EVERY_WAY)
+    values = [literal(9).label("id"), literal("nine"), literal(96), literal(1)]
+    library.write(after("INSERT INTO book (id, title, price, author_id)", *values))
+    check(library)
+    library.fill(*EVERY_WAY)
+
+
+@pytest.fixture
+def upserting() -> Iterator[None]:
+    """The application has each INSERT update what is there."""
+
+    def upsert(element: Any, compiler: Any, **kwargs: Any) -> str:
+        if compiler.dialect.name == "sqlite":
+            return str(compiler.visit_insert(element.prefix_with("OR REPLACE"), **kwargs))
+        sql, returning, rest = compiler.visit_insert(element, **kwargs).partition(" RETURNING")
+        columns = [column.name for column in element.table.columns if not column.primary_key]
+        if compiler.dialect.name == "postgresql":
+            clause = "ON CONFLICT (id) DO UPDATE SET " + ", ".join(
+                f"{name} = excluded.{name}" for name in columns
+            )
+        else:
+            clause = "ON DUPLICATE KEY UPDATE " + ", ".join(f"{name} = VALUES({name})" for name in columns)
+        return f"{sql} {clause}{returning}{rest}"
+
+    compiles(Insert)(upsert)
+    yield
+    deregister(Insert)
+
+
+@pytest.mark.parametrize("way", ["flush", "Core"])
+def test_E2_an_insert_that_the_application_renders(library: Library, upserting: None, way: str) -> None:
+    """As SQLAlchemy's documentation shows it for another default."""
+    statements = (*EVERY_WAY, LOANS)
+    library.fill(*statements)
+    values = {"id": 2, "title": "moved", "price": 96, "author_id": 2}
+    if way == "Core":
+        library.write(insert(Book).values(values))
+    else:
+        with library.sessions.begin() as session:
+            session.add(Book(**values))
+    for statement in statements:
+        assert library.is_right(statement)
+    library.fill(*statements)
+
+
+class Archive(Delete):
+    """A DELETE that leaves word of it elsewhere."""
+
+    inherit_cache = False
+
+
+@compiles(Archive)
+def _archive(element: Archive, compiler: Any, **kwargs: Any) -> str:
+    return f"WITH gone AS ({compiler.visit_delete(element, **kwargs)} RETURNING 1) UPDATE book SET price = 96"
+
+
+def test_E2_a_delete_that_the_application_renders(on_postgresql: Library) -> None:
+    on_postgresql.fill(*EVERY_WAY, LOANS)
+    on_postgresql.write(Archive(Loan))
+    assert on_postgresql.is_right(LOANS)
+    check(on_postgresql)
 
 
 @pytest.mark.parametrize(("database", "statements"), SHADOWING)
