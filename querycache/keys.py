@@ -22,6 +22,7 @@ import enum
 import json
 import os
 import secrets
+import threading
 import types
 import uuid
 import weakref
@@ -33,11 +34,20 @@ from typing import Any
 from sqlalchemy import Column, Table
 from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
+from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 from sqlalchemy.types import TypeEngine
 
 from querycache.sa_internals import StatementOption, driver_settings, root_engine
 
-__all__ = ["UnkeyableValue", "bind_identity", "canonical", "digest", "hashed", "structure_digest"]
+__all__ = [
+    "UnkeyableValue",
+    "bind_identity",
+    "canonical",
+    "digest",
+    "hashed",
+    "own_database",
+    "structure_digest",
+]
 
 
 class UnkeyableValue(TypeError):
@@ -146,10 +156,10 @@ _identities: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary(
 def bind_identity(engine: Engine) -> str:
     """Which database an engine speaks to, without its password, and what its driver makes of the values there.
 
-    An SQLite database in memory belongs to one engine, and so does what a ``creator`` connects to when the
-    URL does not say: such engines get a random identity of their own, which they share with what
-    ``Engine.execution_options`` makes from them. The same holds for those whose driver is given a function that has no
-    name by which it is known in every process.
+    What is only in memory on SQLite belongs to one engine (and more than that, see :func:`own_database`), and so does what a
+    ``creator`` connects to when the URL does not say: such engines get a random identity of their own, which they share
+    with what ``Engine.execution_options`` makes from them. The same holds for those whose driver is given a function that has
+    no name by which it is known in every process.
     """
     engine = root_engine(engine)
     identity = _identities.get(engine)
@@ -172,6 +182,44 @@ def _identity(engine: Engine) -> str | None:
     if None in settings:
         return None
     return f"{backend}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)} {settings}"
+
+
+def own_database(engine: Engine) -> str | None:
+    """Which of an engine's databases this thread speaks to; empty where it has one, and None where nobody can tell.
+
+    SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it.
+    """
+    if engine.dialect.name != "sqlite":
+        return ""
+    url, pool = engine.url, engine.pool
+    if url.database not in _IN_MEMORY and url.query.get("mode") != "memory":
+        return ""
+    if isinstance(pool, SingletonThreadPool):
+        return _of_pool(pool).of_thread.token
+    shared = isinstance(pool, StaticPool) or url.query.get("cache") == "shared"
+    return _of_pool(pool).token if shared else None
+
+
+_IN_MEMORY = (None, "", ":memory:", "file::memory:")
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(8)
+
+
+class _OfPool:
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(8)
+        self.of_thread = _OfThread()
+
+
+_pools: weakref.WeakKeyDictionary[Pool, _OfPool] = weakref.WeakKeyDictionary()
+
+
+def _of_pool(pool: Pool) -> _OfPool:
+    known = _pools.get(pool)
+    return _pools.setdefault(pool, _OfPool()) if known is None else known
 
 
 def _named(value: object) -> str | None:

@@ -20,7 +20,7 @@ from querycache import dependencies, sa_internals
 from querycache.analysis import Analysis, analyse
 from querycache.declarations import Declarations
 from querycache.frozen import canonical_parameters, discriminators, fingerprint, how_given
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed
+from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed, own_database
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
 from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable
@@ -218,7 +218,10 @@ class Requests:
         try:
             prepared = self._prepare(state)
             plan, bind = prepared.plan, prepared.invocation.bind
-            scope = "" if self._scope is None else canonical(self._scope(session))
+            database = own_database(plan.engine)
+            if database is None:
+                raise Refused("several databases")
+            scope = database if self._scope is None else canonical(self._scope(session)) + database
             # For a statement that is executed again and again, all of this follows from its plan.
             memo = (self, region, options, scope, self._declared.digest, self._declared.of_triggers)
             derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import math
+import threading
+from collections.abc import Callable
 from decimal import Decimal
 from ipaddress import IPv4Address, IPv4Interface
 from itertools import combinations
@@ -20,7 +22,8 @@ from psycopg import Binary
 from psycopg.types.json import Json, Jsonb
 from psycopg.types.multirange import Multirange
 from psycopg.types.range import Range
-from sqlalchemy import Engine, create_engine, inspect, select, text
+from sqlalchemy import Engine, column, create_engine, inspect, select, table, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import (
     Mapper,
     Session,
@@ -33,6 +36,7 @@ from sqlalchemy.orm import (
     subqueryload,
     with_loader_criteria,
 )
+from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from querycache import FromCache, QueryCache, RelationshipCache
 from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, structure_digest
@@ -358,3 +362,73 @@ def test_databases_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     identity = bind_identity(relative)
     monkeypatch.chdir("/")
     assert bind_identity(relative) == identity, "an engine does not follow the process"
+
+
+def in_memory(url: str = "sqlite://", **arguments: Any) -> tuple[Engine, Callable[[], tuple[list[int], str]]]:
+    """An engine, and what asks it for the numbers of its users and tells what the cache did."""
+    engine = create_engine(url, **arguments)
+    sessions = sessionmaker(engine)
+    cache = QueryCache("memory://").attach(sessions)
+
+    def ask() -> tuple[list[int], str]:
+        with sessions() as session, cache.recording() as events:
+            numbers = session.scalars(
+                select(column("id")).select_from(table("number")).execution_options(cache_key=True)
+            ).all()
+        return list(numbers), events[-1].outcome
+
+    return engine, ask
+
+
+def make(engine: Engine, number: int) -> None:
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE number (id INTEGER)")
+        connection.exec_driver_sql(f"INSERT INTO number VALUES ({number})")
+
+
+def test_each_thread_has_its_database_in_memory() -> None:
+    engine, ask = in_memory()
+    make(engine, 1)
+    assert [ask() for _ in range(2)] == [([1], "fill"), ([1], "hit")]
+    found: list[Any] = []
+
+    def other() -> None:
+        with pytest.raises(OperationalError, match="no such table"):
+            ask()
+        make(engine, 2)
+        found.extend([ask() for _ in range(2)])
+        engine.dispose()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert found == [([2], "fill"), ([2], "hit")]
+
+
+@pytest.mark.parametrize(
+    ("url", "pool"),
+    [
+        ("sqlite://", SingletonThreadPool),
+        ("sqlite://", StaticPool),
+        ("sqlite:///file:one?mode=memory&cache=shared&uri=true", SingletonThreadPool),
+        ("sqlite:///file:two?mode=memory&cache=shared&uri=true", QueuePool),
+    ],
+)
+def test_a_database_in_memory_is_lost_with_its_pool(url: str, pool: Any) -> None:
+    engine, ask = in_memory(url, poolclass=pool)
+    make(engine, 1)
+    assert [ask() for _ in range(2)] == [([1], "fill"), ([1], "hit")]
+    engine.dispose()
+    with pytest.raises(OperationalError, match="no such table"):
+        ask()
+
+
+@pytest.mark.parametrize("pool", [QueuePool, NullPool])
+def test_a_database_in_memory_for_each_connection(pool: Any) -> None:
+    engine, ask = in_memory(poolclass=pool)
+    for _ in range(2):
+        with pytest.raises(OperationalError, match="no such table"):
+            ask()
+    if pool is QueuePool:
+        make(engine, 1)
+        assert [ask() for _ in range(2)] == [([1], "bypass")] * 2
