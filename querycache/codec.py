@@ -53,6 +53,7 @@ class Corrupt(ValueError):
 
 # What loading can raise, given bytes that this module did not write. OSError: ZoneInfo of a directory's name.
 _UNDECODABLE: Final = (
+    msgspec.MsgspecError,  # which is a ValueError in new versions only
     ValueError,
     TypeError,
     LookupError,

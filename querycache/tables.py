@@ -39,6 +39,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -267,8 +268,14 @@ def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
     memo, key = _memo(known), (table.metadata, table.key, delete)
     found: frozenset[Table] | None = memo.get(key)
     if found is None:
-        found = memo[key] = _cascades(table, delete, known)
+        referring: _Referring | None = memo.get(_REFERRING)
+        if referring is None:
+            referring = memo[_REFERRING] = _referring(known)
+        found = memo[key] = _cascades(table, delete, referring)
     return found
+
+
+_REFERRING = "referring"
 
 
 def _memo(known: frozenset[MetaData]) -> dict[Any, Any]:
@@ -305,34 +312,39 @@ def cascades_elsewhere(name: str, *, delete: bool, besides: Table | None = None)
     return found
 
 
-def _cascades(table: Table, delete: bool, known: frozenset[MetaData]) -> frozenset[Table]:
+def _cascades(table: Table, delete: bool, referring: _Referring) -> frozenset[Table]:
     found: set[tuple[Table, bool]] = set()
     todo = [(table, delete)]
-    others = [
-        (other, list(other.foreign_keys))
-        for metadata in known
-        for other in sa_internals.tables_in(metadata)
-        if other.foreign_keys
-    ]
     while todo:
         current, deleted = todo.pop()
-        for other, keys in others:
-            for key in keys:
-                action = ((key.ondelete if deleted else key.onupdate) or "").upper()
-                # PostgreSQL: SET NULL (column)
-                if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
-                    continue
-                step = other, deleted and action.startswith("CASCADE")
-                if step not in found and _refers_to(key, current):
-                    found.add(step)
-                    todo.append(step)
+        for other, key in referring.get(_place(current), ()):
+            action = ((key.ondelete if deleted else key.onupdate) or "").upper()
+            # PostgreSQL: SET NULL (column)
+            if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
+                continue
+            step = other, deleted and action.startswith("CASCADE")
+            if step not in found:
+                found.add(step)
+                todo.append(step)
     return frozenset(other for other, _ in found)
 
 
-def _refers_to(key: ForeignKey, table: Table) -> bool:
-    try:
-        referred = key.column.table
-    except InvalidRequestError:  # to a table that was not declared, or of one that is not any more
-        return False
-    # not `is`: in statements of the ORM tables are copies with annotations
-    return referred.key == table.key and referred.metadata is table.metadata
+_Referring = dict[object, list[tuple[Table, ForeignKey]]]
+"""The foreign keys with actions, and their tables, by the place of the table that they refer to."""
+
+
+def _place(table: Any) -> tuple[MetaData, str]:
+    # not the table itself: in statements of the ORM it is a copy with annotations
+    return table.metadata, table.key
+
+
+def _referring(known: Iterable[MetaData]) -> _Referring:
+    found: _Referring = {}
+    for metadata in known:
+        for table in sa_internals.tables_in(metadata):
+            for key in list(table.foreign_keys):
+                if key.ondelete or key.onupdate:
+                    # of a table that was not declared, or not any more, nobody knows
+                    with suppress(InvalidRequestError):
+                        found.setdefault(_place(key.column.table), []).append((table, key))
+    return found

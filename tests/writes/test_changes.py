@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Table,
+    create_engine,
     event,
     insert,
     select,
@@ -24,6 +25,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column, sessionmaker
+from sqlalchemy.pool import StaticPool
 
 from querycache import QueryCache, changes, sa_internals, writes
 from tests.writes.library import Book
@@ -60,6 +62,45 @@ def test_a_table_that_is_declared_later_refers_to_one_that_is_not_mapped(sqlite_
     check()
     with naive(writes, "changes_of", for_ever):
         check()
+
+
+def test_what_a_write_looks_through_grows_with_what_is_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not with its square: a test suite may declare its tables anew for each test."""
+    tables_in, looked = sa_internals.tables_in, []
+
+    def counted(metadata: MetaData) -> list[Table]:
+        looked.append(metadata)
+        return tables_in(metadata)
+
+    monkeypatch.setattr(sa_internals, "tables_in", counted)
+    engine = create_engine("sqlite://", poolclass=StaticPool)
+    QueryCache("memory://").attach(engine)
+    kept, counts = [], []
+    for number in range(40):
+
+        class Base(DeclarativeBase):
+            pass
+
+        class Above(Base):
+            __tablename__ = "above"
+            id: Mapped[int] = mapped_column(primary_key=True)
+
+        class Below(Base):
+            __tablename__ = "below"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            above_id: Mapped[int] = mapped_column(ForeignKey(Above.id, ondelete="CASCADE"))
+
+        kept.append(Below)
+        Base.metadata.create_all(engine)
+        looked.clear()
+        with Session(engine) as session:
+            session.add(Above(id=number))
+            session.flush()
+            session.delete(session.get_one(Above, number))
+            session.commit()
+        counts.append(len(looked))
+    assert counts[-1] <= 3 * len(kept)
+    engine.dispose()
 
 
 def test_a_unique_index_that_is_made_later(sqlite_engine: Engine) -> None:
