@@ -1,7 +1,7 @@
 # Everything here works on a fresh machine with Python 3.10 or later, venv and make: `make demo`, `make test`.
 #
 #   ARGS        more arguments for the command behind a target:   make test ARGS="-k codec -x"
-#   SQLALCHEMY  the other line, in an environment of its own:      make test SQLALCHEMY=2.0
+#   SQLALCHEMY  the other line, with the oldest other packages:    make test SQLALCHEMY=2.0
 #   PYTHON      the interpreter that environments are made from:   make test PYTHON=python3.13
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ VENV := .venv
 PIN :=
 else ifeq ($(SQLALCHEMY),2.0)
 VENV := .venv-sa20
-PIN := "sqlalchemy>=2.0,<2.1"
+PIN := "sqlalchemy<2.1" "msgspec<0.20" "redis<5.4" "hiredis<3.3"
 else
 $(error SQLALCHEMY=$(SQLALCHEMY) is not a line with an environment: leave it out for the newest, or say 2.0)
 endif
