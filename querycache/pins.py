@@ -197,9 +197,7 @@ def _stands_alone(element: Any) -> bool:
     conjunct beside it one of several alternatives."""
     if isinstance(element, TextClause):
         return is_comparison(element.text)
-    if (
-        getattr(element, "__visit_name__", "") == "tstring"
-    ):  # of SQLAlchemy 2.1: pieces of text, and what is between
+    if element.__visit_name__ == "tstring":  # pieces of text, and what is between
         return False
     if isinstance(element, ColumnClause) and (element.is_literal or is_text(element.name)):
         return is_comparison(element.name)
