@@ -108,7 +108,6 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         )
         constructs = custom_constructs(rendered)
         memo.functions |= constructs
-        memo.writes |= bool(constructs) and not is_query(rendered.string)
         if not constructs and not any(hides(text, compiled.dialect.name) for text in memo.texts):
             # of several the first is taken that can be: a key changes least
             memo.pins = tuple(sorted(pins(rendered, memo.tables), key=lambda pin: not pin.key))

@@ -108,7 +108,7 @@ _NONE: SchemaMap = {}
 def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Changes:
     tags: set[str] = set()
     tables = []
-    written = sa_internals.written(compiled)
+    written, custom = sa_internals.written(compiled), sa_internals.is_custom(compiled)
     for table, _, _ in written:
         if table is not None:
             sa_internals.declared(table.metadata)
@@ -120,7 +120,8 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
         schema, name = translated((table.schema, table.name), schemas)
         whole = frozenset(set_write_tags((schema, name), default))
         # without a primary key in the database, rows are not told apart
-        if sa_internals.replaces(table) or not (table.primary_key and follows_all(table, schema, default)):
+        rows = table.primary_key and follows_all(table, schema, default)
+        if custom or sa_internals.replaces(table) or not rows:
             tags.update(whole)
         else:
             tracked = tracked_columns(table)

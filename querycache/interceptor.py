@@ -53,6 +53,9 @@ __all__ = ["Interceptor"]
 _BY_A_HANDLER = "answered by a handler"
 
 
+_NONE: frozenset[str] = frozenset()
+
+
 class _Torn(BaseException):
     """What was replayed, or was about to be, is not what the database shows to this transaction; says why.
 
@@ -336,11 +339,13 @@ class Interceptor:
             load.spoiled, load.grown, load.doubtful = str(refusal), True, True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
             return None
-        begun = sa_internals.autobegin(load.request.session, asked.prepared.invocation.bind)
+        bind = asked.prepared.invocation.bind
+        begun = sa_internals.autobegin(load.request.session, bind)
         changes = changes_here()
         # where a listener has ended the transaction, has committed elsewhere, or said what it has written
         if begun or changes != load.changes:
             load.changes, load.doubtful = changes, True
+            load.shown.clear()
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):
             return merge_frozen_result(asked.prepared, stored)
@@ -355,8 +360,11 @@ class Interceptor:
             return merge_frozen_result(asked.prepared, frozen)
         load.later = True
         frozen, result = self._run(load, asked.prepared)
-        if (load.entry is not None or load.borrowed) and self._is_torn(load):
-            raise _Torn("snapshot", load)
+        if (load.entry is not None or load.borrowed) and bind not in load.shown:
+            if self._is_torn(load):
+                raise _Torn("snapshot", load)
+            if frozen is not None and frozen.rowcount > 0:
+                load.shown.add(bind)
         if frozen is not None:
             load.loads[asked.mark] = frozen
             if by_key is not None:
@@ -406,13 +414,16 @@ class Interceptor:
 
     def _is_torn(self, load: Load) -> bool:
         """True if what was replayed may not be what a snapshot of the database shows, which may have begun only now: not each
-        statement before did begin it."""
+        statement of its transaction did begin it."""
         request, reading = load.request, load.reading
         request.transactions = self._writes.transactions(request.session, request.bind, before_lookup=True)
         if all(transaction.snapshot is None for transaction in request.transactions):
             return False
         now = None if reading is None else request.region.observe(reading.tags)
-        return reading is None or now is None or not now.confirms(reading)
+        if reading is None or now is None:
+            return True
+        # what has fallen was not replayed, unless rows of other answers were
+        return not now.confirms(reading, _NONE if load.borrowed else reading.fallen)
 
     def _fill(self, load: Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request
@@ -455,7 +466,7 @@ def _distrust(request: Request, transactions: Sequence[Transaction], reading: Re
     return ""
 
 
-def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = frozenset()) -> Vectors:
+def _vectors(by_key: ByKey, reading: Reading, without: frozenset[str] = _NONE) -> Vectors:
     """The versions of what the rows of a further statement depend on, but for rows that depend on certain tags."""
     found = dict(zip(reading.tags, reading.versions, strict=True))
     return Vectors(

@@ -37,7 +37,7 @@ from sqlalchemy.orm import Mapper
 from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 from sqlalchemy.types import TypeEngine
 
-from querycache.sa_internals import StatementOption, driver_settings, root_engine
+from querycache.sa_internals import StatementOption, connects_by_url, driver_settings, root_engine
 
 __all__ = [
     "UnkeyableValue",
@@ -187,17 +187,20 @@ def _identity(engine: Engine) -> str | None:
 def own_database(engine: Engine) -> str | None:
     """Which of an engine's databases this thread speaks to; empty where it has one, and None where nobody can tell.
 
-    SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it.
+    SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it. What a ``creator``
+    connects to is one database.
     """
-    if engine.dialect.name != "sqlite":
+    if engine.dialect.driver != "pysqlite":
         return ""
-    url, pool = engine.url, engine.pool
+    url = engine.url
     if url.database not in _IN_MEMORY and url.query.get("mode") != "memory":
         return ""
-    if isinstance(pool, SingletonThreadPool):
-        return _of_pool(pool).of_thread.token
-    shared = isinstance(pool, StaticPool) or url.query.get("cache") == "shared"
-    return _of_pool(pool).token if shared else None
+    pool = engine.pool
+    if not connects_by_url(pool):
+        return ""
+    if isinstance(pool, StaticPool) or url.query.get("cache") == "shared":
+        return _of_pool(pool).token
+    return _of_pool(pool).of_thread.token if isinstance(pool, SingletonThreadPool) else None
 
 
 _IN_MEMORY = (None, "", ":memory:", "file::memory:")

@@ -115,14 +115,14 @@ class Reading(msgspec.Struct, frozen=True):
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
 
-    def confirms(self, earlier: Reading) -> bool:
-        """Whether nothing that stood then has changed until this later reading of the same tags."""
+    def confirms(self, earlier: Reading, besides: frozenset[str]) -> bool:
+        """Whether nothing has changed until this later reading of the same tags, except for some of them."""
         if versions.is_clean(self.witness) and self.witness == earlier.witness:
             return True
         return all(
             versions.is_clean(now) and now == then
             for tag, then, now in zip(earlier.tags, earlier.versions, self.versions, strict=True)
-            if tag not in earlier.fallen
+            if tag not in besides
         )
 
     def names(self, tags: Iterable[str]) -> bool:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session
 
 from querycache import sa_internals
@@ -40,6 +41,7 @@ class Load:
         changes: of how many this thread had told a ledger when they were read.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
         borrowed: True once rows of other answers were used.
+        shown: the databases in whose snapshots, or without one, rows were found to go with what was replayed.
         learned: further statements that were asked for by the keys of their rows.
         loaded: what the Session's objects had loaded before; None where it is unlikely that anything has to be forgotten.
         outer: the load within which this one runs, of this Session or of another.
@@ -58,6 +60,7 @@ class Load:
     doubtful: bool = False
     later: bool = False
     borrowed: bool = False
+    shown: set[Engine | Connection] = field(default_factory=set)
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
     loaded: Mapping[Any, sa_internals.Loaded] | None = None
     outer: Load | None = None

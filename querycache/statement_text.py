@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from querycache.options import names
 from querycache.textual import TextStatement, read_text
 from querycache.wording import beginning, first_word, only_reads, says_the_same
 
-__all__ = ["as_text", "is_rewritten", "read_sent"]
+__all__ = ["as_text", "is_rewritten", "may_do_more", "read_rendered", "read_sent"]
 
 _DML = frozenset({"delete", "insert", "merge", "replace", "update"})
 
@@ -31,17 +32,47 @@ def as_text(sql: Any, context: Any) -> str:
 
 
 def is_rewritten(sql: str, context: Any) -> bool:
-    """True where a listener has put another statement in the place of one, or the application renders it itself; unless that
-    is a query, of which what it was made from tells more."""
-    compiled = context.compiled
-    is_custom = compiled is not None and sa_internals.is_custom(compiled)
+    """True where a listener has put another statement in the place of one; unless that is a query, of which the one that it
+    replaces tells more."""
     prepared = as_text(context.statement, context)
     if sa_internals.is_batch(context):  # each of which is made of it
-        return is_custom or beginning(sql) != beginning(prepared)
-    is_select = compiled is not None and compiled.statement.is_select
-    # whatever words of those that write are in it, unless it is more than one statement
-    asks = only_reads(sql) or (is_select and first_word(sql) == "select" and ";" not in sql.rstrip("; \n"))
-    return not asks and (is_custom or not says_the_same(sql, prepared))
+        return beginning(sql) != beginning(prepared)
+    compiled = context.compiled
+    # whatever words of those that write are in it
+    asks = only_reads(sql) or (compiled is not None and compiled.statement.is_select and _is_select(sql))
+    return not asks and not says_the_same(sql, prepared)
+
+
+def _is_select(sql: str) -> bool:
+    """True unless it is more than one statement."""
+    return first_word(sql) == "select" and ";" not in sql.rstrip("; \n")
+
+
+def may_do_more(sql: str, context: Any) -> bool:
+    """True for a statement that the application renders itself, which may do more than what it is made of tells."""
+    compiled = context.compiled
+    if compiled is None or not sa_internals.is_custom(compiled):
+        return False
+    if not compiled.statement.is_select:
+        return True
+    asked = _SETTINGS.sub("", sql, count=1)
+    return not (only_reads(asked) or (_is_select(asked) and _INTO.search(asked) is None))
+
+
+_SETTINGS = re.compile(r"^\s*SET\s+STATEMENT\s.+?\sFOR\s+(?=SELECT\b|WITH\b|\()", re.IGNORECASE | re.DOTALL)
+"""What MariaDB takes before a statement."""
+_INTO = re.compile(r"\bINTO\b", re.IGNORECASE)
+
+
+def read_rendered(context: Any) -> TextStatement:
+    """What the text of a statement tells that the application renders itself, beside what it is made of."""
+    sql = as_text(context.statement, context)  # of a batch, what each is made of
+    text = read_sent(sql, context)
+    # an INSERT of any form writes into its own table
+    return TextStatement(True) if not text.understood and _INSERT.match(sql) else text
+
+
+_INSERT = re.compile(r"\s*(?:INSERT|REPLACE)\b(?!.*(?:\bWITH\b|;|/\*M?!))", re.IGNORECASE | re.DOTALL)
 
 
 def read_sent(sql: str, context: Any) -> TextStatement:

@@ -36,7 +36,7 @@ from querycache.errors import ConfigurationError
 from querycache.flushed import FlushedRows
 from querycache.phases import Phases
 from querycache.regions import Regions
-from querycache.statement_text import as_text, is_rewritten, read_sent
+from querycache.statement_text import as_text, is_rewritten, may_do_more, read_rendered, read_sent
 from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
@@ -187,11 +187,11 @@ class Writes:
         if type(sql) is not str:
             sql = as_text(sql, context)
         compiled = context.compiled
-        custom = compiled is not None and sa_internals.is_custom(compiled)
-        rewritten = (custom or sql is not context.statement) and is_rewritten(sql, context)
+        rewritten = sql is not context.statement and is_rewritten(sql, context)
+        custom = not rewritten and may_do_more(sql, context)
         # Noted before it runs: of several rows that one statement writes, some may stay when it fails.
-        if compiled is None or context.is_text or rewritten or sa_internals.holds_text(compiled):
-            text = read_sent(sql, context)
+        if compiled is None or context.is_text or rewritten or custom or sa_internals.holds_text(compiled):
+            text = read_rendered(context) if custom else read_sent(sql, context)
             self._declared.note_temporary(sql, dialect.name)
             if text.begins:
                 self._transactions.begin_by_hand(connection)
@@ -200,7 +200,7 @@ class Writes:
             if text.commits and self._is_committing(connection, sql):
                 return False  # the dialect's own COMMIT of a prepared transaction, which had its phase one
             wrote = self._note_text(connection, text) or text.commits
-            if rewritten and compiled is not None:
+            if (rewritten or custom) and compiled is not None:
                 wrote = self._note_compiled(connection, sql, context) or wrote
             if self._transactions.ends_savepoint(connection, first_word(sql)):
                 self.commit(connection.info, dialect)

@@ -39,6 +39,7 @@ from sqlalchemy.pool import StaticPool
 
 from querycache import CacheMiss, QueryCache, declarations
 from querycache.backends.memory import MemoryBackend
+from querycache.ledger import Reading
 
 
 class Base(DeclarativeBase):
@@ -530,6 +531,51 @@ def test_an_answer_is_completed_in_a_snapshot_that_shows_what_was_stored(
     with factory() as session, cache.recording() as events:
         assert names(session, whole_family(1)) == ["", "", "old"]
     assert [(each.outcome, each.reason) for each in events][:2] == [("stale", "in part"), ("fill", "")]
+
+
+def test_rows_of_other_answers_are_those_of_the_snapshot(snapshots: Engine, any_store: CacheRegion) -> None:
+    """This answer lost them, and another had them asked for again."""
+    cache, factory = attached(snapshots, any_store)
+    until_hit(cache, factory)
+
+    def ask(number: int) -> list[str]:
+        statement = (
+            select(Child)
+            .where(Child.id == number)
+            .options(selectinload(Child.parent), selectinload(Child.toys))
+        )
+        with factory() as session:
+            child = session.scalars(statement.execution_options(cache_key="child")).one()
+            return [child.parent.name, *(toy.name for toy in child.toys)]
+
+    def rename(name: str) -> None:
+        with factory.begin() as session:
+            session.execute(update(Parent).where(Parent.id == 1).values(name=name))
+            session.execute(update(Toy).where(Toy.id == 1).values(name=name))
+
+    for _ in range(2):
+        ask(1), ask(2)
+    rename("mid")
+    assert ask(2) == ["mid"]
+    once(snapshots, "FROM family_toys", lambda: rename("new"))
+    with cache.recording() as events:
+        assert ask(1) in (["mid", "mid"], ["new", "new"])
+    assert events[0].reason == "in part"
+
+
+def test_a_snapshot_that_has_shown_what_was_replayed_is_not_asked_about_again(
+    snapshots: Engine, any_store: CacheRegion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, factory = attached(snapshots, any_store)
+    until_hit(cache, factory)
+    with factory.begin() as session:
+        session.get_one(Child, 1).name = session.get_one(Toy, 1).name = "new"
+    confirmed = []
+    confirms = Reading.confirms
+    monkeypatch.setattr(Reading, "confirms", lambda *given: confirmed.append(given) or confirms(*given))
+    with factory() as session, cache.recording() as events:
+        assert names(session, whole_family(1)) == ["", "new", "new"]
+    assert events[0].reason == "in part" and len(confirmed) == 1
 
 
 def test_snapshots_of_several_databases_show_one_state_each(

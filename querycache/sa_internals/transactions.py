@@ -19,6 +19,7 @@ __all__ = [
     "begins_transaction",
     "checked_out",
     "connections",
+    "connects_by_url",
     "default_isolation_level",
     "driver_isolation_level",
     "has_begun",
@@ -107,6 +108,11 @@ def may_block() -> bool:
     """False where waiting would stop an event loop: in a greenlet that SQLAlchemy runs under asyncio."""
     greenlet: Any = sys.modules.get("greenlet")
     return greenlet is None or not getattr(greenlet.getcurrent(), "__sqlalchemy_greenlet_provider__", False)
+
+
+def connects_by_url(pool: Any) -> bool:
+    """True for the pool of an engine that was told neither a ``creator`` nor a pool."""
+    return getattr(pool._creator, "__module__", "") == "sqlalchemy.engine.create"
 
 
 def root_engine(engine: Engine) -> Engine:

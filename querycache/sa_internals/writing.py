@@ -209,26 +209,26 @@ class Written(NamedTuple):
 def written(compiled: Any) -> list[Written]:
     """What an INSERT, UPDATE or DELETE writes to, and what the CTEs of any statement do."""
     found = []
-    statement = _dml(compiled)
+    statement, custom = _dml(compiled), is_custom(compiled)
     if statement.is_dml:
         tables = [statement.table]
         # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
         noted = statement._annotations
         tables += [noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted]
         tables += getattr(compiled.dml_compile_state, "_extra_froms", None) or ()
-        found += [_written(statement, table) for table in tables]
+        found += [_written(statement, table, custom) for table in tables]
     for cte in getattr(compiled, "ctes", None) or ():
         if cte.element.is_dml:
-            found.append(_written(cte.element, cte.element.table))
+            found.append(_written(cte.element, cte.element.table, custom))
     return found
 
 
-def _written(statement: Any, selectable: Any) -> Written:
+def _written(statement: Any, selectable: Any, custom: bool) -> Written:
     while selectable is not None and not isinstance(selectable, Table):
         selectable = getattr(selectable, "element", None)
     # an upsert, INSERT OR REPLACE, or UPDATE OR REPLACE, may do either
     either = bool(statement._prefixes) or getattr(statement, "_post_values_clause", None) is not None
-    either = either or (isinstance(selectable, Table) and replaces(selectable))
+    either = either or custom or (isinstance(selectable, Table) and replaces(selectable))
     return Written(selectable, statement.is_delete or either, statement.is_update or either)
 
 
@@ -263,11 +263,13 @@ _TEXT = "_querycache_text"
 
 
 def is_custom(compiled: Any) -> bool:
-    """True where the application renders the statement itself, or a CTE of it: what it comes to, only its text tells."""
+    """True where the application renders a query or DML itself, or a CTE of it: what it comes to, its text tells."""
     known: bool | None = compiled.__dict__.get(_CUSTOM)
     if known is None:
         statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
-        known = compiled.__dict__[_CUSTOM] = any(_is_custom(each, compiled.dialect) for each in statements)
+        known = compiled.__dict__[_CUSTOM] = any(
+            (each.is_dml or each.is_select) and _is_custom(each, compiled.dialect) for each in statements
+        )
     return known
 
 
@@ -405,11 +407,14 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
 
 def _is_custom(element: Any, dialect: Dialect) -> bool:
     """True for what the application renders itself on a dialect, rather than for others only."""
-    dispatcher = getattr(type(element), "_compiler_dispatcher", None)
-    if dispatcher is None:
-        return False
-    render = dispatcher.specs.get(dialect.name, dispatcher.specs.get("default"))
-    return getattr(render, "__name__", "") != "_wrap_existing_dispatch"
+    for each in type(element).__mro__:
+        dispatcher = each.__dict__.get("_compiler_dispatcher")
+        if dispatcher is not None:
+            render = dispatcher.specs.get(dialect.name, dispatcher.specs.get("default"))
+            # what is above it does it otherwise
+            if getattr(render, "__name__", "") != "_wrap_existing_dispatch":
+                return True
+    return False
 
 
 def _made_by_types(root: Any, dialect: Dialect) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import math
+import sqlite3
 import threading
 from collections.abc import Callable
 from decimal import Decimal
@@ -421,6 +422,23 @@ def test_a_database_in_memory_is_lost_with_its_pool(url: str, pool: Any) -> None
     engine.dispose()
     with pytest.raises(OperationalError, match="no such table"):
         ask()
+
+
+@pytest.mark.parametrize(
+    ("url", "creates"),
+    [("sqlite://", True), ("sqlite:///file:three?mode=memory&cache=shared&uri=true", False)],
+)
+def test_one_database_for_all_threads(tmp_path: Path, url: str, creates: bool) -> None:
+    """Since the application connects by itself, or the URL says so."""
+    creator = {"creator": lambda: sqlite3.connect(tmp_path / "x.db")} if creates else {}
+    engine, ask = in_memory(url, poolclass=SingletonThreadPool, **creator)
+    make(engine, 1)
+    assert ask() == ([1], "fill")
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(ask()))
+    thread.start()
+    thread.join()
+    assert found == [([1], "hit")]
 
 
 @pytest.mark.parametrize("pool", [QueuePool, NullPool])

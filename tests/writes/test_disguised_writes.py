@@ -39,6 +39,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.schema import DropTable
 from sqlalchemy.sql.expression import ClauseElement, Executable
 
+from querycache import statement_text
 from querycache.temporary import temporary_tables
 from querycache.textual import read_text
 from querycache.wording import commits, locks_rows, only_reads
@@ -451,24 +452,25 @@ def _create_as(element: CreateAs, compiler: Any, **kwargs: Any) -> str:
     return "CREATE TEMPORARY TABLE book AS SELECT 666 AS id, 666 AS price"
 
 
-class After(Select[Any]):
-    """A SELECT that is part of what writes, as in old recipes."""
+class Rendered(Select[Any]):
+    """A SELECT that is part of something else, as in old recipes."""
 
     inherit_cache = False
-    words: str
+    form: str
 
 
-@compiles(After)
-def _after(element: After, compiler: Any, **kwargs: Any) -> str:
-    return f"{element.words} {compiler.visit_select(element, **kwargs)}"
+@compiles(Rendered)
+def _rendered(element: Rendered, compiler: Any, **kwargs: Any) -> str:
+    return element.form.format(compiler.visit_select(element, **kwargs))
 
 
-def after(words: str, *columns: Any) -> After:
-    made = After(*columns)
-    made.words = words
+def rendered(form: str, *columns: Any) -> Rendered:
+    made = Rendered(*columns)
+    made.form = form
     return made
 
 
+SHADOW = literal(666).label("id"), literal(666).label("price")
 SHADOWING: list[tuple[str, list[Any]]] = [
     ("sqlite", ["CREATE TABLE temp.book AS SELECT 666 AS id, 666 AS price"]),
     (
@@ -491,17 +493,15 @@ SHADOWING: list[tuple[str, list[Any]]] = [
     ),
     ("mariadb", ["CREATE TEMPORARY TABLE a SELECT 666 AS id, 666 AS price", "RENAME TABLE a TO book"]),
     ("mariadb", [CreateAs()]),
-    (
-        "postgresql",
-        [after("CREATE TEMP TABLE book AS", literal(666).label("id"), literal(666).label("price"))],
-    ),
+    ("postgresql", [rendered("CREATE TEMP TABLE book AS {}", *SHADOW)]),
+    ("postgresql", [rendered("{} INTO TEMP book", *SHADOW)]),
 ]
 
 
 def test_E2_a_select_that_the_application_renders_as_a_write(library: Library) -> None:
     library.fill(*EVERY_WAY)
     values = [literal(9).label("id"), literal("nine"), literal(96), literal(1)]
-    library.write(after("INSERT INTO book (id, title, price, author_id)", *values))
+    library.write(rendered("INSERT INTO book (id, title, price, author_id) {}", *values))
     check(library)
     library.fill(*EVERY_WAY)
 
@@ -542,6 +542,69 @@ def test_E2_an_insert_that_the_application_renders(library: Library, upserting: 
     for statement in statements:
         assert library.is_right(statement)
     library.fill(*statements)
+
+
+def test_E2_what_is_rendered_otherwise_on_another_database(library: Library, upserting: None) -> None:
+    """It looks like SQLAlchemy's own on this one."""
+
+    class Quick(Insert):
+        inherit_cache = True
+
+    compiles(Quick, "oracle")(lambda element, compiler, **kwargs: compiler.visit_insert(element, **kwargs))
+    library.fill(*EVERY_WAY)
+    library.write(Quick(Book).values(id=2, title="moved", price=96, author_id=2))
+    check(library)
+
+
+class Overriding(Insert):
+    """An INSERT that sqlglot cannot read."""
+
+    inherit_cache = True
+
+
+@compiles(Overriding)
+def _overriding(element: Overriding, compiler: Any, **kwargs: Any) -> str:
+    return str(
+        compiler.visit_insert(element, **kwargs).replace(" VALUES", " OVERRIDING SYSTEM VALUE VALUES", 1)
+    )
+
+
+def test_E2_an_insert_that_cannot_be_read_writes_its_own_table(on_postgresql: Library) -> None:
+    authors = select(Author.id)
+    on_postgresql.fill(*EVERY_WAY, authors)
+    on_postgresql.write(Overriding(Book).values(id=9, title="nine", price=96, author_id=2))
+    assert on_postgresql.outcome(authors) == "hit"
+    check(on_postgresql)
+
+
+def test_E2_what_is_rendered_is_read_once_for_all_batches(
+    sqlite_engine: Engine, upserting: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = Library(sqlite_engine)
+    texts: set[str] = set()
+    read = statement_text.read_text
+    monkeypatch.setattr(statement_text, "read_text", lambda *given: texts.add(given[0]) or read(*given))
+    for size in (20, 30):
+        with library.sessions.begin() as session:
+            session.add_all([Book(title="one of many", price=1, author_id=1) for _ in range(size)])
+    assert len(texts) == 1
+    library.fill(*EVERY_WAY)
+    check(library)
+
+
+def test_E2_a_select_with_a_limit_of_time_is_one(on_mariadb: Library) -> None:
+    """What MariaDB takes before a statement would commit by itself."""
+    library = on_mariadb
+    library.fill(*EVERY_WAY)
+    limited = rendered("SET STATEMENT max_statement_time = 5 FOR {}", func.replace(Book.title, "a", "b"))
+    with library.sessions() as session:
+        session.execute(RAISE_PRICE)
+        for statement in (limited, limited.with_for_update()):
+            session.execute(statement).all()
+        session.rollback()
+    assert [library.outcome(each) for each in EVERY_WAY] == ["hit"] * len(EVERY_WAY)
+    kept = limited.execution_options(cache_ttl=60)
+    assert [library.outcome(kept) for _ in range(2)] == ["miss fill", "hit"]
 
 
 class Archive(Delete):
