@@ -158,6 +158,7 @@ OWNERS: dict[str, Callable[[Live], Any]] = {
     "_connection_for_bind": lambda live: live.session,
     "_connection_record": lambda live: live.connection.connection,
     "_connections": lambda live: live.transaction,
+    "_creator": lambda live: live.engine.pool,
     "_deleted": lambda live: live.session,
     "_dirty_states": lambda live: live.session,
     "_distinct": lambda live: live.statement,
