@@ -408,7 +408,7 @@ def custom_constructs(rendered: SQLCompiler) -> set[str]:
 def _is_custom(element: Any, dialect: Dialect) -> bool:
     """True for what the application renders itself on a dialect, rather than for others only."""
     for each in type(element).__mro__:
-        dispatcher = each.__dict__.get("_compiler_dispatcher")
+        dispatcher = getattr(each, "_compiler_dispatcher", None)
         if dispatcher is not None:
             render = dispatcher.specs.get(dialect.name, dispatcher.specs.get("default"))
             # what is above it does it otherwise
