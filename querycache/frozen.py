@@ -26,7 +26,8 @@ from sqlalchemy import FromClause, inspect
 from sqlalchemy.engine import Result
 
 from querycache.codec import RowSet, Unstorable, pack_rows, unpack_rows
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest
+from querycache.databases import bind_identity
+from querycache.keys import UnkeyableValue, canonical, digest
 from querycache.sa_internals import Plan, Prepared, json_serializer
 
 __all__ = [

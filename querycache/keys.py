@@ -20,32 +20,24 @@ import datetime
 import decimal
 import enum
 import json
-import os
-import secrets
-import threading
 import types
 import uuid
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from typing import Any
 
 from sqlalchemy import Column, Table
-from sqlalchemy.engine import Engine
 from sqlalchemy.orm import Mapper
-from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 from sqlalchemy.types import TypeEngine
 
-from querycache.sa_internals import StatementOption, connects_by_url, driver_settings, root_engine
+from querycache.sa_internals import StatementOption
 
 __all__ = [
     "UnkeyableValue",
-    "bind_identity",
     "canonical",
     "digest",
     "hashed",
-    "own_database",
     "structure_digest",
 ]
 
@@ -148,98 +140,6 @@ def hashed(parts: Iterable[str | bytes], hasher: blake2b) -> blake2b:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         hasher.update(len(data).to_bytes(4, "big") + data)
     return hasher
-
-
-_identities: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary()
-
-
-def bind_identity(engine: Engine) -> str:
-    """Which database an engine speaks to, without its password, and what its driver makes of the values there.
-
-    What is only in memory on SQLite belongs to one engine (and more than that, see :func:`own_database`), and so does what a
-    ``creator`` connects to when the URL does not say: such engines get a random identity of their own, which they share
-    with what ``Engine.execution_options`` makes from them. The same holds for those whose driver is given a function that has
-    no name by which it is known in every process.
-    """
-    engine = root_engine(engine)
-    identity = _identities.get(engine)
-    if identity is None:
-        # once: a relative path of SQLite does not follow a process that changes its directory
-        identity = _identities.setdefault(engine, _identity(engine) or f"private:{secrets.token_hex(8)}")
-    return identity
-
-
-def _identity(engine: Engine) -> str | None:
-    url = engine.url
-    backend = url.get_backend_name()
-    if backend == "sqlite":
-        name = url.database
-        private = not name or name == ":memory:" or name.startswith("file:")
-        return None if private else f"sqlite:{os.path.abspath(str(name))}"
-    if not (url.host or url.database or url.query):
-        return None
-    settings = [_named(each) for each in driver_settings(engine.dialect)]
-    if None in settings:
-        return None
-    return f"{backend}:{url.username}@{url.host}:{url.port}/{url.database}?{dict(url.query)} {settings}"
-
-
-def own_database(engine: Engine) -> str | None:
-    """Which of an engine's databases this thread speaks to; empty where it has one, and None where nobody can tell.
-
-    SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it. What a ``creator``
-    connects to is one database.
-    """
-    if engine.dialect.driver != "pysqlite":
-        return ""
-    url = engine.url
-    if url.database not in _IN_MEMORY and url.query.get("mode") != "memory":
-        return ""
-    pool = engine.pool
-    if not connects_by_url(pool):
-        return ""
-    if isinstance(pool, StaticPool) or url.query.get("cache") == "shared":
-        return _of_pool(pool).token
-    return _of_pool(pool).of_thread.token if isinstance(pool, SingletonThreadPool) else None
-
-
-_IN_MEMORY = (None, "", ":memory:", "file::memory:")
-
-
-class _OfThread(threading.local):
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
-
-
-class _OfPool:
-    def __init__(self) -> None:
-        self.token = secrets.token_hex(8)
-        self.of_thread = _OfThread()
-
-
-_pools: weakref.WeakKeyDictionary[Pool, _OfPool] = weakref.WeakKeyDictionary()
-
-
-def _of_pool(pool: Pool) -> _OfPool:
-    known = _pools.get(pool)
-    return _pools.setdefault(pool, _OfPool()) if known is None else known
-
-
-def _named(value: object) -> str | None:
-    """A text for a setting that is the same in every process; None where there is none."""
-    if type(value) in _CANONICAL:
-        return repr(value)
-    if isinstance(value, partial):
-        parts = [_named(each) for each in (value.func, *value.args, *value.keywords.values())]
-        return None if None in parts else f"{parts} {list(value.keywords)}"
-    if isinstance(value, types.FunctionType):
-        known = value.__closure__ is None
-    elif isinstance(value, types.BuiltinFunctionType):  # which a method in C is as well
-        known = isinstance(value.__self__, types.ModuleType)
-    else:
-        known = isinstance(value, type)
-    name = f"{value.__module__}.{value.__qualname__}" if known else "<"  # type: ignore[attr-defined]
-    return None if "<" in name else name
 
 
 def structure_digest(cache_key: Sequence[Any] | None) -> bytes:

@@ -18,9 +18,10 @@ from sqlalchemy.orm import ORMExecuteState, Session
 
 from querycache import dependencies, sa_internals
 from querycache.analysis import Analysis, analyse
+from querycache.databases import bind_identity, own_database
 from querycache.declarations import Declarations
 from querycache.frozen import canonical_parameters, discriminators, fingerprint, how_given
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, hashed, own_database
+from querycache.keys import UnkeyableValue, canonical, digest, hashed
 from querycache.options import CacheOptions, FromCache, Policy, RelationshipCache
 from querycache.regions import Region
 from querycache.sa_internals import Invocation, Plan, Prepared, Unpreparable

@@ -39,7 +39,8 @@ from sqlalchemy.dialects.postgresql import INET
 from sqlalchemy.orm import Session, sessionmaker
 
 from querycache import QueryCache
-from querycache.keys import UnkeyableValue, bind_identity, canonical
+from querycache.databases import bind_identity
+from querycache.keys import UnkeyableValue, canonical
 
 POSTGRESQL = "postgresql+psycopg://me:secret@db/a"
 
@@ -58,10 +59,11 @@ def test_drivers_are_told_apart() -> None:
         {"json_deserializer": partial(json.loads, parse_int=float)},
         {"json_deserializer": json.loads},
         {"json_serializer": json.dumps},
+        {"json_serializer": partial(json.dumps, separators=(",", ":"))},
         {"native_inet_types": False},
         {"use_native_hstore": False},
     ],
-    ids=["partial", "another partial", "function", "serializer", "inet", "hstore"],
+    ids=["partial", "another partial", "function", "serializer", "partial with a tuple", "inet", "hstore"],
 )
 def test_what_an_engine_was_told_is_the_same_everywhere(told: dict[str, Any]) -> None:
     one, same, other = (create_engine(POSTGRESQL, **each) for each in (told, told, {}))

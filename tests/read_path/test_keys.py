@@ -40,7 +40,8 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from querycache import FromCache, QueryCache, RelationshipCache
-from querycache.keys import UnkeyableValue, bind_identity, canonical, digest, structure_digest
+from querycache.databases import bind_identity
+from querycache.keys import UnkeyableValue, canonical, digest, structure_digest
 from querycache.sa_internals import cache_key_of
 from tests.read_path.kinds import KINDS, kinds_for
 from tests.read_path.models import Employee, Engineer, Manager, Post, Role, User
