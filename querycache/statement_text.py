@@ -68,11 +68,20 @@ def read_rendered(context: Any) -> TextStatement:
     """What the text of a statement tells that the application renders itself, beside what it is made of."""
     sql = as_text(context.statement, context)  # of a batch, what each is made of
     text = read_sent(sql, context)
-    # an INSERT of any form writes into its own table
-    return TextStatement(True) if not text.understood and _INSERT.match(sql) else text
+    into = None if text.understood else _INSERT.match(sql)
+    if into is None:
+        return text
+    schema, name = (part and (part[1:-1] if part[0] in '"`[' else part) for part in into.groups())
+    return TextStatement(True, writes=frozenset([(schema, name)]))
 
 
-_INSERT = re.compile(r"\s*(?:INSERT|REPLACE)\b(?!.*(?:\bWITH\b|;|/\*M?!))", re.IGNORECASE | re.DOTALL)
+_NAME = r"(?:\w[\w$]*|\"[^\"]+\"|`[^`]+`|\[[^\]]+\])"
+# whatever follows, unless it may write by itself
+_INSERT = re.compile(
+    rf"\s*(?:INSERT|REPLACE)(?:\s+\w+){{0,3}}?\s+INTO\s+(?:({_NAME})\s*\.\s*)?({_NAME})(?![\w$]|\s*\.)"
+    r"(?!.*(?:\bWITH\b|;|/\*M?!))",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def read_sent(sql: str, context: Any) -> TextStatement:

@@ -211,7 +211,7 @@ def written(compiled: Any) -> list[Written]:
     found = []
     statement, custom = _dml(compiled), is_custom(compiled)
     if statement.is_dml:
-        tables = [statement.table]
+        tables = [getattr(statement, "table", None)]  # of the application's own, nobody knows what they have
         # a bulk statement of a joined subclass is compiled once for each of its tables, which is only noted aside
         noted = statement._annotations
         tables += [noted[key] for key in ("_emit_insert_table", "_emit_update_table") if key in noted]
@@ -263,13 +263,12 @@ _TEXT = "_querycache_text"
 
 
 def is_custom(compiled: Any) -> bool:
-    """True where the application renders a query or DML itself, or a CTE of it: what it comes to, its text tells."""
+    """True where the application renders a statement itself, or a CTE of it: what it comes to, its text tells."""
     known: bool | None = compiled.__dict__.get(_CUSTOM)
     if known is None:
         statements = [_dml(compiled), *(cte.element for cte in getattr(compiled, "ctes", None) or ())]
-        known = compiled.__dict__[_CUSTOM] = any(
-            (each.is_dml or each.is_select) and _is_custom(each, compiled.dialect) for each in statements
-        )
+        known = any(_is_custom(each, compiled.dialect) for each in statements)
+        compiled.__dict__[_CUSTOM] = known
     return known
 
 

@@ -33,17 +33,18 @@ from sqlalchemy import (
     select,
     text,
     update,
+    values,
 )
 from sqlalchemy.ext.compiler import compiles, deregister
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.schema import DropTable
-from sqlalchemy.sql.expression import ClauseElement, Executable
+from sqlalchemy.schema import DropTable, ExecutableDDLElement
+from sqlalchemy.sql.expression import ClauseElement, Executable, UpdateBase
 
 from querycache import statement_text
 from querycache.temporary import temporary_tables
 from querycache.textual import read_text
 from querycache.wording import commits, locks_rows, only_reads
-from tests.writes.library import Author, Book, Loan
+from tests.writes.library import Author, Book, Employee, Loan
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
 
 OF_AUTHOR = select(Book.id, Book.price).where(Book.author_id == 1).order_by(Book.id)
@@ -575,6 +576,144 @@ def test_E2_an_insert_that_cannot_be_read_writes_its_own_table(on_postgresql: Li
     on_postgresql.write(Overriding(Book).values(id=9, title="nine", price=96, author_id=2))
     assert on_postgresql.outcome(authors) == "hit"
     check(on_postgresql)
+
+
+NINE = select(literal(9), literal("nine"), literal(96), literal(1))
+
+
+def _into(target: str, element: Any, compiler: Any, **kwargs: Any) -> str:
+    always = "OVERRIDING SYSTEM VALUE " if compiler.dialect.name == "postgresql" else ""
+    return f"INSERT INTO {target} (id, title, price, author_id) {always}{compiler.process(element.source, **kwargs)}"
+
+
+class CopyTo(UpdateBase):
+    """An INSERT that the application renders from beginning to end, as SQLAlchemy's documentation shows it."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Any, source: Any) -> None:
+        self.table, self.source = table, source
+
+
+class CopyNamed(UpdateBase):
+    """The same, and what it writes to is only told by the text."""
+
+    inherit_cache = False
+
+    def __init__(self, name: str, source: Any) -> None:
+        self.name, self.source = name, source
+
+
+class CopyOf(Executable, ClauseElement):
+    """The same again, and SQLAlchemy takes it for no DML at all."""
+
+    inherit_cache = False
+
+    def __init__(self, table: Any, source: Any) -> None:
+        self.table, self.source = table, source
+
+
+class Elsewhere(Insert):
+    """An INSERT into another table than its own."""
+
+    inherit_cache = True
+
+
+@compiles(CopyTo)
+@compiles(CopyOf)
+def _copy(element: CopyTo, compiler: Any, **kwargs: Any) -> str:
+    return _into(compiler.process(element.table, asfrom=True, **kwargs), element, compiler, **kwargs)
+
+
+@compiles(CopyNamed)
+def _copy_named(element: CopyNamed, compiler: Any, **kwargs: Any) -> str:
+    return _into(element.name, element, compiler, **kwargs)
+
+
+@compiles(Elsewhere)
+def _elsewhere(element: Elsewhere, compiler: Any, **kwargs: Any) -> str:
+    sql = compiler.visit_insert(element, **kwargs).replace("INTO author ", "INTO book ", 1)
+    return str(sql.replace("(id, name)", "(id, title, price, author_id)").replace(", 'x')", ", 'x', 96, 1)"))
+
+
+COPIES = {
+    "UpdateBase": CopyTo(Book.__table__, NINE),
+    "UpdateBase with a CTE": CopyTo(Book.__table__, select(NINE.cte("nine"))),
+    "by its name": CopyNamed("book", NINE),
+    "by its name, with a CTE": CopyNamed("book", select(NINE.cte("nine"))),
+    "Executable": CopyOf(Book.__table__, NINE),
+    "Executable with a CTE": CopyOf(Book.__table__, select(NINE.cte("nine"))),
+    "into another table": Elsewhere(Author).values(id=9, name=text("'x'")),
+}
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "not read"])
+@pytest.mark.parametrize("copy", COPIES)
+def test_E2_an_insert_rendered_from_beginning_to_end(
+    library: Library, monkeypatch: pytest.MonkeyPatch, copy: str, read: bool
+) -> None:
+    """Of which SQLAlchemy says it is none, or of another table; with its parser and without."""
+    if not read:
+        monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    others = select(Employee.id)
+    library.fill(*EVERY_WAY, LOANS, others)
+    library.write(COPIES[copy])
+    assert library.database(select(Book.price).where(Book.id == 9)) == [(96,)]
+    check(library)
+    if "CTE" not in copy:  # without the parser, what is in it may be anything
+        assert library.outcome(others) == "hit"
+    read_text.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["select", "join", "update", "insert"])
+def test_E2_values_in_a_CTE_are_no_statement(
+    request: pytest.FixtureRequest, kind: str, sqlite_engine: Engine, postgresql_engine: Engine
+) -> None:
+    given = values(column("number", Integer), name="given").data([(1,), (2,)]).cte("given")
+    statement: Any = {
+        "select": select(given.c.number),
+        "join": select(Book.id).join(given, given.c.number == Book.id),
+        "update": update(Book).values(price=96).where(Book.id == given.c.number),
+        "insert": insert(Book).from_select(
+            ["id", "title", "price", "author_id"],
+            select(given.c.number + 10, literal("ten"), literal(96), literal(1)),
+        ),
+    }[kind]
+    for engine in (sqlite_engine, postgresql_engine):
+        library = Library(engine)
+        library.fill(*EVERY_WAY)
+        if kind in ("select", "join"):
+            assert library.is_right(statement)
+            assert library.outcome(statement) == "hit"
+        else:
+            library.write(statement)
+        check(library)
+
+
+class Truncate(ExecutableDDLElement):
+    """DDL that the application renders."""
+
+    def __init__(self, element: Any) -> None:
+        self.element = element
+
+
+@compiles(Truncate)
+def _truncate(element: Truncate, compiler: Any, **kwargs: Any) -> str:
+    return f"TRUNCATE TABLE {compiler.preparer.format_table(element.element)} CASCADE"
+
+
+def test_E2_DDL_that_the_application_renders(on_postgresql: Library) -> None:
+    """It may do more than to the table that it is made of."""
+    metadata = MetaData()
+    sent = Table("sent", metadata, sa_column("id"))
+    Table("answered", metadata, Column("id", ForeignKey(sent.c.id), primary_key=True))
+    answered = select(metadata.tables["answered"])
+    metadata.create_all(on_postgresql.engine)
+    on_postgresql.write(insert(sent).values(id=1), insert(metadata.tables["answered"]).values(id=1))
+    on_postgresql.fill(answered)
+    on_postgresql.write(Truncate(sent))
+    assert on_postgresql.ask(answered) == on_postgresql.database(answered) == []
 
 
 def test_E2_what_is_rendered_is_read_once_for_all_batches(
