@@ -338,7 +338,12 @@ class Interceptor:
         except Refused as refusal:
             load.spoiled, load.grown, load.doubtful = str(refusal), True, True
             _check_allowed(load.request.region, load.request.options, load.spoiled)
-            return None
+            if not load.replays:
+                return None
+            result = sa_internals.run_statement(state)
+            if self._is_torn(load):
+                raise _Torn("snapshot", load) from None
+            return result
         bind = asked.prepared.invocation.bind
         begun = sa_internals.autobegin(load.request.session, bind)
         changes = changes_here()
@@ -354,13 +359,13 @@ class Interceptor:
         load.grown = True
         by_key = self._requests.by_key(load.request, asked)
         frozen = None if by_key is None else self._known_rows(load, asked, by_key)
-        if frozen is not None:
+        if by_key is not None and frozen is not None:
             load.loads[asked.mark] = frozen
-            load.borrowed = True
+            load.borrowed.update(by_key.common, *by_key.own.values())
             return merge_frozen_result(asked.prepared, frozen)
         load.later = True
         frozen, result = self._run(load, asked.prepared)
-        if (load.entry is not None or load.borrowed) and bind not in load.shown:
+        if load.replays and bind not in load.shown:
             if self._is_torn(load):
                 raise _Torn("snapshot", load)
             if frozen is not None and frozen.rowcount > 0:
@@ -422,8 +427,7 @@ class Interceptor:
         now = None if reading is None else request.region.observe(reading.tags)
         if reading is None or now is None:
             return True
-        # what has fallen was not replayed, unless rows of other answers were
-        return not now.confirms(reading, _NONE if load.borrowed else reading.fallen)
+        return not now.confirms(reading, load.not_replayed(reading))
 
     def _fill(self, load: Load, main: FrozenStatement | None, created: float) -> None:
         request = load.request

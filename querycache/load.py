@@ -40,7 +40,8 @@ class Load:
         doubtful: True where the database was asked something else since the versions were read: they may be others now.
         changes: of how many this thread had told a ledger when they were read.
         later: True once something may have been seen that is later than the entry: from the database, or of the tags.
-        borrowed: True once rows of other answers were used.
+        borrowed: keys of the tags on which rows of other answers depend that were used.
+        found: the reading under which the entry was, once there is another.
         shown: the databases in whose snapshots, or without one, rows were found to go with what was replayed.
         learned: further statements that were asked for by the keys of their rows.
         loaded: what the Session's objects had loaded before; None where it is unlikely that anything has to be forgotten.
@@ -59,7 +60,8 @@ class Load:
     grown: bool = False
     doubtful: bool = False
     later: bool = False
-    borrowed: bool = False
+    borrowed: set[str] = field(default_factory=set)
+    found: Reading | None = None
     shown: set[Engine | Connection] = field(default_factory=set)
     learned: list[tuple[ByKey, FrozenStatement]] = field(default_factory=list)
     loaded: Mapping[Any, sa_internals.Loaded] | None = None
@@ -107,8 +109,23 @@ class Load:
         self.needed.update(keys)
         if self.reading is not None and not self.needed.issubset(self.reading.tags):
             more = region.observe(keys)
+            self.found = self.found or self.reading
             self.reading = None if more is None else self.reading.union(more)
             self.later = True
+
+    @property
+    def replays(self) -> bool:
+        """True if something of this is not from the database."""
+        return self.entry is not None or bool(self.borrowed)
+
+    def not_replayed(self, reading: Reading) -> frozenset[str]:
+        """Which keys of a reading nothing depends on that is not from the database."""
+        replayed = set(self.borrowed)
+        found = self.found or self.reading
+        if self.entry is not None and found is not None:
+            replayed.update(found.tags)
+            replayed -= found.fallen - self.borrowed
+        return frozenset(reading.tags) - replayed
 
     @property
     def unfit(self) -> str:

@@ -26,6 +26,7 @@ from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
     Session,
+    column_property,
     immediateload,
     mapped_column,
     relationship,
@@ -577,6 +578,62 @@ def test_a_snapshot_that_has_shown_what_was_replayed_is_not_asked_about_again(
     with factory() as session, cache.recording() as events:
         assert names(session, whole_family(1)) == ["", "new", "new"]
     assert events[0].reason == "in part" and len(confirmed) == 1
+
+
+class Clocked(Base):
+    """Parents, as the cache refuses to tell of them."""
+
+    __table__ = Parent.__table__
+    now = column_property(func.now())
+
+
+class Ward(Base):
+    """Children, whose parents do not belong to what is stored: who stores it has them already."""
+
+    __table__ = Child.__table__
+    parent: Mapped[Parent] = relationship(Parent, viewonly=True)
+    clocked: Mapped[Clocked] = relationship(Clocked, viewonly=True)
+
+
+def ward_completed_by(
+    attribute: Any, snapshots: Engine, store: CacheRegion, write: Any
+) -> tuple[tuple[str, str], list[tuple[str, str]]]:
+    """The names of a ward and its parent, and what the cache tells; somebody writes just before the parent is asked for."""
+    cache, factory = attached(snapshots, store)
+    until_hit(cache, factory)
+    loaded = select(Ward).where(Ward.id == 1).options(immediateload(attribute))
+    statement = loaded.execution_options(cache_key="ward")
+    with sessionmaker(snapshots.execution_options(isolation_level="READ COMMITTED"))() as session:
+        cache.attach(session)
+        kept = session.get_one(attribute.entity.class_, 1)
+        assert getattr(session.scalars(statement).one(), attribute.key) is kept
+    once(snapshots, "FROM family_parents", lambda: write(factory))
+    with factory() as session, cache.recording() as events:
+        ward = session.scalars(statement).one()
+        return (ward.name, getattr(ward, attribute.key).name), [(e.outcome, e.reason) for e in events]
+
+
+@pytest.mark.parametrize("attribute", [Ward.parent, Ward.clocked], ids=["answered", "refused"])
+def test_what_is_replayed_is_of_the_snapshot_that_a_further_statement_begins(
+    snapshots: Engine, any_store: CacheRegion, attribute: Any
+) -> None:
+    """Also where the cache refuses that one."""
+    found, events = ward_completed_by(
+        attribute, snapshots, any_store, lambda factory: rename_all(factory, "new")
+    )
+    assert found == ("new", "new")
+    assert ("hit", "") not in events
+
+
+@pytest.mark.parametrize("attribute", [Ward.parent, Ward.clocked], ids=["answered", "refused"])
+def test_what_is_not_replayed_may_change(snapshots: Engine, any_store: CacheRegion, attribute: Any) -> None:
+    def write(factory: Any) -> None:
+        with factory.begin() as session:
+            session.get_one(Parent, 1).name = "new"
+
+    found, events = ward_completed_by(attribute, snapshots, any_store, write)
+    assert found == ("", "new")
+    assert ("hit", "") in events
 
 
 def test_snapshots_of_several_databases_show_one_state_each(
