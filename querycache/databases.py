@@ -24,17 +24,17 @@ _identities: weakref.WeakKeyDictionary[Engine, str] = weakref.WeakKeyDictionary(
 def bind_identity(engine: Engine) -> str:
     """Which database an engine speaks to, without its password, and what its driver makes of the values there.
 
-    What is only in memory on SQLite belongs to one engine (and more than that, see :func:`own_database`), and so does what a
-    ``creator`` connects to when the URL does not say: such engines get a random identity of their own, which they share
-    with what ``Engine.execution_options`` makes from them. The same holds for those whose driver is given a function that has
-    no name by which it is known in every process.
+    What is only in memory on SQLite belongs to one engine, and to the thread that asks where :func:`own_database` says so. To
+    one engine belongs also what a ``creator`` connects to when the URL does not say. Such engines get a random identity of
+    their own, which they share with what ``Engine.execution_options`` makes from them. The same holds for those whose driver is
+    given a function that has no name by which it is known in every process.
     """
     engine = root_engine(engine)
     identity = _identities.get(engine)
     if identity is None:
         # once: a relative path of SQLite does not follow a process that changes its directory
         identity = _identities.setdefault(engine, _identity(engine) or f"private:{secrets.token_hex(8)}")
-    return identity
+    return identity + (own_database(engine) or "")
 
 
 def _identity(engine: Engine) -> str | None:
@@ -56,22 +56,27 @@ def own_database(engine: Engine) -> str | None:
     """Which of an engine's databases this thread speaks to; empty where it has one, and None where nobody can tell.
 
     SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it. What a ``creator``
-    connects to is one database.
+    connects to is one database, unless each thread has a connection.
     """
-    if engine.dialect.driver != "pysqlite":
+    if engine.dialect.name != "sqlite":
         return ""
-    url = engine.url
-    if url.database not in _IN_MEMORY and url.query.get("mode") != "memory":
+    name, told = engine.url.database or ":memory:", engine.url.query
+    is_uri = bool(told) and str(told.get("uri")).lower() in _TRUE  # or else SQLite is told nothing of it
+    if name != ":memory:" and not (is_uri and (name in _NAMELESS or _MEMORY & set(told.items()))):
         return ""
     pool = engine.pool
-    if not connects_by_url(pool):
-        return ""
-    if isinstance(pool, StaticPool) or url.query.get("cache") == "shared":
+    if isinstance(pool, StaticPool):
         return _of_pool(pool).token
-    return _of_pool(pool).of_thread.token if isinstance(pool, SingletonThreadPool) else None
+    if is_uri and (told.get("cache") == "shared" or (("vfs", "memdb") in told.items() and name[5:6] == "/")):
+        return _of_pool(pool).token
+    if isinstance(pool, SingletonThreadPool):
+        return _of_pool(pool).of_thread.token
+    return None if connects_by_url(pool) else ""
 
 
-_IN_MEMORY = (None, "", ":memory:", "file::memory:")
+_TRUE = ("true", "yes", "on", "y", "t", "1")  # as SQLAlchemy reads it
+_NAMELESS = ("file:", "file::memory:")
+_MEMORY = {("mode", "memory"), ("vfs", "memdb")}
 
 
 class _OfThread(threading.local):

@@ -219,12 +219,9 @@ class Requests:
         try:
             prepared = self._prepare(state)
             plan, bind = prepared.plan, prepared.invocation.bind
-            database = own_database(plan.engine)
-            if database is None:
-                raise Refused("several databases")
-            scope = database if self._scope is None else canonical(self._scope(session)) + database
+            scope = "" if self._scope is None else canonical(self._scope(session))
             # For a statement that is executed again and again, all of this follows from its plan.
-            memo = (self, region, options, scope, self._declared.digest, self._declared.of_triggers)
+            memo = (self, region, options, scope, *self._besides(plan))
             derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
             if derived is None:
                 derived = _remember(plan, memo, self._derive(region, options, plan, scope))
@@ -254,7 +251,7 @@ class Requests:
             plan = prepared.plan
             analysis = analyse(plan.compiled)
             # what follows from the plan alone is remembered by it, as for _request()
-            memo = ("completion", self, options, self._declared.digest, self._declared.of_triggers)
+            memo = ("completion", self, options, *self._besides(plan))
             mark: bytes | None = plan.memo.get(memo)
             if mark is None:
                 self._refuse_content(analysis, plan, options)
@@ -287,6 +284,13 @@ class Requests:
         common = region.tag_keys(sorted(tags.difference(*own.values())))
         keys = {key: region.tag_keys(each) for key, each in own.items()}
         return ByKey(family.digest(), place, common, keys)
+
+    def _besides(self, plan: Plan) -> tuple[object, ...]:
+        """What further goes into a key and tags, and does not follow from a plan."""
+        database = own_database(plan.engine)
+        if database is None:
+            raise Refused("several databases")
+        return database, self._declared.digest, self._declared.of_triggers
 
     def _derive(
         self, region: Region, options: CacheOptions, plan: Plan, scope: str
@@ -415,12 +419,13 @@ class Requests:
     ) -> blake2b:
         """All of a key but the parameters, which is the same for a statement that is built anew for each execution."""
         declared = self._declared.digest
-        memo = (self, region, options, scope, plan.engine, plan.sql, declared)
+        identity = bind_identity(plan.engine)
+        memo = (self, region, options, scope, identity, plan.sql, declared)
         begun: blake2b | None = plan.shared_memo.get(memo)
         if begun is None:
             parts = (
                 analysis.structure,
-                bind_identity(plan.engine),
+                identity,
                 plan.sql,
                 options.name,
                 scope,

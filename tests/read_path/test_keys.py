@@ -26,11 +26,15 @@ from psycopg.types.range import Range
 from sqlalchemy import Engine, column, create_engine, inspect, select, table, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import (
+    DeclarativeBase,
+    Mapped,
     Mapper,
     Session,
     immediateload,
     lazyload,
+    mapped_column,
     raiseload,
+    relationship,
     selectin_polymorphic,
     selectinload,
     sessionmaker,
@@ -388,8 +392,25 @@ def make(engine: Engine, number: int) -> None:
         connection.exec_driver_sql(f"INSERT INTO number VALUES ({number})")
 
 
-def test_each_thread_has_its_database_in_memory() -> None:
-    engine, ask = in_memory()
+def connect_in_memory() -> sqlite3.Connection:
+    return sqlite3.connect(":memory:")
+
+
+@pytest.mark.filterwarnings("ignore:.*uri=true:sqlalchemy.exc.SAWarning")
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("sqlite://", dict),
+        ("sqlite:///:memory:?cache=shared", dict),  # which is not told to SQLite
+        ("sqlite:///file:?uri=true", lambda: {"poolclass": SingletonThreadPool}),
+        ("sqlite:///file:one?vfs=memdb&uri=true", lambda: {"poolclass": SingletonThreadPool}),
+        ("sqlite://", lambda: {"creator": connect_in_memory}),
+        ("sqlite://", lambda: {"pool": SingletonThreadPool(connect_in_memory)}),
+    ],
+    ids=["usual", "not shared", "without a name", "memdb", "creator", "pool"],
+)
+def test_each_thread_has_its_database_in_memory(url: str, told: Any) -> None:
+    engine, ask = in_memory(url, **told())
     make(engine, 1)
     assert [ask() for _ in range(2)] == [([1], "fill"), ([1], "hit")]
     found: list[Any] = []
@@ -405,6 +426,62 @@ def test_each_thread_has_its_database_in_memory() -> None:
     thread.start()
     thread.join()
     assert found == [([2], "fill"), ([2], "hit")]
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Page(Base):
+    __tablename__ = "page"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    marks: Mapped[list[Mark]] = relationship(primaryjoin="Page.id == foreign(Mark.page_id)", viewonly=True)
+
+
+class Mark(Base):
+    __tablename__ = "mark"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    page_id: Mapped[int]
+    name: Mapped[str]
+
+
+def test_what_completes_an_answer_is_of_the_thread_that_asks(tmp_path: Path) -> None:
+    """Where that alone is in memory."""
+    pages, marks = create_engine(f"sqlite:///{tmp_path}/pages.db"), create_engine("sqlite://")
+    sessions = sessionmaker(binds={Page: pages, Mark: marks})
+    cache = QueryCache("memory://").attach(sessions)
+    Base.metadata.tables["page"].create(pages)
+    with sessions.begin() as session:
+        session.add(Page(id=1))
+
+    def ask(options: Any) -> list[str]:
+        with sessions() as session:
+            statement = select(Page).options(options).execution_options(cache_key=True)
+            return [mark.name for mark in session.scalars(statement).one().marks]
+
+    def look(name: str) -> None:
+        Base.metadata.tables["mark"].create(marks)
+        with sessions.begin() as session:
+            session.add(Mark(page_id=1, name=name))
+        ready.wait(10)  # from now on nobody writes
+        with cache.recording() as events:
+            found[name] = [
+                ask(options)
+                for options in (selectinload(Page.marks), immediateload(Page.marks))
+                for _ in "ab"
+            ]
+        assert {event.outcome for event in events} >= {"fill", "hit"}
+
+    found: dict[str, Any] = {}
+    ready = threading.Barrier(2)
+    threads = [threading.Thread(target=look, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {"one": [["one"]] * 4, "two": [["two"]] * 4}
 
 
 @pytest.mark.parametrize(
@@ -426,13 +503,18 @@ def test_a_database_in_memory_is_lost_with_its_pool(url: str, pool: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("url", "creates"),
-    [("sqlite://", True), ("sqlite:///file:three?mode=memory&cache=shared&uri=true", False)],
+    ("url", "told"),
+    [
+        ("sqlite:///file:three?mode=memory&cache=shared&uri=true", {"poolclass": SingletonThreadPool}),
+        ("sqlite:///file:/four?vfs=memdb&uri=true", {"poolclass": SingletonThreadPool}),
+        ("sqlite://", {"poolclass": QueuePool}),
+    ],
+    ids=["shared", "memdb", "creator"],
 )
-def test_one_database_for_all_threads(tmp_path: Path, url: str, creates: bool) -> None:
-    """Since the application connects by itself, or the URL says so."""
-    creator = {"creator": lambda: sqlite3.connect(tmp_path / "x.db")} if creates else {}
-    engine, ask = in_memory(url, poolclass=SingletonThreadPool, **creator)
+def test_one_database_for_all_threads(tmp_path: Path, url: str, told: dict[str, Any]) -> None:
+    """Since the URL says so, or the application connects by itself."""
+    creator = {"creator": lambda: sqlite3.connect(tmp_path / "x.db")} if url == "sqlite://" else {}
+    engine, ask = in_memory(url, **told, **creator)
     make(engine, 1)
     assert ask() == ([1], "fill")
     found: list[Any] = []
