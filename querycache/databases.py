@@ -26,8 +26,8 @@ def bind_identity(engine: Engine) -> str:
 
     What is only in memory on SQLite belongs to one engine, and to the thread that asks where :func:`own_database` says so. To
     one engine belongs also what a ``creator`` connects to when the URL does not say. Such engines get a random identity of
-    their own, which they share with what ``Engine.execution_options`` makes from them. The same holds for those whose driver is
-    given a function that has no name by which it is known in every process.
+    their own, which they share with what ``Engine.execution_options`` makes from them. So do those whose driver is given a
+    function that has no name by which it is known in every process.
     """
     engine = root_engine(engine)
     identity = _identities.get(engine)
