@@ -72,7 +72,7 @@ torture: $(VENV)/.development ## ten minutes of writers, readers and faults unde
 denormalize-concurrency: $(VENV)/.development ## 200,000 operations of eight processes on denormalized columns, on two databases
 	@$(SERVERS) --no-fsync -- $(PY) -m tests.denormalize.concurrency $(ARGS)
 
-sqlalchemy-suite: $(VENV)/.development ## SQLAlchemy's own ORM tests, each SELECT through freeze and replay
+sqlalchemy-suite: $(VENV)/.development ## SQLAlchemy's own ORM tests, each SELECT through freeze and replay; ARGS=--core for those of Core, engines watched
 	@$(PY) -m tests.sqlalchemy_suite $(ARGS)
 
 clean: ## remove the environments and everything built

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.sqlalchemy_suite import run, verdict
-from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, Case
+from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, NOTICED, Case
 from tests.sqlalchemy_suite.verdict import Known, judge, read_known
 
 PASSED = Case("passed", {ANSWERED: 2, COMPLETED: 1, "for update": 1})
@@ -36,6 +36,15 @@ def test_a_failure_that_is_listed_is_good_and_keeps_its_reason() -> None:
 
     assert result.good
     assert result.explained == {"a mock": ["test_7"]}
+
+
+def test_of_core_nothing_may_change_and_statements_are_noticed() -> None:
+    noticed = {name: Case("passed", {NOTICED: 3}) for name in MANY}
+
+    assert judge(MANY, noticed, [], whole=True).unchanged
+    assert not judge(MANY, noticed | {"test_7": FAILED}, [], whole=True).unchanged
+    assert not judge(MANY, dict.fromkeys(MANY, Case("passed", {})), [], whole=True).unchanged
+    assert not judge({}, {}, [], whole=True).unchanged
 
 
 @pytest.mark.parametrize("lost", [Case("skipped", {}), None])

@@ -214,8 +214,8 @@ def _execution_event(name: str) -> Callable[..., bool | None]:
     """The same as a listener of events. It runs the statement itself where that commits, to know when it has."""
 
     def execute(cursor: Any, sql: str, *rest: Any) -> bool | None:
-        context = rest[-1]
-        taps: _Taps | None = context.dialect.__dict__.get(_TAPS)
+        context = rest[-1]  # None for what a dialect asks by itself
+        taps: _Taps | None = None if context is None else context.dialect.__dict__.get(_TAPS)
         if taps is None or not taps.beside_others:
             return None
         ending = _tell(taps, name, sql, rest[0], context)

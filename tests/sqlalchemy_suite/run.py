@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-__all__ = ["ANSWERED", "COMPLETED", "PROPERTY", "Case", "Outcome", "read", "run"]
+__all__ = ["ANSWERED", "COMPLETED", "NOTICED", "PROPERTY", "Case", "Outcome", "read", "run"]
 
 Outcome = Literal["passed", "failed", "skipped"]
 
@@ -23,6 +23,8 @@ ANSWERED = "answered"
 """What the plugin counts as this: statements whose answer was a hit."""
 COMPLETED = "completed"
 """And as this: post-loads whose answer came from bytes. Other counts are of reasons why one did not."""
+NOTICED = "noticed"
+"""What the plugin of ``--core`` counts: statements that it was told of."""
 
 _REPOSITORY = Path(__file__).parents[2]
 _PERCENT = re.compile(r"\[ *(\d+)%\]$")

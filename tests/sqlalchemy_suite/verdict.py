@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, Case
+from tests.sqlalchemy_suite.run import ANSWERED, COMPLETED, NOTICED, Case
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,6 +80,11 @@ class Verdict:
     def good(self) -> bool:
         from_bytes = self.answered > 0 and self.completed > 0
         return self.ratio >= REQUIRED and from_bytes and not self.unexplained and not self.outdated
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether all that passes without passes with it, where nothing is answered and statements are only noticed."""
+        return self.baseline > 0 and not self.unexplained and self.left.get(NOTICED, 0) > 0
 
 
 def judge(

@@ -250,6 +250,20 @@ def test_E2_what_a_listener_runs_in_place_of_the_dialect(sqlite_engine: Engine, 
     check(library)
 
 
+def test_what_a_dialect_asks_by_itself_while_somebody_listens(sqlite_engine: Engine) -> None:
+    """As some do when they connect; there is no context of it."""
+    library = Library(sqlite_engine)
+    library.fill(*EVERY_WAY)
+    listener = runs_statements_itself(sqlite_engine)
+    library.write(RAISE_PRICE)
+    with library.engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        connection._cursor_execute(cursor, "SELECT 1", ())
+        assert cursor.fetchall() == [(1,)]
+    event.remove(sqlite_engine, "do_execute", listener)
+    check(library)
+
+
 def test_E2_what_a_listener_runs_in_place_of_the_dialect_for_a_session(sqlite_engine: Engine) -> None:
     library = Library(sqlite_engine)
     library.fill(*EVERY_WAY)
