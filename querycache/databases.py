@@ -58,7 +58,7 @@ def own_database(engine: Engine) -> str | None:
     SQLite gives each connection a database in memory of its own, and a pool that is disposed of loses it. What a ``creator``
     connects to is one database, unless each thread has a connection.
     """
-    if engine.dialect.name != "sqlite":
+    if engine.dialect.name != "sqlite" or engine.url.host:  # another program's that speaks as SQLite
         return ""
     name, told = engine.url.database or ":memory:", engine.url.query
     is_uri = bool(told) and str(told.get("uri")).lower() in _TRUE  # or else SQLite is told nothing of it
