@@ -1,10 +1,11 @@
 """Tables as tags: what is told apart in them, and which tags a write changes.
 
-A *tracked* column (primary key, foreign key, unique) of an exact type is divided into *slots* by its values. A *row
-write*, of which old and new values are known, changes the table and the slots of these values. A *set write*, of which
-only the table is known, changes the table and its bulk tag, and so do foreign keys with ``ON DELETE`` or ``ON UPDATE``
-actions in the tables that refer to it. Where a statement pins a tracked column of a table to values, its answer depends
-on their slots and on the bulk tag, instead of on the whole table (:mod:`querycache.dependencies`).
+A *tracked* column (primary key, foreign key, unique, or declared so) of an exact type is divided into *slots* by its
+values. A *row write*, of which old and new values are known, changes the table and the slots of these values. A *set
+write*, of which only the table is known, changes the table and its bulk tag, and so do foreign keys with ``ON
+DELETE`` or ``ON UPDATE`` actions in the tables that refer to it. Where a statement pins a tracked column of a table
+to values, its answer depends on their slots and on the bulk tag, instead of on the whole table
+(:mod:`querycache.dependencies`).
 
     ============  ==================  =========================
     tag           a reader has it     a writer changes it
@@ -47,9 +48,11 @@ from sqlalchemy import Column, ForeignKey, MetaData, Table, UniqueConstraint
 from sqlalchemy.exc import InvalidRequestError
 
 from querycache import sa_internals
+from querycache.errors import ConfigurationError
 from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
+    "TRACKED",
     "SchemaMap",
     "TableName",
     "any_row_tags",
@@ -81,8 +84,17 @@ SchemaMap = Mapping[str | None, str | None]
 
 
 def tracked_columns(table: Table) -> tuple[Column[Any], ...]:
-    """The columns whose values are followed: primary key, foreign keys and unique ones, of exact types."""
+    """The columns whose values are followed: primary key, foreign keys and unique ones of exact types, and those that are
+    declared to be (:data:`TRACKED`).
+
+    Raises:
+        ConfigurationError: one is declared whose values cannot be.
+    """
     return sa_internals.remembered(table, _tracked)
+
+
+TRACKED = "cache_tracked"
+"""The key in ``Column.info`` by which an application has a column tracked."""
 
 
 def _tracked(table: Table) -> tuple[Column[Any], ...]:
@@ -96,7 +108,22 @@ def _tracked(table: Table) -> tuple[Column[Any], ...]:
     for index in list(table.indexes):
         if index.unique:
             tracked.update(dict.fromkeys(index.columns))
+    tracked.update(dict.fromkeys(filter(_is_declared, table.columns)))
     return tuple(column for column in tracked if sa_internals.is_exact(column.type))
+
+
+def _is_declared(column: Column[Any]) -> bool:
+    told = column.info.get(TRACKED, False)
+    if not isinstance(told, bool):
+        raise ConfigurationError(
+            f"column {column}: info={{{TRACKED!r}: {told!r}}}; give True or leave it out"
+        )
+    if told and not sa_internals.is_exact(column.type):
+        raise ConfigurationError(
+            f"column {column}: info={{{TRACKED!r}: True}}, but only integers and UUIDs can be tracked, and it is of type "
+            f"{column.type!r}, of which the database may take for equal what is not equal here; leave it out"
+        )
+    return told
 
 
 def follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
