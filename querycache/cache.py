@@ -24,7 +24,7 @@ from querycache.events import CacheEvent, CacheStats, Explanation, Telemetry
 from querycache.interceptor import Interceptor
 from querycache.keys import structure_digest
 from querycache.ledger import DEFAULT_LEASE
-from querycache.options import Policy, check_ttl, names
+from querycache.options import Policy, check_ttl, names, table_names
 from querycache.phases import Consistency, OnOutage, Phases
 from querycache.regions import Regions
 from querycache.tables import set_write_tags
@@ -240,9 +240,13 @@ class QueryCache:
     def _listeners(self, target: Any) -> dict[str, Any]:
         known = isinstance(target, (sessionmaker, scoped_session, Session))
         if not known and not (isinstance(target, type) and issubclass(target, Session)):
-            raise ConfigurationError(
-                f"attach({target!r}): give a sessionmaker, a scoped_session, a Session class, a Session or an Engine"
-            )
+            remedy = "give a sessionmaker, a scoped_session, a Session class, a Session or an Engine"
+            if type(target).__module__.startswith("sqlalchemy.ext.asyncio"):
+                remedy = (
+                    "Sessions under asyncio are not answered from the cache; give the sync_engine of their engine, so that "
+                    "what they write is noticed"
+                )
+            raise ConfigurationError(f"attach({target!r}): {remedy}")
         return {"do_orm_execute": self._interceptor, **self._writes.session_listeners()}
 
     def depends(self, name: str, *, on: Iterable[str]) -> None:
@@ -255,7 +259,7 @@ class QueryCache:
         Raises:
             ConfigurationError: a name is not a non-empty string.
         """
-        self._declared.depends(names("name", [name])[0], names("on", on))
+        self._declared.depends(table_names("name", [name])[0], table_names("on", on))
 
     # --- invalidation --------------------------------------------------------------------------------
 
@@ -300,7 +304,7 @@ class QueryCache:
                 raise ConfigurationError(f"key={key!r}: give a non-empty string")
             named.append(key_tag(key))
         named.extend(map(user_tag, names("tags", tags)))
-        for given in names("tables", tables):
+        for given in table_names("tables", tables):
             schema, _, name = given.rpartition(".")
             named.extend(set_write_tags((schema or None, name), None))
         if isinstance(entities, type) or not isinstance(entities, Iterable):

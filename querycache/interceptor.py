@@ -197,7 +197,7 @@ class Interceptor:
     def _leave(self, region: Region, options: CacheOptions, reason: str) -> None:
         """Leave a statement to the database, where that may be asked."""
         self._telemetry.emit("bypass", region.name, options.name, reason)
-        _check_allowed(region, options, reason)
+        _check_allowed(region, options, options.name, reason)
 
     def explain(self, session: Session, statement: Any) -> Explanation:
         """What would be done with a statement, found by doing it up to the point where it would be answered."""
@@ -227,7 +227,7 @@ class Interceptor:
             tags=tuple(request.tags),
             stored=entry is not None,
             age=None if entry is None else max(0.0, time.time() - entry.created),
-            promise=region.promise,
+            promise=region.promise(self._writes.phases.marks(region.ledger)),
         )
 
     # --- look up -----------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class Interceptor:
                 return result
         if options.mode == "only":
             self._telemetry.emit(outcome, region.name, request.name, reason)
-            _check_allowed(region, options, reason or outcome)
+            _check_allowed(region, options, request.name, reason or outcome)
         if reading is None:
             self._telemetry.emit(outcome, region.name, request.name, reason)
             return self._ask_database(request, reading)
@@ -337,7 +337,7 @@ class Interceptor:
             return None
         except Refused as refusal:
             load.spoiled, load.grown, load.doubtful = str(refusal), True, True
-            _check_allowed(load.request.region, load.request.options, load.spoiled)
+            _check_allowed(load.request.region, load.request.options, load.request.name, load.spoiled)
             if not load.replays:
                 return None
             result = sa_internals.run_statement(state)
@@ -354,7 +354,7 @@ class Interceptor:
         stored = load.find(asked)
         if stored is not None and not self._has_own_view(load, asked):
             return merge_frozen_result(asked.prepared, stored)
-        _check_allowed(load.request.region, load.request.options, "incomplete")
+        _check_allowed(load.request.region, load.request.options, load.request.name, "incomplete")
         load.observe(asked.tags())
         load.grown = True
         by_key = self._requests.by_key(load.request, asked)
@@ -485,10 +485,10 @@ def _wrote_between(earlier: Reading | None, later: Reading | None) -> bool:
     return witness is None or later is None or later.witness != witness
 
 
-def _check_allowed(region: Region, options: CacheOptions, reason: str) -> None:
+def _check_allowed(region: Region, options: CacheOptions, name: str, reason: str) -> None:
     """Raise CacheMiss where the database may not be asked."""
     if options.mode == "only":
         raise CacheMiss(
-            f"region {region.name!r} has no answer for {options.name!r} ({reason}), and cache_mode='only' forbids to "
-            "ask the database"
+            f"region {region.name!r} has no answer for {name or 'a statement'!r} ({reason}), and cache_mode='only' forbids "
+            "to ask the database"
         )

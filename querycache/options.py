@@ -113,7 +113,7 @@ class CacheOptions:
                         f"unknown execution option {name!r}: querycache knows {', '.join(sorted(EXECUTION_OPTIONS))}"
                     )
                 if name in ("cache_tags", "cache_tables"):
-                    value = names(name, value)
+                    value = (names if name == "cache_tags" else table_names)(name, value)
                 values[name.removeprefix("cache_")] = value
         if "key" in values:
             if values["key"] is None or values["key"] is False:
@@ -138,6 +138,23 @@ def names(argument: str, value: object) -> tuple[str, ...]:
         if not isinstance(each, str) or not each:
             raise ConfigurationError(f"{argument} has {each!r} in it: only non-empty strings can stand there")
     return result
+
+
+def table_names(argument: str, value: object) -> tuple[str, ...]:
+    """The same for names of tables and what stands for them, as ``table`` or ``schema.table``."""
+    if not isinstance(value, str) and isinstance(value, Iterable):
+        value = tuple(value)
+        for each in value:
+            parts = each.split(".") if isinstance(each, str) else [" "]
+            if any(part != part.strip() or part.startswith(_QUOTES) for part in parts):
+                raise ConfigurationError(
+                    f"{argument} has {each!r} in it: give names such as 'orders' or 'shop.orders', without quotes and spaces "
+                    "around them"
+                )
+    return names(argument, value)
+
+
+_QUOTES = ('"', "`", "[")
 
 
 def check_ttl(argument: str, value: object) -> None:

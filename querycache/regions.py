@@ -118,16 +118,17 @@ class Region:
         self._recent_bytes = 0
         self._lock = threading.Lock()
 
-    @property
-    def promise(self) -> str:
-        """What invalidation in this region's store promises, in words."""
-        if not self.ledger.store.shared:
-            return "strict, for what this process writes"
-        if self.ledger.store.atomic:
-            return "strict"
-        return (
-            "after commit: stale answers are possible while a commit returns, and where its writer dies then"
-        )
+    def promise(self, marks: bool) -> str:
+        """What invalidation in this region's store promises, in words.
+
+        Args:
+            marks: whether tags are marked there before a commit becomes visible.
+        """
+        whose = "" if self.ledger.store.shared else ", for what this process writes"
+        if marks:
+            return f"strict{whose}"
+        dies = "" if whose else ", and where its writer dies then"
+        return f"after commit{whose}: stale answers are possible while a commit returns{dies}"
 
     def entry_key(self, digest: bytes) -> str:
         """The key in the store for the digest that names an answer."""

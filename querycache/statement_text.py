@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from querycache import sa_internals
-from querycache.options import names
+from querycache.options import table_names
 from querycache.textual import TextStatement, read_text
 from querycache.wording import beginning, first_word, only_reads, says_the_same
 
@@ -94,7 +94,7 @@ def _told(sql: str, context: Any) -> TextStatement | None:
     tables = context.execution_options.get("cache_tables")
     if not tables or first_word(sql) not in _DML:
         return None
-    parts = [name.rpartition(".") for name in names("cache_tables", tables)]
+    parts = [name.rpartition(".") for name in table_names("cache_tables", tables)]
     return TextStatement(True, writes=frozenset((schema or None, name) for schema, _, name in parts))
 
 

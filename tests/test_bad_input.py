@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from dogpile.cache import make_region
 from sqlalchemy import Engine, create_engine, select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import (
     DeclarativeBase,
     Mapped,
@@ -236,6 +237,12 @@ def test_a_mapping_is_left_as_it_is() -> None:
 TARGETS: list[Any] = [None, 5, "Session", Thing, Thing(), object, sessionmaker]
 
 
+def test_attach_what_is_for_asyncio() -> None:
+    engine = create_async_engine("postgresql+psycopg://localhost/nowhere")
+    for target in (engine, async_sessionmaker(engine), AsyncSession(engine)):
+        check(lambda target=target: QueryCache().attach(target), ["attach", "asyncio", "sync_engine"])  # type: ignore[misc]
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=map(repr, range(len(TARGETS))))
 def test_attach(target: Any) -> None:
     check(lambda: QueryCache().attach(target), [f"attach({target!r})", "sessionmaker", "Engine"])
@@ -269,6 +276,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an empty tag": ({"cache_key": True, "cache_tags": [""]}, ["cache_tags", "''", "non-empty"]),
     "tags that are none": ({"cache_key": True, "cache_tags": 5}, ["cache_tags=5", "list"]),
     "tables as text": ({"cache_key": True, "cache_tables": "thing"}, ["cache_tables='thing'", "['thing']"]),
+    "a quoted table": (
+        {"cache_key": True, "cache_tables": ['"thing"']},
+        ["cache_tables", "'shop.orders'", "quotes"],
+    ),
     "an unknown mode": ({"cache_key": True, "cache_mode": "never"}, ["cache_mode='never'", "'bypass'"]),
     "exact as text": ({"cache_key": "a", "cache_exact": "yes"}, ["cache_exact='yes'", "True or False"]),
     "exact without a key": ({"cache_key": True, "cache_exact": True}, ["cache_exact", "string", "cache_key"]),
@@ -396,6 +407,16 @@ CALLS: dict[str, Bad] = {
     "tags as text": (invalidation(tags="news"), ["tags='news'", "['news']"]),
     "a tag that is none": (invalidation(tags=[None]), ["tags", "None", "strings"]),
     "tables as text": (invalidation(tables="thing"), ["tables='thing'", "['thing']"]),
+    "a quoted table": (
+        invalidation(tables=['"public"."thing"']),
+        ["tables", '"thing"', "'shop.orders'", "quotes"],
+    ),
+    "a quoted table in a schema": (invalidation(tables=["public.`thing`"]), ["tables", "`thing`", "quotes"]),
+    "a table with a space after it": (invalidation(tables=["thing "]), ["tables", "'thing '", "spaces"]),
+    "a table that is no name": (
+        invalidation(tables=[Thing.__table__]),
+        ["tables", "'thing'", "names", "'orders'"],
+    ),
     "an entity that is none": (invalidation(entities=[int]), ["int", "mapped class"]),
     "one entity alone": (invalidation(entities=Thing), ["entities", "Thing", "list"]),
     "a statement as text": (invalidation(statement="SELECT 1"), ["SELECT 1", "select()"]),
@@ -403,6 +424,10 @@ CALLS: dict[str, Bad] = {
     "everything as text": (invalidation(everything="yes"), ["everything='yes'", "True"]),
     "an unknown region": (invalidation(region="pages"), ["'pages'", "'default'"]),
     "a declaration of nothing": (lambda: QueryCache().depends("", on=["thing"]), ["''", "non-empty"]),
+    "a declaration on a quoted table": (
+        lambda: QueryCache().depends("v", on=['"thing"']),
+        ["on", "thing", "quotes"],
+    ),
     "a declaration on text": (lambda: QueryCache().depends("view", on="thing"), ["on='thing'", "['thing']"]),
 }
 

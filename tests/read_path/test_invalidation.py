@@ -308,3 +308,11 @@ def test_what_is_promised_of_a_store_that_no_other_process_sees(own_forum: Engin
         ]
     own = "strict, for what this process writes"
     assert promised == [own if store_url.startswith("memory") else "strict", own]
+
+
+def test_what_is_promised_where_tags_are_marked_after_commit(own_forum: Engine, store_url: str) -> None:
+    cache = QueryCache(store_url, consistency="commit")
+    with Session(own_forum) as db:
+        cache.attach(db)
+        promised = cache.explain(db, select(Tag).execution_options(cache_key=True)).promise
+    assert promised.startswith("after commit") and "stale answers are possible" in promised
