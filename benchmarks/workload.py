@@ -152,7 +152,9 @@ def _statements(cache: QueryCache | None) -> tuple[int, int]:
         return 0, 0
     stats = cache.stats()
     # A miss that may not be stored is followed by a bypass with this reason: one read, two events.
-    twice = sum(stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "after write"))
+    twice = sum(
+        stats.reasons.get(("bypass", reason), 0) for reason in ("pending", "quarantine", "after write")
+    )
     return stats.hits, stats.hits + stats.misses + stats.stale + stats.bypasses - twice
 
 

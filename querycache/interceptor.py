@@ -219,9 +219,10 @@ class Interceptor:
         lookup = region.lookup(request.key, request.tag_keys, request.options.exact)
         distrust = "" if lookup.reading is None else _distrust(request, request.transactions, lookup.reading)
         entry = lookup.entry if lookup.outcome == "hit" else None
+        obstacle = "" if entry is not None or lookup.reading is None else lookup.reading.obstacle
         return Explanation(
             cacheable=not distrust,
-            reason=distrust or lookup.reason or lookup.outcome,
+            reason=distrust or lookup.reason or obstacle or lookup.outcome,
             region=region.name,
             key=request.key,
             tags=tuple(request.tags),

@@ -115,6 +115,15 @@ class Reading(msgspec.Struct, frozen=True):
         """Whether an answer read from the database from now on may be stored under these versions."""
         return all(map(versions.is_clean, self.versions))
 
+    @property
+    def obstacle(self) -> str:
+        """Why it is not fillable: "pending" where a writer is at work, or has died; "quarantine" where one may be whose
+        marks were lost. Empty where it is."""
+        if self.fillable:
+            return ""
+        marked = any(version is not None and versions.pending_of(version) for version in self.versions)
+        return "pending" if marked else "quarantine"
+
     def confirms(self, earlier: Reading, besides: frozenset[str]) -> bool:
         """Whether nothing has changed until this later reading of the same tags, except for some of them."""
         if versions.is_clean(self.witness) and self.witness == earlier.witness:

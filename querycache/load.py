@@ -134,7 +134,7 @@ class Load:
             return self.spoiled
         if self.reading is None:
             return "unavailable"
-        return "" if self.reading.of(self.needed).fillable else "pending"
+        return self.reading.of(self.needed).obstacle
 
 
 _around: ContextVar[Load | None] = ContextVar("querycache_around", default=None)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import Engine, create_engine, event, select, update
 from sqlalchemy.orm import Session, selectinload, sessionmaker
 
@@ -308,6 +310,24 @@ def test_what_is_promised_of_a_store_that_no_other_process_sees(own_forum: Engin
         ]
     own = "strict, for what this process writes"
     assert promised == [own if store_url.startswith("memory") else "strict", own]
+
+
+def test_a_new_namespace_where_somebody_has_deleted_keys(own_forum: Engine, redis_store_url: str) -> None:
+    """Nobody can tell that they were of another program. Events and explain tell why nothing is stored."""
+    client = redis.Redis.from_url(redis_store_url)
+    statement = select(Tag).execution_options(cache_key=True)
+
+    def ask(namespace: str) -> list[str]:
+        cache = QueryCache(redis_store_url, namespace=namespace, lease=1.0)
+        with Session(own_forum) as db:
+            cache.attach(db)
+            with cache.recording() as events:
+                db.scalars(statement).all()
+            return [events[-1].reason, cache.explain(db, statement).reason]
+
+    client.set("of somebody else", 1)
+    client.delete("of somebody else")
+    assert ask(f"new-{uuid.uuid4()}") == ["quarantine", "quarantine"]
 
 
 def test_what_is_promised_where_tags_are_marked_after_commit(own_forum: Engine, store_url: str) -> None:
