@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from tests.torture.schema import State
+from tests.torture.schema import ROWS, State
 
 __all__ = ["Crash", "History", "Intent", "Outcome", "Part", "Read", "Record", "Stats", "load", "now"]
 
@@ -31,12 +31,14 @@ class Part(msgspec.Struct, array_like=True, frozen=True):
         argument: the value that the statement was given.
         rows: the rows that it returned, with their states.
         count: the number that it returned instead; -1 where it returned rows.
+        most: how many of the rows it would count; 1 where all that was asked is whether there are any.
     """
 
     scope: str
     argument: int
     rows: dict[int, State]
     count: int = -1
+    most: int = ROWS
 
 
 class Read(msgspec.Struct, array_like=True, frozen=True, tag=0):

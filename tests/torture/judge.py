@@ -18,14 +18,17 @@ from dataclasses import dataclass, field
 from tests.torture.history import Intent, Outcome, Part, Read
 from tests.torture.schema import (
     BOOKS,
+    COLOURS,
     MARKS,
     ROWS,
-    SHELVES,
+    SHEETS,
     State,
     book_row,
+    chart_row,
     initial_state,
     link_row,
     name_of,
+    sheet_row,
     shelf_row,
 )
 
@@ -231,7 +234,7 @@ class Judge:
                 for row in _rows_of(part)
                 if (state := _within(part, self._rows[row].at(time))) is not None
             }
-        return part.count == len(expected) if part.count >= 0 else part.rows == expected
+        return part.count == min(len(expected), part.most) if part.count >= 0 else part.rows == expected
 
     def _count(self, read: Read, part: Part) -> Iterator[Illegal]:
         """A count lies between the rows that must, and those that may have been there.
@@ -248,6 +251,7 @@ class Judge:
             there = [_within(part, state) is not None for state in states]
             must += all(there)
             may += any(there)
+        must, may = min(must, part.most), min(may, part.most)
         if not must <= part.count <= may:
             yield Illegal("count", read.shape, f"{part.count} for {part.argument}, not {must} to {may}")
 
@@ -275,25 +279,37 @@ class Judge:
         return Illegal(kind, read.shape, f"{name_of(row)} was {state} at {read.begin}; {allowed}")
 
 
-def _rows_of(part: Part) -> Iterable[int]:
+def _rows_of(part: Part) -> Sequence[int]:
     """The rows that a part tells of, by being in it or not."""
     if part.scope == "book":
         return (book_row(part.argument),)
     if part.scope == "shelf":
         return (shelf_row(part.argument),)
+    if part.scope == "sheet":
+        return (sheet_row(part.argument),)
+    if part.scope == "chart":
+        return (chart_row(part.argument),)
     if part.scope == "marks":
         return _MARKS_OF[part.argument]
-    return _BOOKS
+    return _SHEETS if part.scope == "sheets" else _BOOKS
 
 
-_BOOKS = range(SHELVES, SHELVES + BOOKS)
+_BOOKS = range(book_row(0), book_row(BOOKS))
+_SHEETS = range(sheet_row(0), sheet_row(SHEETS))
 _MARKS_OF = [[link_row(book, mark) for mark in range(MARKS)] for book in range(BOOKS)]
 
 
 def _within(part: Part, state: State | None) -> State | None:
     """What a part shows of a row in this state: None where it is not in its scope."""
-    if state is None or part.scope in ("book", "shelf", "marks"):
+    if state is None or part.scope in _BY_ITSELF:
         return state
-    if part.scope == "on shelf":
-        return state if state[1] == part.argument else None
-    return state if state[2] == part.argument else None
+    if part.scope == "colour":
+        inside = state[2] == part.argument
+    elif part.scope == "of colour on shelf":
+        inside = (state[1], state[2]) == divmod(part.argument, COLOURS)
+    else:  # "on shelf" and "sheets"
+        inside = state[1] == part.argument
+    return state if inside else None
+
+
+_BY_ITSELF = frozenset(["book", "shelf", "sheet", "chart", "marks"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from querycache import changes, flushed, interceptor, ledger, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
+from querycache.shared_rows import SharedRows, Vectors
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
 
@@ -182,6 +183,19 @@ def _one_mark_for_all() -> None:
     RedisBackend.end = end
 
 
+def _shared_unversioned() -> None:
+    find = SharedRows.find
+
+    def find_anyway(self: SharedRows, family: bytes, vectors: Vectors) -> Any:
+        rows = self._known[family].rows if family in self._known else {}
+        for key, versions_now in vectors.own.items():
+            if key in rows:
+                rows[key] = vectors.common, versions_now, rows[key][-1]
+        return find(self, family, vectors)
+
+    SharedRows.find = find_anyway  # type: ignore[method-assign]
+
+
 MUTANTS = {
     "no-marks": Mutant(
         "no phase one: versions only change after COMMIT", faults=("kill after COMMIT",), consistency="commit"
@@ -217,6 +231,11 @@ MUTANTS = {
         "a transaction is answered from before its own writes", _own_writes_hidden, writes=0.003
     ),
     "fill-after-write": Mutant("what a transaction reads after its own write is stored", _fill_after_write),
+    "shared-unversioned": Mutant(
+        "rows of other answers complete one, whatever was written on them since",
+        _shared_unversioned,
+        writes=0.01,
+    ),
     "no-snapshots": Mutant(
         "a transaction with an old snapshot of the database stores what it sees",
         lambda: _trust("snapshot"),

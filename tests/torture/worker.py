@@ -29,6 +29,7 @@ import querycache.backends.redis  # noqa: F401
 from querycache import QueryCache
 from querycache.errors import CacheUnavailable
 from querycache.phases import Consistency, OnOutage
+from querycache.shared_rows import SharedRows
 from tests.torture import mutants
 from tests.torture.history import Crash, History, Intent, Outcome, Read, Stats, now
 from tests.torture.schema import State, log
@@ -122,6 +123,8 @@ class _Worker:
         self.order = order
         logging.getLogger("querycache").setLevel(logging.ERROR)  # that servers do not answer is no news here
         mutants.apply(settings.mutant)
+        self.completed = 0
+        self._count_completed()
         self.engine = connect(settings.database_url, settings.isolation, pool_size=2 * settings.threads)
         self.sessions = sessionmaker(self.engine)
         self._current = threading.local()
@@ -156,6 +159,7 @@ class _Worker:
                         "bypass": stats.bypasses,
                         "fill": stats.fills,
                         "error": stats.errors,
+                        "completed": self.completed,
                         "processor": round(time.process_time() * 1e6),
                         **{
                             f"{outcome} {reason}": number
@@ -205,6 +209,17 @@ class _Worker:
             self._reached(AFTER_COMMIT)
 
         dialect.do_commit = watched  # type: ignore[method-assign, assignment]
+
+    def _count_completed(self) -> None:
+        """How many answers are completed with rows that others had, of which the cache itself tells nobody."""
+        find = SharedRows.find
+
+        def counted(known: SharedRows, *arguments: Any) -> Any:
+            found = find(known, *arguments)
+            self.completed += found is not None
+            return found
+
+        SharedRows.find = counted  # type: ignore[method-assign, assignment]
 
     @contextlib.contextmanager
     def committing(self, hesitation: float) -> Iterator[None]:

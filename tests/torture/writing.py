@@ -14,21 +14,30 @@ from tests.torture.schema import (
     BOOKS,
     COLOURS,
     MARKS,
+    SHEETS,
     SHELVES,
     Book,
+    Chart,
     Mark,
+    Sheet,
     Shelf,
     State,
     book_row,
+    chart_row,
+    is_chart,
     link_row,
     links,
     locks,
+    sheet_row,
     shelf_row,
 )
 
 __all__ = ["Writing"]
 
 Executor = Session | Connection
+
+_SHEETS: Any = Sheet.__table__
+_CHARTS: Any = Chart.__table__
 
 
 class Writing:
@@ -47,10 +56,11 @@ class Writing:
         few = random.choice((1, 1, 2, 4))
         self._books = sorted({int(random.random() ** 2 * BOOKS) for _ in range(few)})
         self._shelves = sorted({random.randrange(SHELVES) for _ in range(2)})
+        self._charts = [sheet for sheet in {random.randrange(SHEETS)} if is_chart(sheet)]
 
     def lock(self, executor: Executor) -> None:
         """Lock all rows that may be changed, in the order that everybody keeps, and see what they are."""
-        rows = [*map(shelf_row, self._shelves), *map(book_row, self._books)]
+        rows = [*map(shelf_row, self._shelves), *map(book_row, self._books), *map(sheet_row, self._charts)]
         # The row of a lock has the number of the row that it locks.
         executor.execute(
             select(locks.c.id).where(locks.c.id.in_(rows)).order_by(locks.c.id).with_for_update()
@@ -62,10 +72,18 @@ class Writing:
         marks = select(links).where(links.c.book_id.in_(self._books))
         for book, mark in executor.execute(marks.with_for_update()):
             self._found[link_row(book, mark)] = ()
+        for number in self._charts:
+            own = select(_SHEETS.c.stamp, _SHEETS.c.colour, _CHARTS.c.scale).where(_SHEETS.c.id == number)
+            for stamp, colour, scale in executor.execute(own.join(_CHARTS).with_for_update()):
+                self._found[sheet_row(number)] = (stamp, colour)
+                self._found[chart_row(number)] = (scale,)
 
     def step(self, executor: Executor) -> None:
         """Change something."""
-        step = self.random.choice(_STEPS if isinstance(executor, Session) else _CORE_STEPS)
+        if self._charts and self.random.random() < 0.2:
+            step = self.random.choice(_CHART_STEPS if isinstance(executor, Session) else _CORE_CHART_STEPS)
+        else:
+            step = self.random.choice(_STEPS if isinstance(executor, Session) else _CORE_STEPS)
         self.steps.append(step.__name__)
         step(self, executor)
 
@@ -174,6 +192,75 @@ class Writing:
             self.own[shelf_row(number)] = (shelf.stamp,)
         session.flush()
 
+    # --- objects that have rows in two tables ------------------------------------------------------------
+
+    def _change_chart(self, chart: int) -> tuple[dict[str, int], dict[str, int]]:
+        """New values for columns of the one table, of the other, or of both."""
+        where = self.random.choice(("sheet", "chart", "both"))
+        sheet, scale = {}, {}
+        if where != "chart":
+            _, colour = self._state(sheet_row(chart)) or ()
+            sheet = {"stamp": next(self._stamps)}
+            if self.random.random() < 0.5:
+                colour = sheet["colour"] = self.random.randrange(COLOURS)
+            self.own[sheet_row(chart)] = (sheet["stamp"], colour)
+        if where != "sheet":
+            scale = {"scale": next(self._stamps)}
+            self.own[chart_row(chart)] = (scale["scale"],)
+        return sheet, scale
+
+    def _new_chart(self, chart: int) -> tuple[dict[str, int], dict[str, int]]:
+        sheet = {"stamp": next(self._stamps), "colour": self.random.randrange(COLOURS)}
+        scale = {"scale": next(self._stamps)}
+        self.own[sheet_row(chart)] = (sheet["stamp"], sheet["colour"])
+        self.own[chart_row(chart)] = (scale["scale"],)
+        return sheet, scale
+
+    def _chart_gone(self, chart: int) -> None:
+        self.own[sheet_row(chart)] = self.own[chart_row(chart)] = None
+
+    def charts(self, session: Session) -> None:
+        for number in self._charts:
+            if self._state(sheet_row(number)) is None:
+                if sheet_row(number) not in self.own:
+                    sheet, scale = self._new_chart(number)
+                    session.add(Chart(id=number, **sheet, **scale))
+                continue
+            chart = session.get_one(Chart, number, with_for_update=True)
+            if self.random.random() < 0.2:
+                session.delete(chart)
+                self._chart_gone(number)
+            else:
+                for values in self._change_chart(number):
+                    for name, value in values.items():
+                        setattr(chart, name, value)
+        session.flush()
+
+    def bulk_charts(self, session: Session) -> None:
+        for number in self._charts:
+            if self._state(sheet_row(number)) is None:
+                continue
+            if self.random.random() < 0.2:
+                # The database deletes what the chart has besides.
+                session.execute(delete(Sheet).where(Sheet.id == number))
+                self._chart_gone(number)
+            else:
+                for entity, values in zip((Sheet, Chart), self._change_chart(number), strict=True):
+                    if values:
+                        session.execute(update(entity).where(entity.id == number).values(**values))
+
+    def core_charts(self, executor: Executor) -> None:
+        for number in self._charts:
+            if self._state(sheet_row(number)) is not None:
+                for table, values in zip((_SHEETS, _CHARTS), self._change_chart(number), strict=True):
+                    if values:
+                        statement = update(table).where(table.c.id == number).values(**values)
+                        _connection(executor).execute(statement)
+            elif sheet_row(number) not in self.own:
+                sheet, scale = self._new_chart(number)
+                _connection(executor).execute(insert(_SHEETS).values(id=number, kind="chart", **sheet))
+                _connection(executor).execute(insert(_CHARTS).values(id=number, **scale))
+
     # --- in bulk -----------------------------------------------------------------------------------------
 
     def bulk_update(self, session: Session) -> None:
@@ -263,6 +350,8 @@ def _connection(executor: Executor) -> Connection:
     return executor.connection() if isinstance(executor, Session) else executor
 
 
+_CORE_CHART_STEPS: Sequence[Any] = (Writing.core_charts,)
+_CHART_STEPS: Sequence[Any] = (Writing.charts, Writing.charts, Writing.bulk_charts, Writing.core_charts)
 _CORE_STEPS: Sequence[Any] = (
     Writing.core,
     Writing.core_marks,
