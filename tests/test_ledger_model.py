@@ -6,6 +6,9 @@ so that a violation is found with a shortest history that leads to it:
 
 - a writer may die between any two of its steps, and what it had sent may or may not arrive, its COMMIT
   included;
+- a writer may be told that marking failed although it is done, and commit all the same (`on_outage="available"`); then
+  it gives all that it was to mark a new generation, once or again and again, and takes no mark off (where only a part is
+  done, nothing is promised until then; who is told that its end failed does nothing more, as one that died);
 - any counter may be lost at any time (as often as the world allows), and the entry as often as it likes;
 - a counter heals by lease as soon as the lease assumption allows: the writers that were at work when its
   incarnation began are dead or done with their COMMIT. Marks are given up at any time at all;
@@ -48,6 +51,8 @@ class World:
     """How many times a counter may be lost."""
     heals: int
     """How many times marks may be given up."""
+    lost_acknowledgements: bool = False
+    """Whether a writer may be told that marking failed although it is done."""
     keeps_marks: bool = False
     """Whether only clean counters can be lost, as in the memory store."""
 
@@ -58,6 +63,7 @@ class Protocol:
 
     begun: Callable[[int | None, int], int] = versions.begun
     ended: Callable[[int, int], int] = versions.ended
+    bumped: Callable[[int], int] = versions.bumped
     planted: Callable[[int], int] = versions.planted
     cleared: Callable[[int, int], int] = versions.cleared
     healed: Callable[[int, int], int] = versions.healed
@@ -87,8 +93,9 @@ class Stale(Exception):
     """A hit with data from before a COMMIT."""
 
 
-# What a writer does next: mark counter number n of its order (n = 0, 1 …); or a word; or ("end", n).
-READY, DECIDED, OVER = "ready", "decided", "over"
+# What a writer does next: mark counter number n of its order (n = 0, 1 …); or a word; or ("end", n), or ("bump", n) where
+# it does not know of its marks.
+READY, UNSURE, DECIDED, OVER = "ready", "unsure", "decided", "over"
 IDLE = ("idle",)
 
 # What a process remembers of a tag: that it had the version which is the present one, or a former one that
@@ -130,7 +137,7 @@ def at_work(state: State) -> int:
     """The writers that have begun to mark and whose COMMIT may still take effect (bits)."""
     found = 0
     for index, (step, _) in enumerate(state.writers):
-        if step == READY or (type(step) is int and step > 0):
+        if step in (READY, UNSURE) or (type(step) is int and step > 0):
             found |= 1 << index
     return found
 
@@ -300,6 +307,25 @@ class Model:
             # One that dies while its COMMIT is under way is no different from one that dies right after, or
             # right before. One whose COMMIT fails does what others do, and nothing has to be seen of it.
             yield f"writer {index} commits", then(DECIDED, state._replace(database=state.database | bit))
+            if self.world.lost_acknowledgements:
+                yield f"writer {index} is told that marking failed", then(UNSURE)
+        elif step == UNSURE:
+            # Where the COMMIT is refused then, it is no different from one that dies.
+            committed = state._replace(database=state.database | bit)
+            yield f"writer {index} commits", then(("bump", 0), committed)
+        elif step[0] == "bump":
+            order = (WITNESS, *tags)
+            counter = order[step[1]]
+            after = self.put(
+                state,
+                counter,
+                lambda version, new: None if version is None else self.protocol.bumped(version),
+            )
+            yield (
+                f"writer {index} gives {counter} a new generation",
+                then(("bump", step[1] + 1) if step[1] + 1 < len(order) else OVER, after),
+            )
+            yield f"writer {index} is told that this failed", then(("bump", 0), after)
         elif self.protocol.deletes_entries:
             yield f"writer {index} deletes", then(OVER, state._replace(entry=None))
         else:
@@ -475,17 +501,35 @@ def explore(world: World, protocol: Protocol) -> tuple[int, list[str] | None]:
 # --- The protocol as it is ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("world", "protocol", "at_least"),
-    [
-        (World(((A, B), (B,)), readers=2, losses=1, heals=1), Protocol(), 50_000),
-        (World(((A, B),), readers=2, losses=3, heals=2), Protocol(), 10_000),
-        (World(((A, B), (B,)), readers=2, losses=1, heals=0, keeps_marks=True), MEMORY, 9_000),
-    ],
-    ids=["two writers", "many losses", "memory"],
-)
-def test_no_interleaving_gives_a_stale_hit(world: World, protocol: Protocol, at_least: int) -> None:
-    states, history = explore(world, protocol)
+WORLDS = {
+    "two writers": (World(((A, B), (B,)), readers=2, losses=1, heals=1), Protocol(), 50_000),
+    "both on both tags": (World(((A, B), (A, B)), readers=2, losses=1, heals=0), Protocol(), 20_000),
+    "in opposite order": (World(((A, B), (B, A)), readers=2, losses=1, heals=0), Protocol(), 20_000),
+    "both on both tags, many losses": (
+        World(((A, B), (A, B)), readers=1, losses=2, heals=1),
+        Protocol(),
+        200_000,
+    ),
+    "on different tags": (World(((A,), (B,)), readers=2, losses=1, heals=1), Protocol(), 40_000),
+    "many losses": (World(((A, B),), readers=2, losses=3, heals=2), Protocol(), 10_000),
+    "lost acknowledgements": (
+        World(((A, B), (B,)), readers=1, losses=1, heals=1, lost_acknowledgements=True),
+        Protocol(),
+        100_000,
+    ),
+    "lost acknowledgements on one tag": (
+        World(((A,), (A,)), readers=2, losses=1, heals=1, lost_acknowledgements=True),
+        Protocol(),
+        90_000,
+    ),
+    "memory": (World(((A, B), (B,)), readers=2, losses=1, heals=0, keeps_marks=True), MEMORY, 9_000),
+}
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_no_interleaving_gives_a_stale_hit(world: str) -> None:
+    there, protocol, at_least = WORLDS[world]
+    states, history = explore(there, protocol)
     assert history is None, "\n".join(history or ())
     assert states >= at_least  # the search has really been everywhere
 
@@ -507,6 +551,10 @@ def cleared_in_place(version: int, new: int) -> int:
 
 def created_without_quarantine(version: int | None, new: int) -> int:
     return new + 1 if version is None else version + 1
+
+
+def bumped_clean(version: int) -> int:
+    return version - version % GENERATION + GENERATION
 
 
 def healed_for_another_loss(version: int, new: int) -> int:
@@ -540,6 +588,10 @@ MUTANTS = {
     ),
     "marks given up are no quarantine": (SMALL, Protocol(healed=versions.cleared)),
     "marks given up are taken for something that was lost": (SMALL, Protocol(healed=healed_for_another_loss)),
+    "a new generation takes the marks of others off": (
+        World(((A,), (A,)), readers=1, losses=0, heals=0, lost_acknowledgements=True),
+        Protocol(bumped=bumped_clean),
+    ),
     "quarantine does not last a lease": (SMALL, Protocol(waits_for_lease=False)),
 }
 
