@@ -4,26 +4,34 @@ commands.
 The model in `test_ledger_model.py` is exhaustive, but it is a model. Here the code itself runs: each process
 is a greenlet with a ledger of its own, which yields before every single command that reaches the server, so
 that all others may come between, keys may be lost, time may pass, and it may be killed. The memcached backend
-runs over a server of sixty lines in this file. What is checked is the same: a lookup that begins after a
-COMMIT has taken effect is not answered with data from before it; and one of a transaction that has a snapshot of the
-database is answered with what that shows, neither older nor newer.
+runs over a server of sixty lines in this file, the Redis backend on a real server with its scripts, which are lost at
+times as well: what it sends at once goes there command by command. What is checked is the same: a lookup that begins
+after a COMMIT has taken effect is not answered with data from before it; and one of a transaction that has a snapshot
+of the database is answered with what that shows, neither older nor newer.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import select
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from hashlib import sha1
 from typing import Any
 
+import hiredis
 import pytest
+import redis
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from querycache import ledger, versions
 from querycache.backends import memcached
+from querycache.backends import redis as redis_backend
 from querycache.backends.memcached import MemcachedBackend
 from querycache.backends.memory import MemoryBackend
 from querycache.backends.meta import Pipeline, Reply
+from querycache.backends.redis import RedisBackend
+from querycache.backends.resp import Batch, Wire, pack
 from querycache.ledger import Ledger
 from querycache.store import StoreBackend
 
@@ -103,6 +111,7 @@ class Run:
         self.random = random.Random(seed)
         self.now = 0.0
         self.respects_lease = True
+        self.ends_first = False
         self.loss_rate = 0.005
         self.committed = dict.fromkeys(TAGS, 0)
         self.at_work: dict[greenlet, float] = {}
@@ -179,6 +188,8 @@ class Run:
             tags = self.random.sample(TAGS, self.random.randint(1, len(TAGS)))
             self.at_work[getcurrent()] = self.now
             marks = ledger.begin(tags)
+            if self.ends_first:
+                ledger.end(marks)
             self.pause()
             self.live_or_die()
             if self.random.random() < 0.9:  # or the COMMIT fails
@@ -187,7 +198,7 @@ class Run:
             del self.at_work[getcurrent()]
             self.pause()
             self.live_or_die()
-            if self.random.random() < 0.95:  # or what was sent never arrives
+            if not self.ends_first and self.random.random() < 0.95:  # or what was sent never arrives
                 ledger.end(marks)
 
     def read(self, ledger: Ledger) -> None:
@@ -243,6 +254,94 @@ class Run:
                     self.shown += reading.witness != snapshot.witness
                 elif reading.fillable:
                     self.fills += ledger.fill(entry, reading, b",".join(b"%d" % view[tag] for tag in tags))
+
+
+class RunOnRedis(Run):
+    """Each process has connections of its own to a real server."""
+
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch, client: redis.Redis, url: str) -> None:
+        super().__init__(seed)
+        self.client = client
+        self.url = url
+        self.lost = False
+        self.without_script = 0
+        self.stores: list[RedisBackend] = []
+        self.lose = self._lose
+        client.flushdb()
+        monkeypatch.setattr(Wire, "converse", lambda *arguments: self.converse(*arguments))
+        monkeypatch.setattr(Wire, "post", lambda *arguments: self.post(*arguments))
+        monkeypatch.setattr(
+            RedisBackend,
+            "lost_nothing_for",
+            lambda store, seconds: self.now > seconds and not self.lost,
+        )
+
+    def ledger(self) -> Ledger:
+        # a connection is not waited for while others come before, whatever the machine does meanwhile
+        self.stores.append(RedisBackend({"url": self.url, "timeout": 30}))
+        return Ledger(self.stores[-1], "witness", lease=LEASE, clock=lambda: self.now)
+
+    def go(self, steps: int) -> Run:
+        try:
+            return super().go(steps)
+        finally:
+            for store in self.stores:
+                store.close()
+
+    def converse(self, wire: Wire, commands: Batch, meanwhile: object = None) -> list[Any]:
+        """One command after the other: the server need not do them without others in between."""
+        if not wire.run:  # a new connection
+            return CONVERSE(wire, commands)
+        replies, refusals = [], []
+        for command in _split(commands):
+            try:
+                self.pause()
+            except BaseException:
+                wire.close()
+                raise
+            replies += CONVERSE(wire, Batch(command, 1))
+            refusals += wire.refusals
+        wire.refusals[:] = refusals
+        self.without_script += sum(isinstance(each, redis.exceptions.NoScriptError) for each in refusals)
+        self.live_or_die()
+        return replies
+
+    def post(self, wire: Wire, command: bytes, again: Callable[[], bytes]) -> None:
+        """What nobody waits for is done when this is over, or the same seed would not give the same schedule."""
+        self.pause()
+        POST(wire, command, again)
+        select.select([wire._socket], [], [], 30)
+        self.live_or_die()
+
+    def _lose(self) -> None:
+        if self.random.random() < 0.4:
+            self.client.script_flush()
+        elif keys := sorted(self.client.keys()):
+            key = self.random.choice(keys)
+            if self.random.random() < 0.5:
+                self.client.delete(key)
+            else:
+                self.client.pexpire(key, 0)
+            self.lost = True
+
+
+CONVERSE, POST = Wire.converse, Wire.post
+
+
+def _split(commands: Batch) -> list[bytes]:
+    """The commands of a batch, each as it is sent."""
+    reader = hiredis.Reader()
+    reader.feed(commands.data)
+    return [pack(tuple(reader.gets())) for _ in range(commands.size)]
+
+
+OnRedis = Callable[[int, pytest.MonkeyPatch], RunOnRedis]
+
+
+@pytest.fixture
+def on_redis(redis_store_url: str) -> Iterator[OnRedis]:
+    with redis.Redis.from_url(redis_store_url) as client:
+        yield partial(RunOnRedis, client=client, url=redis_store_url)
 
 
 def on_memcached(seed: int, monkeypatch: pytest.MonkeyPatch, servers: Sequence[str] = ("nowhere",)) -> Run:
@@ -306,6 +405,19 @@ def test_no_schedule_gives_a_stale_hit(store: str, monkeypatch: pytest.MonkeyPat
     assert sum(run.shown for run in runs) > 100
 
 
+@pytest.mark.server("redis")
+def test_no_schedule_gives_a_stale_hit_on_redis(on_redis: OnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for seed in range(40):
+        runs.append(on_redis(seed, monkeypatch))
+        runs[-1].go(STEPS)
+    assert sum(run.fills for run in runs) > 700
+    assert sum(run.hits for run in runs) > 1_400
+    assert sum(run.parts for run in runs) > 70
+    assert sum(run.shown for run in runs) > 70
+    assert sum(run.without_script for run in runs) > 20
+
+
 def end_unmarks_whatever_it_finds(version: int, incarnation: int) -> int:
     return version + versions.GENERATION - 1
 
@@ -329,6 +441,62 @@ def test_a_broken_step_gives_a_stale_hit(
         for seed in range(400):
             run = on_memcached(seed, monkeypatch)
             run.loss_rate = 0.01
+            run.go(STEPS)
+
+
+def redis_script(name: str, step: str, broken: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Has a step of a script replaced."""
+
+    def replace(monkeypatch: pytest.MonkeyPatch) -> None:
+        scripts = {each: redis_backend._Script(each) for each in ("begin", "end", "bump", "settle", "swap")}
+        script = scripts[name]
+        assert script.source.count(step) == 1
+        script.source = script.source.replace(step, broken)
+        script.sha = sha1(script.source.encode(), usedforsecurity=False).hexdigest()
+        monkeypatch.setattr(redis_backend, "_script", scripts.__getitem__)
+
+    return replace
+
+
+BROKEN_ON_REDIS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "marks are taken off before COMMIT": lambda monkeypatch: None,
+    "no quarantine for what is planted": lambda monkeypatch: monkeypatch.setattr(
+        versions, "planted", lambda new: new
+    ),
+    "no mark on what a writer finds lost": redis_script(
+        "begin",
+        "recreated, most, ttl = ARGV[1],",
+        "recreated, most, ttl = string.sub(ARGV[1], 1, 14) .. '00000',",
+    ),
+    "what is missing is always planted clean": redis_script(
+        "settle", "quiet and clean or quarantined", "clean"
+    ),
+    "marks are cleared whatever the witness": redis_script(
+        "settle", "local quiet = is_clean(read(KEYS[#KEYS]))", "local quiet = true"
+    ),
+    "a mark is taken off whatever incarnation is found": redis_script(
+        "end", "mine and '99999' or '100000'", "'99999'"
+    ),
+    "a mark is taken off without a new generation": redis_script(
+        "end", "redis.call('INCRBY', KEYS[i], '99999')\n    elseif", "redis.call('DECR', KEYS[i])\n    elseif"
+    ),
+    "marks are no hindrance": lambda monkeypatch: monkeypatch.setattr(
+        versions, "is_clean", lambda version: version is not None
+    ),
+}
+
+
+@pytest.mark.server("redis")
+@pytest.mark.parametrize("broken", BROKEN_ON_REDIS)
+def test_a_broken_step_gives_a_stale_hit_on_redis(
+    broken: str, on_redis: OnRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BROKEN_ON_REDIS[broken](monkeypatch)
+    with pytest.raises(Stale):
+        for seed in range(200):
+            run = on_redis(seed, monkeypatch)
+            run.loss_rate = 0.02
+            run.ends_first = broken == "marks are taken off before COMMIT"
             run.go(STEPS)
 
 
