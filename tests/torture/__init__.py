@@ -14,7 +14,8 @@ Afterwards the judge (`judge.py`) puts the writes of each row in order and expla
   could be in the database between the read's begin and its end. An older one is *stale*. The commit of a version is
   over when ``commit()`` has returned, or when it has been seen: what one reader has seen, no later one may miss, also
   where the writer was killed in its commit.
-- The rows that one statement returned must have been in the database together; otherwise they are *torn*.
+- The rows that one statement returned must have been in the database together; otherwise they are *torn*, as they are
+  where they show a part of what one commit wrote.
 - In a transaction that has written a row, it is the row as written, and nothing else.
 
     python -m tests.torture --minutes 10

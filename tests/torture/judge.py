@@ -180,6 +180,8 @@ class Judge:
             return
         for parts in read.statements:
             appeared, vanished = 0, _NEVER
+            seen: set[str] = set()
+            missed: set[str] = set()
             for part in parts:
                 if part.count >= 0:
                     yield from self._count(read, part)
@@ -211,10 +213,14 @@ class Judge:
                     elif state:
                         [index] = self._of_stamp[row][state]
                         appeared = max(appeared, versions.earliest[index])
+                        seen.add(versions.writers[index])
                         if index + 1 < len(versions.latest):
                             vanished = min(vanished, versions.latest[index + 1])
+                            missed.add(versions.writers[index + 1])
             if appeared > vanished:
                 yield Illegal("torn", read.shape, f"{parts}: {appeared - vanished} ns apart")
+            elif not seen.isdisjoint(missed):
+                yield Illegal("torn", read.shape, f"{parts}: a part of what {seen & missed} wrote")
 
     def _is_plain(self, read: Read) -> bool:
         """True if nothing changed from its begin to its end, and it saw just what was there: most reads are so."""

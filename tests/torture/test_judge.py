@@ -8,7 +8,18 @@ import pytest
 
 from tests.torture.history import Intent, Outcome, Part, Read
 from tests.torture.judge import Judge
-from tests.torture.schema import BOOKS, SHELVES, State, book_row, initial_state, link_row, shelf_row
+from tests.torture.schema import (
+    BOOKS,
+    COLOURS,
+    SHELVES,
+    State,
+    book_row,
+    chart_row,
+    initial_state,
+    link_row,
+    sheet_row,
+    shelf_row,
+)
 
 BOOK = book_row(0)
 OTHER = book_row(8)
@@ -124,6 +135,13 @@ def test_rows_of_one_statement_were_there_together() -> None:
     assert verdict(judge, in_two_statements) == []
 
 
+def test_one_statement_does_not_see_a_part_of_a_commit() -> None:
+    judge = one_commit({sheet_row(4): (7, 1), chart_row(4): (8,)})
+    half = Part("sheet", 4, {sheet_row(4): (7, 1)}), Part("chart", 4, {chart_row(4): (0,)})
+    assert verdict(judge, read(150, 160, *half)) == ["torn"]
+    assert verdict(judge, Read("test", 150, 160, [[part] for part in half], {})) == []
+
+
 def test_marks_are_judged_by_being_there() -> None:
     link, other = link_row(3, 1), link_row(3, 0)
     judge = one_commit({link: ()})
@@ -135,6 +153,31 @@ def test_marks_are_judged_by_being_there() -> None:
 def test_shelves_are_judged() -> None:
     judge = one_commit({shelf_row(2): (7,)})
     assert verdict(judge, read(201, 210, Part("shelf", 2, {shelf_row(2): (0,)}))) == ["stale"]
+
+
+def test_whether_there_is_any_row_is_judged() -> None:
+    """Of books of colour 0, shelf 1 has none at first: the commit puts one there."""
+    judge = one_commit({BOOK: (7, 1, 0)})
+    for begin, end, legal in ((0, 50, {0}), (150, 160, {0, 1}), (201, 210, {1})):
+        for number in range(3):
+            part = Part("of colour on shelf", 1 * COLOURS + 0, {}, number, most=1)
+            assert verdict(judge, read(begin, end, part)) == ([] if number in legal else ["count"])
+    # shelf 0 had three, and two are left
+    for begin, end in ((0, 50), (201, 210)):
+        part = Part("of colour on shelf", 0, {}, 1, most=1)
+        assert verdict(judge, read(begin, end, part)) == []
+
+
+def test_charts_are_judged_in_both_their_tables() -> None:
+    sheet, chart = sheet_row(4), chart_row(4)
+    judge = one_commit({sheet: (7, 1), chart: (8,)})
+    assert verdict(judge, read(201, 210, Part("sheet", 4, {sheet: (7, 1)}))) == []
+    assert verdict(judge, read(201, 210, Part("chart", 4, {chart: (0,)}))) == ["stale"]
+    assert verdict(judge, read(201, 210, Part("sheets", 0, {sheet: (0, 0), sheet_row(0): (0, 0)}))) == [
+        "stale"
+    ]
+    gone = one_commit({sheet: None, chart: None})
+    assert verdict(gone, read(201, 210, Part("chart", 4, {chart: (0,)}))) == ["stale"]
 
 
 def test_reads_while_nothing_changes_are_judged_as_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
