@@ -405,7 +405,6 @@ def test_no_schedule_gives_a_stale_hit(store: str, monkeypatch: pytest.MonkeyPat
     assert sum(run.shown for run in runs) > 100
 
 
-@pytest.mark.server("redis")
 def test_no_schedule_gives_a_stale_hit_on_redis(on_redis: OnRedis, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for seed in range(40):
@@ -486,7 +485,6 @@ BROKEN_ON_REDIS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.server("redis")
 @pytest.mark.parametrize("broken", BROKEN_ON_REDIS)
 def test_a_broken_step_gives_a_stale_hit_on_redis(
     broken: str, on_redis: OnRedis, monkeypatch: pytest.MonkeyPatch
