@@ -1,18 +1,14 @@
 """A library, its readers, and the process that reads it from elsewhere.
 
 The *readers* are the shapes in which applications ask: each is a small function that asks once and gives plain
-data, with the cache or without it, so that answers can be compared. They run here, and in another process that
-shares the store (``python -m tests.writes.library DATABASE STORE``: one JSON list of names of readers a line on
-standard input, one JSON object of answers a line on standard output).
+data, with the cache or without it, so that answers can be compared. They run here, and in another process
+(:mod:`tests.writes.process`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -23,7 +19,6 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
-    create_engine,
     event,
     exists,
     func,
@@ -38,9 +33,10 @@ from sqlalchemy.orm import (
     joinedload,
     mapped_column,
     relationship,
+    selectin_polymorphic,
     selectinload,
-    sessionmaker,
     subqueryload,
+    with_polymorphic,
 )
 
 from querycache import QueryCache
@@ -57,12 +53,12 @@ __all__ = [
     "Engineer",
     "Loan",
     "Manager",
-    "OtherProcess",
     "Tag",
     "book_tag",
     "configure_sqlite",
     "fill_library",
     "read",
+    "read_and_tell",
 ]
 
 
@@ -190,18 +186,21 @@ class Commit:
 
     Attributes:
         instead: what to do instead of it, given the real one and the connection; None for the real one.
+
+    Args:
+        steps: the methods of the dialect that are meant.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._real = engine.dialect.do_commit
+    def __init__(self, engine: Engine, *steps: str) -> None:
         self.instead: Callable[[Callable[[Any], None], Any], None] | None = None
-        engine.dialect.do_commit = self  # type: ignore[method-assign, assignment]
+        for step in steps or ("do_commit",):
+            setattr(engine.dialect, step, partial(self._run, getattr(engine.dialect, step)))
 
-    def __call__(self, connection: Any) -> None:
+    def _run(self, real: Callable[..., None], connection: Any, *arguments: Any, **more: Any) -> None:
         if self.instead is None:
-            self._real(connection)
+            real(connection, *arguments, **more)
         else:
-            self.instead(self._real, connection)
+            self.instead(lambda connection: real(connection, *arguments, **more), connection)
 
 
 # --- readers --------------------------------------------------------------------------------------
@@ -242,9 +241,25 @@ def _shelves(ask: Asking, *options: Any, lazily: tuple[Any, ...] = ()) -> object
     return [[author.id, author.name, [_book(book) for book in author.books]] for author in authors]
 
 
-def _labels(ask: Asking, option: Any) -> object:
-    books = ask.objects(select(Book).options(option))
+def _labels(ask: Asking, *options: Any, lazily: tuple[Any, ...] = ()) -> object:
+    books = ask.objects(select(Book).options(*options), *lazily)
     return [[book.id, [[tag.id, tag.name] for tag in book.tags]] for book in books]
+
+
+def _covers(ask: Asking, *options: Any, lazily: tuple[Any, ...] = ()) -> object:
+    books = ask.objects(select(Book).options(*options), *lazily)
+    return [[book.title, book.author.id, book.author.name] for book in books]
+
+
+def _staff(ask: Asking, statement: Any) -> object:
+    return [
+        [type(each).__name__, each.id, each.name, getattr(each, "skill", None), getattr(each, "bonus", None)]
+        for each in ask.objects(statement)
+    ]
+
+
+_anybody = with_polymorphic(Employee, [Engineer, Manager])
+_counts = select(Book.author_id, func.count().label("books")).group_by(Book.author_id).subquery()
 
 
 def _cheap() -> Any:
@@ -265,6 +280,9 @@ READERS: Mapping[str, Reader] = {
         select(Loan.id, func.coalesce(Book.title, "-")).outerjoin(Book, Book.id == Loan.book_id)
     ),
     "subquery": lambda ask: ask.rows(select(Author.id, Author.name).where(Author.id.in_(_cheap()))),
+    "subquery in FROM": lambda ask: ask.rows(
+        select(Author.name, _counts.c.books).join(_counts, _counts.c.author_id == Author.id)
+    ),
     "exists": lambda ask: ask.rows(select(Author.id).where(exists().where(Book.author_id == Author.id))),
     "CTE": lambda ask: ask.rows(
         select(Author.name).join(cte := _cheap().cte("cheap"), cte.c.author_id == Author.id)
@@ -275,18 +293,27 @@ READERS: Mapping[str, Reader] = {
     "selectin": lambda ask: _shelves(ask, selectinload(Author.books)),
     "subqueryload": lambda ask: _shelves(ask, subqueryload(Author.books)),
     "immediate": lambda ask: _shelves(ask, immediateload(Author.books)),
+    "many-to-one, lazy": lambda ask: _covers(ask, lazily=(Book.author,)),
+    "many-to-one, joined": lambda ask: _covers(ask, joinedload(Book.author)),
+    "many-to-one, selectin": lambda ask: _covers(ask, selectinload(Book.author)),
+    "many-to-one, subqueryload": lambda ask: _covers(ask, subqueryload(Book.author)),
+    "many-to-one, immediate": lambda ask: _covers(ask, immediateload(Book.author)),
     "loans": lambda ask: [
         [book.id, [loan.reader for loan in book.loans]]
         for book in ask.objects(select(Book).options(selectinload(Book.loans)))
     ],
     "loans by foreign key": lambda ask: ask.rows(select(Loan.id).where(Loan.book_id == 2)),
-    "many-to-many": lambda ask: _labels(ask, selectinload(Book.tags)),
+    "many-to-many, lazy": lambda ask: _labels(ask, lazily=(Book.tags,)),
     "many-to-many, joined": lambda ask: _labels(ask, joinedload(Book.tags)),
+    "many-to-many, selectin": lambda ask: _labels(ask, selectinload(Book.tags)),
+    "many-to-many, subqueryload": lambda ask: _labels(ask, subqueryload(Book.tags)),
+    "many-to-many, immediate": lambda ask: _labels(ask, immediateload(Book.tags)),
     "secondary table": lambda ask: ask.rows(select(book_tag).where(book_tag.c.tag_id == 1)),
-    "inheritance": lambda ask: [
-        [type(each).__name__, each.id, each.name, getattr(each, "skill", None), getattr(each, "bonus", None)]
-        for each in ask.objects(select(Employee))
-    ],
+    "inheritance": lambda ask: _staff(ask, select(Employee)),
+    "with_polymorphic": lambda ask: _staff(ask, select(_anybody)),
+    "selectin_polymorphic": lambda ask: _staff(
+        ask, select(Employee).options(selectin_polymorphic(Employee, [Engineer, Manager]))
+    ),
     "joined inheritance": lambda ask: [
         [each.id, each.name, each.skill] for each in ask.objects(select(Engineer).where(Engineer.id < 100))
     ],
@@ -308,49 +335,14 @@ def read(session: Session, *, cached: bool, names: Iterable[str] = READERS) -> d
     return answers
 
 
-# --- another process ---------------------------------------------------------------------------------
-
-
-class OtherProcess:
-    """A process that has lived for long, with the same database and the same store."""
-
-    def __init__(self, database: str, store: str, **arguments: object) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.writes.library", database, store, json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def read(self, names: Iterable[str] = READERS) -> dict[str, object]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(list(names)) + "\n")
-        self._process.stdin.flush()
-        answers: dict[str, object] = json.loads(self._process.stdout.readline())
-        return answers
-
-    @classmethod
-    @contextlib.contextmanager
-    def running(cls, database: str, store: str, **arguments: object) -> Iterator[OtherProcess]:
-        process = cls(database, store, **arguments)
-        try:
-            yield process
-        finally:
-            assert process._process.stdin is not None and process._process.stdout is not None
-            process._process.stdin.close()
-            process._process.wait(10)
-            process._process.stdout.close()
-
-
-def _serve(database: str, store: str, arguments: str) -> None:
-    engine = configure_sqlite(create_engine(database))
-    cache = QueryCache(store, **json.loads(arguments))
-    factory = sessionmaker(engine)
-    cache.attach(factory)
-    for line in sys.stdin:
-        with factory() as session:
-            print(json.dumps(read(session, cached=True, names=json.loads(line))), flush=True)
-
-
-if __name__ == "__main__":
-    _serve(*sys.argv[1:])
+def read_and_tell(
+    session: Session, cache: QueryCache, names: Iterable[str] = READERS
+) -> tuple[dict[str, object], list[str]]:
+    """What the readers answer through the cache, and those of them that were not answered by it alone."""
+    answers, others = {}, []
+    for name in names:
+        with cache.recording() as events:
+            answers |= read(session, cached=True, names=(name,))
+        if not events or any(event.outcome != "hit" for event in events):
+            others.append(name)
+    return answers, others
