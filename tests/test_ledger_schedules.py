@@ -457,8 +457,7 @@ def redis_script(name: str, step: str, broken: str) -> Callable[[pytest.MonkeyPa
     return replace
 
 
-BROKEN_ON_REDIS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "marks are taken off before COMMIT": lambda monkeypatch: None,
+BROKEN_WITH_LOSSES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no quarantine for what is planted": lambda monkeypatch: monkeypatch.setattr(
         versions, "planted", lambda new: new
     ),
@@ -473,11 +472,18 @@ BROKEN_ON_REDIS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "marks are cleared whatever the witness": redis_script(
         "settle", "local quiet = is_clean(read(KEYS[#KEYS]))", "local quiet = true"
     ),
-    "a mark is taken off whatever incarnation is found": redis_script(
-        "end", "mine and '99999' or '100000'", "'99999'"
+}
+ENDS_FIRST = "marks are taken off before COMMIT"
+BROKEN_ON_REDIS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    **BROKEN_WITH_LOSSES,
+    ENDS_FIRST: lambda monkeypatch: None,
+    "the marks of others are taken off, too": redis_script(
+        "end", "mine and '99999' or '100000'", "tostring(100000 - pending(version))"
     ),
     "a mark is taken off without a new generation": redis_script(
-        "end", "redis.call('INCRBY', KEYS[i], '99999')\n    elseif", "redis.call('DECR', KEYS[i])\n    elseif"
+        "end",
+        "redis.call('INCRBY', KEYS[i], '99999')\n    elseif",
+        "redis.call('DECR', KEYS[i])\n    elseif",
     ),
     "marks are no hindrance": lambda monkeypatch: monkeypatch.setattr(
         versions, "is_clean", lambda version: version is not None
@@ -493,8 +499,9 @@ def test_a_broken_step_gives_a_stale_hit_on_redis(
     with pytest.raises(Stale):
         for seed in range(200):
             run = on_redis(seed, monkeypatch)
-            run.loss_rate = 0.02
-            run.ends_first = broken == "marks are taken off before COMMIT"
+            run.ends_first = broken == ENDS_FIRST
+            if broken in BROKEN_WITH_LOSSES:
+                run.loss_rate = 0.05
             run.go(STEPS)
 
 
