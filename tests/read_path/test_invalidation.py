@@ -318,7 +318,7 @@ def test_a_new_namespace_where_somebody_has_deleted_keys(own_forum: Engine, redi
     statement = select(Tag).execution_options(cache_key=True)
 
     def ask(namespace: str) -> list[str]:
-        cache = QueryCache(redis_store_url, namespace=namespace, lease=1.0)
+        cache = QueryCache(redis_store_url, namespace=namespace, lease=60.0)
         with Session(own_forum) as db:
             cache.attach(db)
             with cache.recording() as events:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import sqlalchemy
 
-from tests.sqlalchemy_suite.run import NOTICED, run
+from tests.sqlalchemy_suite.run import NOTICED, Case, run
 from tests.sqlalchemy_suite.source import CACHE, package_folder, source_folder
 from tests.sqlalchemy_suite.verdict import REQUIRED, Verdict, judge, read_known
 
@@ -51,10 +51,14 @@ def main() -> int:
     plugin = "watching" if arguments.core else "plugin"
     results = CACHE / f"results-{arguments.version}"
     results.mkdir(exist_ok=True)
-    without, with_plugin = (
-        run(source, package, results / name, paths, title=name, select=arguments.select, plugin=plugin)
-        for name, plugin in (("without", ""), ("with", f"tests.sqlalchemy_suite.{plugin}"))
-    )
+
+    def tests(name: str, plugin: str = "") -> dict[str, Case]:
+        return run(source, package, results / name, paths, title=name, select=arguments.select, plugin=plugin)
+
+    with_plugin = tests("with", f"tests.sqlalchemy_suite.{plugin}")
+    failed = any(test.outcome == "failed" for test in with_plugin.values())
+    # of Core, it is only asked what fails without the library where something does
+    without = tests("without") if failed or not arguments.core else with_plugin
     verdict = judge(
         without,
         with_plugin,

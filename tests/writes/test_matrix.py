@@ -748,6 +748,8 @@ def _ends(world: str, way: str, name: str) -> Iterator[tuple[str, End]]:
     for end_name, end in ENDS.items():
         if not in_full and end not in (_rollback, _commit):
             continue
+        if not WRITES[name].sample and end in (_roll_back_to_savepoint, _release):
+            continue  # those that write before the savepoint do all of it
         if end is _fail_deferred and (dialect not in DEFERRING or way == "AUTOCOMMIT"):
             continue
         if "savepoint" in end_name and (way == "AUTOCOMMIT" or _commits_by_itself(dialect, name)):
