@@ -427,14 +427,14 @@ def _ratio(
 
 def _table(result: Any) -> str:
     lines = [
-        "reads/writes  cache        hit ratio  operations/s  to no cache  processor us  to no cache"
+        "reads/writes  cache           hit ratio  operations/s  to no cache  processor us  to no cache"
         "  of these application  PostgreSQL  Redis  commit() ms"
     ]
     for workload in result["workloads"]:
         base = workload["modes"]["no cache"]
         for mode, row in workload["modes"].items():
             lines.append(
-                f"{workload['reads']}/{workload['writes']:<9}  {mode:<11}  {row['hits']:9.3f}  "
+                f"{workload['reads']}/{workload['writes']:<9}  {mode:<14}  {row['hits']:9.3f}  "
                 f"{row['operations']:12.0f}  {row['operations'] / base['operations']:10.2f}x  "
                 f"{row['processor']:12.0f}  {base['processor'] / row['processor']:10.2f}x  "
                 f"{row['application']:20.0f}  {row['database']:10.0f}  {row['cache']:5.0f}  "
