@@ -186,9 +186,6 @@ class Interceptor:
     @staticmethod
     def _hand_back(state: ORMExecuteState) -> Result[Any] | None:
         """Leave to SQLAlchemy a statement that the session was flushed for, which is to be done once."""
-        around = around_in(state.session)
-        if around is not None:
-            around.doubtful = True
         if sa_internals.is_clean(state.session):
             return None
         with state.session.no_autoflush:  # a listener has added something in the flush

@@ -56,7 +56,8 @@ class Writing:
         few = random.choice((1, 1, 2, 4))
         self._books = sorted({int(random.random() ** 2 * BOOKS) for _ in range(few)})
         self._shelves = sorted({random.randrange(SHELVES) for _ in range(2)})
-        self._charts = [sheet for sheet in {random.randrange(SHEETS)} if is_chart(sheet)]
+        sheet = random.randrange(SHEETS)
+        self._charts = [sheet] if is_chart(sheet) else []
 
     def lock(self, executor: Executor) -> None:
         """Lock all rows that may be changed, in the order that everybody keeps, and see what they are."""

@@ -521,7 +521,6 @@ class Write:
 
 _NEW: dict[str, Any] = {"id": 9, "title": "new", "price": 12, "author_id": 1}
 _MOVED: dict[str, Any] = {"id": 2, "title": "moved", "author_id": 3, "price": 90}
-_CONFLICT: dict[str, Any] = {"index_elements": ["id"], "set_": {"author_id": 3}}
 _books: Any = Book.__table__
 _authors: Any = Author.__table__
 
@@ -799,7 +798,7 @@ def _forgets_all(self: Transactions, connection: Connection, word: str) -> bool:
 
 
 def _forgets_its_own(self: Transactions, connection: Connection, word: str) -> bool:
-    """ROLLBACK TO takes back what was noted since SAVEPOINT; also what had been noted before it, too."""
+    """ROLLBACK TO takes back what was noted since SAVEPOINT, also where it had been noted before that already."""
     if word == "savepoint":
         connection.info["test before"] = set(self.ensure(connection.info).tags)
         self.ensure(connection.info).tags.clear()
@@ -818,15 +817,11 @@ def _releases_all(self: Transactions, connection: Connection, word: str) -> bool
     return ends
 
 
+# of the transaction itself, or of those after it
+_ROLLED_BACK = "after (a rollback to a savepoint|write, then savepoint rollback)"
 NAIVE = {
-    "ROLLBACK TO forgets all": (
-        _forgets_all,
-        "after (a rollback to a savepoint|write, then savepoint rollback)",
-    ),
-    "ROLLBACK TO forgets what was before it, too": (
-        _forgets_its_own,
-        "after (a rollback to a savepoint|write, then savepoint rollback)",
-    ),
+    "ROLLBACK TO forgets all": (_forgets_all, _ROLLED_BACK),
+    "ROLLBACK TO forgets what was before it, too": (_forgets_its_own, _ROLLED_BACK),
     "RELEASE forgets all": (_releases_all, "after write, then savepoint release"),
 }
 
