@@ -34,6 +34,7 @@ from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
+from querycache import sa_internals
 from querycache.fragments import (
     calls,
     calls_of_hint,
@@ -46,7 +47,6 @@ from querycache.fragments import (
 )
 from querycache.keys import structure_digest
 from querycache.pins import Pin, base_table, is_text, pins
-from querycache.sa_internals import custom_constructs, key_place
 from querycache.tables import TableName, is_name
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads
@@ -71,6 +71,7 @@ class Analysis:
         locks: True for ``FOR UPDATE`` and its like.
         writes: True where a CTE of it writes, or where it is text that is no query.
         key_place: the place of the key among the columns, where each row is there for its key alone.
+        declared: what was declared when this was found.
     """
 
     structure: bytes
@@ -85,6 +86,7 @@ class Analysis:
     locks: bool = False
     writes: bool = False
     key_place: int | None = None
+    declared: object = None
 
     def reads_any(self, names: set[str]) -> bool:
         """True if one of the tables has one of these names, in lower case, whatever its schema."""
@@ -95,22 +97,24 @@ _MEMO = "_querycache_analysis"
 
 
 def analyse(compiled: SQLCompiler) -> Analysis:
-    """The analysis of a statement, made once for its structure."""
+    """The analysis of a statement, made once for its structure, and anew when tables are declared."""
     memo: Analysis | None = compiled.__dict__.get(_MEMO)
-    if memo is None:
+    declared = sa_internals.declared()
+    if memo is None or memo.declared is not declared:
         cache_key = compiled.cache_key
-        memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None))
+        memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None), declared=declared)
         collector = _collector(cast("Any", type(compiled)))
         # The second compilation renders other statement objects than the first where the ORM makes them anew, so
         # parameters are found by name.
         rendered = collector(
             compiled.dialect, compiled.statement, analysis=memo, column_keys=compiled.column_keys
         )
-        constructs = custom_constructs(rendered)
+        constructs = sa_internals.custom_constructs(rendered)
         memo.functions |= constructs
         if not constructs and not any(hides(text, compiled.dialect.name) for text in memo.texts):
-            # of several the first is taken that can be: a key changes least
-            memo.pins = tuple(sorted(pins(rendered, memo.tables), key=lambda pin: not pin.key))
+            # of several the first is taken that can be: a key changes least, and what is no key at all most
+            found = pins(rendered, memo.tables)
+            memo.pins = tuple(sorted(found, key=lambda pin: (not pin.key, pin.declared)))
         memo.locks |= locks_rows(rendered.string)  # by text, a suffix or a hint
         memo.casts = {rendered.bind_names[each] for each in rendered.cast if each in rendered.bind_names}
         as_text = rendered.binds_compared
@@ -123,7 +127,7 @@ def analyse(compiled: SQLCompiler) -> Analysis:
         }
         _read_texts(memo, compiled.dialect.name)
         if memo.tables.total() == 1 and not (memo.functions or memo.texts):
-            memo.key_place = key_place(compiled)
+            memo.key_place = sa_internals.key_place(compiled)
         compiled.__dict__[_MEMO] = memo
     return memo
 

@@ -59,7 +59,8 @@ class QueryCache:
             another is not seen.
         ttl: seconds until an answer expires, where neither statement nor region say; None for never.
         scope: a function of the session whose value keeps answers apart: tenant, locale, role. It may return
-            None, numbers, texts, dates, UUIDs, and tuples, lists, dicts or sets of these.
+            None, numbers, texts, dates, UUIDs, and tuples, lists, dicts or sets of these. What it asks itself is asked of
+            the database.
         policies: what is cached without a word in the statement: :class:`~querycache.Policy` by mapped class.
         consistency: "strict": no lookup that begins after a commit has returned is answered from before it, also if
             the writer is killed in the middle. "commit": half the round trips of a commit, and without the last part.
@@ -287,7 +288,8 @@ class QueryCache:
             tags: every answer with one of these in its ``cache_tags``.
             tables: every answer that depends on one of these tables, named as ``table`` or ``schema.table``.
             entities: every answer that depends on a table of one of these mapped classes.
-            statement: every answer to this statement, whatever its parameters.
+            statement: every answer to this statement, whatever its parameters. It is meant as it is executed, with what
+                handlers of ``do_orm_execute`` add to it.
             region: alone, every answer in this region; with others, only in the store of this region, which others
                 may share.
             everything: True for every answer in every region.

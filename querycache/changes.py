@@ -18,7 +18,6 @@ from querycache.tables import (
     SchemaMap,
     any_row_tags,
     cascades,
-    cascades_elsewhere,
     follows_all,
     is_name,
     set_write_tags,
@@ -120,7 +119,7 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
         schema, name = translated((table.schema, table.name), schemas)
         whole = frozenset(set_write_tags((schema, name), default))
         # without a primary key in the database, rows are not told apart
-        rows = table.primary_key and follows_all(table, schema, default)
+        rows = table.primary_key and follows_all(table)
         if custom or sa_internals.replaces(table) or not rows:
             tags.update(whole)
         else:
@@ -135,10 +134,12 @@ def _changes_of(compiled: Any, schemas: SchemaMap, default: str | None) -> Chang
     return Changes(frozenset(tags), tuple(tables), schemas, declared)
 
 
-def tags_of_actions(table: Table, delete: bool, schemas: SchemaMap, default: str | None) -> Iterable[str]:
-    """The tags that foreign keys change when rows of a table are deleted, or updated."""
-    for each in cascades(table, delete=delete):
+def tags_of_actions(
+    table: Table | str, delete: bool, schemas: SchemaMap, default: str | None
+) -> Iterable[str]:
+    """The tags that foreign keys change when rows of a table are deleted, or updated; arguments as for :func:`cascades`."""
+    reached = cascades(table, delete=delete)
+    for each in reached.tables:
         yield from set_write_tags(translated((each.schema, each.name), schemas), default)
-    # it may be declared once more, and the tables that refer to it refer to that
-    for name in cascades_elsewhere(table.name, delete=delete, besides=table):
+    for name in reached.names:
         yield from set_write_tags((None, name), None)

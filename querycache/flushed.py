@@ -89,7 +89,9 @@ class FlushedRows:
         columns = self.written.held_by(state.mapper)
         for held, (old, new) in zip(columns, sa_internals.old_and_new(state, columns), strict=True):
             if old is unknown or new is unknown:
-                self.known = False
+                if held.primary:
+                    self.known = False
+                self.moved = True
             else:
                 values.add((held.name, new))
                 if not inserted and old != new:

@@ -117,12 +117,13 @@ class Reading(msgspec.Struct, frozen=True):
 
     @property
     def obstacle(self) -> str:
-        """Why it is not fillable: "pending" where a writer is at work, or has died; "quarantine" where one may be whose
-        marks were lost. Empty where it is."""
+        """Why it is not fillable: "not kept" where the store has no versions, and does not take any; "pending" where a writer
+        is at work, or has died; "quarantine" where one may be whose marks were lost. Empty where it is."""
         if self.fillable:
             return ""
-        marked = any(version is not None and versions.pending_of(version) for version in self.versions)
-        return "pending" if marked else "quarantine"
+        if None in self.versions:
+            return "not kept"
+        return "pending" if any(map(versions.pending_of, self.versions)) else "quarantine"  # type: ignore[arg-type]
 
     def confirms(self, earlier: Reading, besides: frozenset[str]) -> bool:
         """Whether nothing has changed until this later reading of the same tags, except for some of them."""

@@ -32,8 +32,15 @@ from sqlalchemy.sql.visitors import iterate
 from sqlalchemy.types import TypeEngine
 
 from querycache.fragments import is_clock, is_comparison
-from querycache.sa_internals import is_exact, suffixes
-from querycache.tables import TableName, is_name, tracked_columns, tracked_everywhere
+from querycache.sa_internals import appended, is_exact
+from querycache.tables import (
+    TableName,
+    is_merely_declared,
+    is_name,
+    tracked_columns,
+    tracked_everywhere,
+)
+from querycache.wording import is_mere_comment
 
 __all__ = ["Pin", "base_table", "is_text", "pins"]
 
@@ -48,6 +55,7 @@ class Pin:
         parameters: names of the parameters, of which one may hold a list.
         key: True for a column of the primary key.
         number: True for a column of integers.
+        declared: True for one that the application has declared to be tracked.
     """
 
     table: TableName
@@ -55,6 +63,7 @@ class Pin:
     parameters: tuple[str, ...]
     key: bool
     number: bool
+    declared: bool
 
 
 _SYMBOL = re.compile(r"(?!--|\|\||.*/\*)[^\w\s]+")
@@ -80,7 +89,9 @@ def pins(rendered: Any, tables: Counter[TableName]) -> Iterator[Pin]:
     statement = getattr(state, "statement", None) if state is not None else rendered.statement
     if not isinstance(statement, Select) or statement.whereclause is None:
         return
-    if suffixes(statement) or not all(map(_stands_alone, iterate(statement.whereclause))):
+    if not all(map(is_mere_comment, appended(statement))):
+        return
+    if not all(map(_stands_alone, iterate(statement.whereclause))):
         return
     conjuncts = list(_conjuncts(statement.whereclause))
     found: dict[_Place, Pin] = {}
@@ -126,7 +137,7 @@ def _compare_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
 
 def _pin(column: Column[Any], parameters: tuple[str, ...]) -> Pin:
     number = isinstance(column.type, Integer)
-    return Pin(*_place(column), parameters, column.primary_key, number)
+    return Pin(*_place(column), parameters, column.primary_key, number, is_merely_declared(column))
 
 
 def _follow_joins(found: dict[_Place, Pin], equal: Sequence[tuple[Column[Any], Column[Any]]]) -> None:

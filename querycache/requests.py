@@ -8,6 +8,7 @@ tags are found, from the statement as it is compiled and its parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -119,6 +120,9 @@ class ByKey:
     own: Mapping[object, tuple[str, ...]]
 
 
+_asking_for_scope: ContextVar[bool] = ContextVar("querycache_asking_for_scope", default=False)
+
+
 class Requests:
     """Makes requests of statements.
 
@@ -144,6 +148,8 @@ class Requests:
 
     def wanted(self, state: ORMExecuteState) -> CacheOptions | None:
         """What the statement, or the policy of its entity, asks of the cache; None where nobody asks."""
+        if self._scope is not None and _asking_for_scope.get():
+            return None  # its key would need the scope
         # Every statement comes through here, cached or not. So there are loops and no generators, and
         # state.execution_options, which is made for whoever asks, is not asked for.
         for name in state.local_execution_options:
@@ -219,7 +225,7 @@ class Requests:
         try:
             prepared = self._prepare(state)
             plan, bind = prepared.plan, prepared.invocation.bind
-            scope = "" if self._scope is None else canonical(self._scope(session))
+            scope = "" if self._scope is None else self._scope_of(session)
             # For a statement that is executed again and again, all of this follows from its plan.
             memo = (self, region, options, scope, *self._besides(plan))
             derived: tuple[str, list[str], tuple[str, ...], str] | None = plan.memo.get(memo)
@@ -285,12 +291,19 @@ class Requests:
         keys = {key: region.tag_keys(each) for key, each in own.items()}
         return ByKey(family.digest(), place, common, keys)
 
+    def _scope_of(self, session: Session) -> str:
+        asking = _asking_for_scope.set(True)
+        try:
+            return canonical(self._scope(session))  # type: ignore[misc]
+        finally:
+            _asking_for_scope.reset(asking)
+
     def _besides(self, plan: Plan) -> tuple[object, ...]:
         """What further goes into a key and tags, and does not follow from a plan."""
         database = own_database(plan.engine)
         if database is None:
             raise Refused("several databases")
-        return database, self._declared.digest, self._declared.of_triggers
+        return database, self._declared.digest, self._declared.of_triggers, sa_internals.declared()
 
     def _derive(
         self, region: Region, options: CacheOptions, plan: Plan, scope: str

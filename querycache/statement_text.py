@@ -76,10 +76,10 @@ def read_rendered(context: Any) -> TextStatement:
 
 
 _NAME = r"(?:\w[\w$]*|\"[^\"]+\"|`[^`]+`|\[[^\]]+\])"
-# whatever follows, unless it may write by itself
+# Whatever follows, unless it may write by itself; where a name does not end there, or may go on, it is not told.
 _INSERT = re.compile(
-    rf"\s*(?:INSERT|REPLACE)(?:\s+\w+){{0,3}}?\s+INTO\s+(?:({_NAME})\s*\.\s*)?({_NAME})(?![\w$]|\s*\.)"
-    r"(?!.*(?:\bWITH\b|;|/\*M?!))",
+    rf"\s*(?:INSERT|REPLACE)(?:\s+\w+){{0,3}}?\s+INTO\s+(?:({_NAME})\s*\.\s*)?({_NAME})(?=\s*\(|\s+\w|\s*$)"
+    r"(?!.*(?:\b(?:WITH|INTO|EXEC|EXECUTE)\b|;|/\*M?!))",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -40,12 +40,12 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Column, ForeignKey, MetaData, Table, UniqueConstraint
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.types import NullType
 
 from querycache import sa_internals
 from querycache.errors import ConfigurationError
@@ -53,13 +53,14 @@ from querycache.tags import bulk_tag, change_tag, slot_tag, table_tag
 
 __all__ = [
     "TRACKED",
+    "Reached",
     "SchemaMap",
     "TableName",
     "any_row_tags",
     "cascades",
-    "cascades_elsewhere",
     "declared_tags",
     "follows_all",
+    "is_merely_declared",
     "is_name",
     "label_of",
     "reader_labels",
@@ -114,52 +115,52 @@ def _tracked(table: Table) -> tuple[Column[Any], ...]:
 
 def _is_declared(column: Column[Any]) -> bool:
     told = column.info.get(TRACKED, False)
+    if column.foreign_keys and isinstance(column.type, NullType):
+        return False  # not yet: it has the type of what it refers to, once that is declared
     if not isinstance(told, bool):
         raise ConfigurationError(
             f"column {column}: info={{{TRACKED!r}: {told!r}}}; give True or leave it out"
         )
     if told and not sa_internals.is_exact(column.type):
         raise ConfigurationError(
-            f"column {column}: info={{{TRACKED!r}: True}}, but only integers and UUIDs can be tracked, and it is of type "
-            f"{column.type!r}, of which the database may take for equal what is not equal here; leave it out"
+            f"column {column}: info={{{TRACKED!r}: True}}, but only SQLAlchemy's own integers and UUIDs can be tracked, "
+            f"without variants of other types, and it is of type {column.type!r}: the database may take for equal there what "
+            "is not equal here; leave it out"
         )
     return told
 
 
-def follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
-    """True if no other declaration of the table, as another class may have one, has further tracked columns.
+def is_merely_declared(column: Column[Any]) -> bool:
+    """True if a column is tracked because the application says so, which may go for many rows at once."""
+    return bool(column.info.get(TRACKED) and not (column.primary_key or column.foreign_keys or column.unique))
 
-    Args:
-        table: the table.
-        schema: its schema in the database.
-        default_schema: the connection's default schema.
-    """
+
+def follows_all(table: Table) -> bool:
+    """True if no other declaration of the table, as another class may have one, has further tracked columns, or says of one
+    that the database makes its values; as far as this process knows, and by the table's name: what a schema is called in the
+    database, statements and connections may be told otherwise."""
     memo = _memo(sa_internals.known_metadata())
-    key = "follows all", table.metadata, table.key, schema, default_schema
+    key = "follows all", table.metadata, table.key
     found: bool | None = memo.get(key)
     if found is None:
-        found = memo[key] = _follows_all(table, schema, default_schema)
+        found = memo[key] = _follows_all(table)
     return found
 
 
-def _follows_all(table: Table, schema: str | None, default_schema: str | None) -> bool:
-    own = {column.name for column in tracked_columns(table)}
-    labels = {writer_label(each, table.name, default_schema) for each in (schema, table.schema)}
+def _follows_all(table: Table) -> bool:
+    own = {column.name: sa_internals.is_made_by_database(column) for column in tracked_columns(table)}
     return all(
-        column.name in own
+        own.get(column.name, False) or (column.name in own and not sa_internals.is_made_by_database(column))
         for other in sa_internals.known_tables(table.name)
-        if writer_label(other.schema, other.name, default_schema) in labels
         for column in tracked_columns(other)
     )
 
 
 def tracked_everywhere(table: Table) -> set[str]:
-    """The names of tracked columns that whoever writes rows of the table follows, as far as this process knows: those of
-    mapped classes, whatever statements call it."""
+    """The names of tracked columns that whoever writes rows of the table follows, as for :func:`follows_all`."""
     names = {column.name for column in tracked_columns(table)}
     for other in sa_internals.known_tables(table.name):
-        if None in (other.schema, table.schema) or other.schema.lower() == table.schema.lower():  # type: ignore[union-attr]
-            names &= {column.name for column in tracked_columns(other)}
+        names &= {column.name for column in tracked_columns(other)}
     return names
 
 
@@ -285,20 +286,40 @@ def row_tags(
     return tags
 
 
-def cascades(table: Table, *, delete: bool) -> frozenset[Table]:
-    """Tables whose rows the database itself changes when rows of this one are deleted, or updated."""
-    sa_internals.declared(table.metadata)
+class Reached(NamedTuple):
+    """Tables whose rows the database itself changes.
+
+    Attributes:
+        tables: those that refer to the very declaration that is written, or to such a one.
+        names: those of others: a table may be declared several times, with other foreign keys and in other schemas, and what
+            refers to one of them in the database refers to all.
+    """
+
+    tables: frozenset[Table]
+    names: frozenset[str]
+
+
+def cascades(table: Table | str, *, delete: bool) -> Reached:
+    """What else changes by the actions of foreign keys when rows of a table are deleted, or updated.
+
+    Args:
+        table: the table, or its name where no more is known of it.
+    """
     known = sa_internals.known_metadata()
-    if table.metadata not in known:
-        known |= {table.metadata}
-    # not the table itself: in statements of the ORM it has annotations, which lead to a mapper
-    memo, key = _memo(known), (table.metadata, table.key, delete)
-    found: frozenset[Table] | None = memo.get(key)
+    if isinstance(table, str):
+        name, place = table.lower(), None
+    else:
+        name, place = table.name.lower(), _place(table)
+        sa_internals.declared(table.metadata)
+        if table.metadata not in known:
+            known |= {table.metadata}
+    memo, key = _memo(known), (name, place, delete)
+    found: Reached | None = memo.get(key)
     if found is None:
         referring: _Referring | None = memo.get(_REFERRING)
         if referring is None:
             referring = memo[_REFERRING] = _referring(known)
-        found = memo[key] = _cascades(table, delete, referring)
+        found = memo[key] = _cascades(name, place, delete, referring)
     return found
 
 
@@ -315,54 +336,37 @@ def _memo_of(declared: object, known: frozenset[MetaData]) -> dict[Any, Any]:
     return {}
 
 
-def cascades_elsewhere(name: str, *, delete: bool, besides: Table | None = None) -> frozenset[str]:
-    """The names of such tables, where the one that is written is known by its name: it may be declared several times, and
-    called otherwise each time.
+_Place = tuple[MetaData, str]
+"""Of a declaration. Not the table itself: in statements of the ORM it is a copy with annotations, which lead to a mapper."""
 
-    Args:
-        name: of the table that is written.
-        delete: as for :func:`cascades`.
-        besides: the declaration that is known.
-    """
-    memo = _memo(sa_internals.known_metadata())
-    key = name.lower(), delete, None if besides is None else (besides.metadata, besides.key)
-    found: frozenset[str] | None = memo.get(key)
-    if found is None:
-        others = [
-            each
-            for each in sa_internals.known_tables(name)
-            if besides is None or (each.metadata, each.key) != (besides.metadata, besides.key)
-        ]
-        found = memo[key] = frozenset(
-            changed.name for each in others for changed in cascades(each, delete=delete)
-        )
-    return found
+_Referring = dict[str, list[tuple[Table, ForeignKey, _Place | None]]]
+"""The foreign keys with actions, by the name of the table that they refer to; with their table, and the place of the other,
+None where that is not declared there."""
 
 
-def _cascades(table: Table, delete: bool, referring: _Referring) -> frozenset[Table]:
-    found: set[tuple[Table, bool]] = set()
-    todo = [(table, delete)]
+def _place(table: Any) -> _Place:
+    return table.metadata, table.key
+
+
+def _cascades(name: str, place: _Place | None, delete: bool, referring: _Referring) -> Reached:
+    found: set[tuple[Table, bool, bool]] = set()
+    todo = [(name, place, delete)]
     while todo:
-        current, deleted = todo.pop()
-        for other, key in referring.get(_place(current), ()):
+        name, place, deleted = todo.pop()
+        for other, key, target in referring.get(name, ()):
             action = ((key.ondelete if deleted else key.onupdate) or "").upper()
             # PostgreSQL: SET NULL (column)
             if not action.startswith(("CASCADE", "SET NULL", "SET DEFAULT")):
                 continue
-            step = other, deleted and action.startswith("CASCADE")
+            same = target is not None and target == place
+            step = other, same, deleted and action.startswith("CASCADE")
             if step not in found:
                 found.add(step)
-                todo.append(step)
-    return frozenset(other for other, _ in found)
-
-
-_Referring = dict[object, list[tuple[Table, ForeignKey]]]
-"""The foreign keys with actions, and their tables, by the place of the table that they refer to."""
-
-
-def _place(table: Any) -> tuple[MetaData, str]:
-    # not the table itself: in statements of the ORM it is a copy with annotations
-    return table.metadata, table.key
+                todo.append((other.name.lower(), _place(other) if same else None, step[2]))
+    return Reached(
+        frozenset(other for other, same, _ in found if same),
+        frozenset(other.name for other, same, _ in found if not same),
+    )
 
 
 def _referring(known: Iterable[MetaData]) -> _Referring:
@@ -371,7 +375,14 @@ def _referring(known: Iterable[MetaData]) -> _Referring:
         for table in sa_internals.tables_in(metadata):
             for key in list(table.foreign_keys):
                 if key.ondelete or key.onupdate:
-                    # of a table that was not declared, or not any more, nobody knows
-                    with suppress(InvalidRequestError):
-                        found.setdefault(_place(key.column.table), []).append((table, key))
+                    name, place = _target(key)
+                    found.setdefault(name.lower(), []).append((table, key, place))
     return found
+
+
+def _target(key: ForeignKey) -> tuple[str, _Place | None]:
+    try:
+        table = key.column.table
+    except InvalidRequestError:  # it is declared elsewhere, or nowhere
+        return sa_internals.name_of_target(key), None
+    return table.name, _place(table)

@@ -13,6 +13,7 @@ __all__ = [
     "chains",
     "commits",
     "first_word",
+    "is_mere_comment",
     "is_query",
     "isolates",
     "leaves_open",
@@ -174,6 +175,11 @@ def says_the_same(sql: str, prepared: str) -> bool:
         before, found, after = sql.partition(prepared)
         return bool(found) and not _bare(before + "\n" + after)
     return _bare(sql) == _bare(prepared)
+
+
+def is_mere_comment(text: str) -> bool:
+    """True where there is nothing but comments, of those that no database executes."""
+    return not _bare(text)
 
 
 def beginning(sql: str) -> str:

@@ -37,7 +37,7 @@ from querycache.flushed import FlushedRows
 from querycache.phases import Phases
 from querycache.regions import Regions
 from querycache.statement_text import as_text, is_rewritten, may_do_more, read_rendered, read_sent
-from querycache.tables import SchemaMap, cascades_elsewhere, is_name, set_write_tags, translated
+from querycache.tables import SchemaMap, is_name, set_write_tags, translated
 from querycache.tags import EVERYTHING
 from querycache.textual import TextStatement, read_text
 from querycache.transactions import Expected, Transaction, Transactions
@@ -334,8 +334,8 @@ class Writes:
         default = connection.dialect.default_schema_name
         for schema, name in text.writes:
             self._note(connection, set_write_tags((schema, name), default))
-            for each in cascades_elsewhere(name, delete=True) | cascades_elsewhere(name, delete=False):
-                self._note(connection, set_write_tags((None, each), None))
+            for delete in (True, False):
+                self._note(connection, tags_of_actions(name, delete, {}, default))
         return bool(text.writes) or not text.understood
 
     def _note(self, connection: Connection, tags: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import pytest
@@ -1181,3 +1181,18 @@ def test_a_large_row_among_small_ones_is_not_remembered() -> None:
 def test_a_key_that_was_told_twice_is_not_remembered() -> None:
     assert _learned([(1, "one"), (2, "two")], [1, 2]).has(b"family", [1, 2])
     assert not _learned([(1, "one"), (1, "another")], [1, 2]).has(b"family", [1])
+
+
+def test_what_is_replayed_depends_on_its_own_tags_alone() -> None:
+    """Whatever else has changed is no reason to give an answer up."""
+    reading = Reading(("a", "b", "c"), (1, 2, 3), None, stale=False, fallen=frozenset("bc"))
+    load = Load(cast("Any", None), reading, set(), 0)
+    assert load.not_replayed(reading) == set("abc")
+    load.borrowed.add("c")
+    assert load.not_replayed(reading) == set("ab")
+    load.entry = cast(
+        "Any", "what was stored"
+    )  # of which a statement has fallen, and is taken from other answers
+    assert load.not_replayed(reading) == set("b")
+    load.found, load.reading = reading, reading.union(Reading(("d",), (4,), None, stale=False))
+    assert load.not_replayed(load.reading) == set("bd")

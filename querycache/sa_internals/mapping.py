@@ -7,7 +7,19 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Constraint, Index, Integer, MetaData, Table, Uuid, event, inspect, util
+from sqlalchemy import (
+    Column,
+    Constraint,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Uuid,
+    event,
+    inspect,
+    util,
+)
 from sqlalchemy.orm import Mapper, MapperProperty
 from sqlalchemy.orm.mapper import _all_registries
 from sqlalchemy.schema import SchemaItem
@@ -17,10 +29,12 @@ from querycache.errors import ConfigurationError
 __all__ = [
     "declared",
     "is_exact",
+    "is_made_by_database",
     "known_metadata",
     "known_tables",
     "load_in_order",
     "mappers_of",
+    "name_of_target",
     "remembered",
     "tables_in",
     "tables_of",
@@ -151,6 +165,16 @@ def known_tables(name: str) -> list[Table]:
         for table in tables_in(metadata)
         if table.name.lower() == name.lower()
     ]
+
+
+def name_of_target(key: ForeignKey) -> str:
+    """The name of the table that a foreign key refers to, wherever that is declared."""
+    return str(key._column_tokens[1])
+
+
+def is_made_by_database(column: Column[Any]) -> bool:
+    """True if a column is said to get values from the database when its row is updated."""
+    return column.computed is not None or column.server_onupdate is not None
 
 
 def load_in_order() -> None:

@@ -18,12 +18,13 @@ from sqlalchemy.sql.selectable import TextualSelect
 from sqlalchemy.sql.visitors import iterate
 
 from querycache.errors import ConfigurationError
-from querycache.sa_internals.mapping import remembered
+from querycache.sa_internals.mapping import is_made_by_database, remembered
 
 __all__ = [
     "UNKNOWN",
     "Held",
     "Written",
+    "appended",
     "cache_key_of",
     "columns_set",
     "columns_upserted",
@@ -47,7 +48,6 @@ __all__ = [
     "prefixes",
     "replaces",
     "savepoint_word",
-    "suffixes",
     "unflushed",
     "written",
 ]
@@ -173,9 +173,12 @@ def prefixes(statement: Any) -> list[str]:
     return [str(clause) for clause, _ in statement._prefixes]
 
 
-def suffixes(statement: Any) -> list[str]:
-    """What a SELECT was given by ``suffix_with()``, as text."""
-    return [str(clause) for clause, _ in statement._suffixes]
+def appended(statement: Any) -> list[str]:
+    """What a SELECT was given by ``suffix_with()`` and ``with_statement_hint()``, as text."""
+    return [
+        *(str(clause) for clause, _ in statement._suffixes),
+        *(text for _, text in statement._statement_hints),
+    ]
 
 
 def names_entity(statement: Any) -> bool:
@@ -331,7 +334,7 @@ class Held(NamedTuple):
 def held(mapper: Mapper[Any], column: Column[Any]) -> Held:
     """How the objects of a mapper hold the values of a column of one of its tables."""
     key = None
-    if column.computed is None and column.server_onupdate is None:
+    if not is_made_by_database(column):
         with suppress(UnmappedColumnError):
             key = mapper.get_property_by_column(column).key
     return Held(

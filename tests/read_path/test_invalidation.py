@@ -330,6 +330,16 @@ def test_a_new_namespace_where_somebody_has_deleted_keys(own_forum: Engine, redi
     assert ask(f"new-{uuid.uuid4()}") == ["quarantine", "quarantine"]
 
 
+def test_a_store_that_keeps_nothing_says_so(own_forum: Engine) -> None:
+    cache = QueryCache("null://")
+    statement = select(Tag).execution_options(cache_key=True)
+    with Session(own_forum) as db:
+        cache.attach(db)
+        with cache.recording() as events:
+            db.scalars(statement).all()
+        assert cache.explain(db, statement).reason == events[-1].reason == "not kept"
+
+
 def test_what_is_promised_where_tags_are_marked_after_commit(own_forum: Engine, store_url: str) -> None:
     cache = QueryCache(store_url, consistency="commit")
     with Session(own_forum) as db:

@@ -44,7 +44,7 @@ from sqlalchemy.orm import (
 from sqlalchemy.pool import NullPool, QueuePool, SingletonThreadPool, StaticPool
 
 from querycache import FromCache, QueryCache, RelationshipCache
-from querycache.databases import bind_identity
+from querycache.databases import bind_identity, own_database
 from querycache.keys import UnkeyableValue, canonical, digest, structure_digest
 from querycache.sa_internals import cache_key_of
 from tests.read_path.kinds import KINDS, kinds_for
@@ -426,6 +426,23 @@ def test_each_thread_has_its_database_in_memory(url: str, told: Any) -> None:
     thread.start()
     thread.join()
     assert found == [([2], "fill"), ([2], "hit")]
+
+
+@pytest.mark.parametrize(
+    ("url", "in_memory"),
+    [
+        ("sqlite:///file:?mode=memory", False),  # a file of that name: nobody has said uri
+        ("sqlite:///file:one?mode=memory&uri=no", False),
+        ("sqlite:///file:one?mode=memory&uri=yes", True),
+        ("sqlite:///file::memory:?uri=1", True),
+        ("sqlite:///one.db?mode=memory&uri=true", True),
+        ("sqlite:///one.db", False),
+        ("sqlite://", True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*uri=true:sqlalchemy.exc.SAWarning")
+def test_what_is_in_memory_the_url_tells(url: str, in_memory: bool) -> None:
+    assert bool(own_database(create_engine(url, poolclass=SingletonThreadPool))) == in_memory
 
 
 class Base(DeclarativeBase):

@@ -32,7 +32,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, selectinload, sessionmaker, with_loader_criteria, with_parent
 from sqlalchemy.sql.expression import ColumnElement
 
-from querycache import QueryCache
+from querycache import Policy, QueryCache
 from querycache.analysis import Analysis
 from querycache.options import CacheOptions
 from querycache.sa_internals import Plan, cache_key_of
@@ -279,6 +279,18 @@ def test_B4_tenants(sqlite_forum: Engine) -> None:
             with maker(info={"tenant": tenant}) as db, cache.recording() as events:
                 assert db.scalar(statement) == 4
                 assert events[0].outcome == outcome, tenant
+
+
+def test_B4_a_scope_that_asks_the_database(sqlite_forum: Engine) -> None:
+    """Of what is cached otherwise, too; for its own key it would need itself."""
+    named = select(User.name).where(User.id == 1).execution_options(**CACHED)
+    cache = QueryCache(scope=lambda session: session.scalar(named), policies={User: Policy()})
+    maker = sessionmaker(sqlite_forum)
+    cache.attach(maker)
+    for outcome in ("miss", "hit"):
+        with maker() as db, cache.recording() as events:
+            assert len(db.scalars(select(User)).all()) == 4
+        assert events[0].outcome == outcome
 
 
 # --- B5 --------------------------------------------------------------------------------------------

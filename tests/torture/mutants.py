@@ -15,6 +15,7 @@ from typing import Any
 from querycache import changes, flushed, interceptor, ledger, sa_internals, versions, writes
 from querycache.backends.redis import RedisBackend
 from querycache.shared_rows import SharedRows, Vectors
+from querycache.tables import Reached
 
 __all__ = ["MUTANTS", "Mutant", "apply"]
 
@@ -160,9 +161,7 @@ def _fill_after_write() -> None:
 
 
 def _no_cascades() -> None:
-    vars(changes)["cascades"] = lambda table, *, delete: frozenset()
-    for module in (changes, writes):
-        vars(module)["cascades_elsewhere"] = lambda name, **arguments: frozenset()
+    vars(changes)["cascades"] = lambda table, *, delete: Reached(frozenset(), frozenset())
 
 
 def _one_mark_for_all() -> None:

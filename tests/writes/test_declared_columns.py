@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import (
     Column,
+    Computed,
     Engine,
+    ForeignKey,
     Integer,
     MetaData,
     String,
@@ -41,6 +43,34 @@ class Parcel(Base):
     state: Mapped[int | None] = mapped_column(info={"cache_tracked": True})
     kind: Mapped[uuid.UUID] = mapped_column(Uuid, default=KINDS[0], info={"cache_tracked": True})
     weight: Mapped[int] = mapped_column(default=0)
+
+
+class Made(Base):
+    """Of one column the database makes the values, and of the other nobody knows what they were when it is not loaded."""
+
+    __tablename__ = "made"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(default=0)
+    rest: Mapped[int] = mapped_column(Computed("number % 4", persisted=True), info={"cache_tracked": True})
+    kind: Mapped[str] = mapped_column(String(5))
+    __mapper_args__ = {"polymorphic_on": "kind", "polymorphic_identity": "made"}
+
+
+class Further(Made):
+    __mapper_args__ = {"polymorphic_identity": "more"}
+
+    grade: Mapped[int | None] = mapped_column(info={"cache_tracked": True})
+
+
+class Assigned(Base):
+    """A declared column beside a foreign key."""
+
+    __tablename__ = "assigned"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    tenant: Mapped[int] = mapped_column(info={"cache_tracked": True})
+    parcel_id: Mapped[int] = mapped_column(ForeignKey(Parcel.id))
 
 
 class Depot:
@@ -179,11 +209,66 @@ def test_whatever_is_written_is_seen(depot: Depot, seed: int) -> None:
             assert depot.is_right(statement), statement
 
 
+@pytest.mark.parametrize("cls", [Made, Further])
+def test_lookups_by_key_survive_where_the_values_of_a_declared_column_are_not_known(
+    depot: Depot, cls: type[Made]
+) -> None:
+    with depot.sessions.begin() as session:
+        session.add_all(cls(id=number, number=number) for number in range(1, 5))
+    by_key, by_rest = (select(Made.id, Made.number).where(each) for each in (Made.id == 2, Made.rest == 3))
+    of_grade = select(Further.id, Further.grade).where(Further.grade == 1)
+
+    def check() -> None:
+        assert depot.ask(by_key)[1] == "hit"
+        assert depot.is_right(by_rest) and depot.is_right(of_grade)
+
+    depot.fill(by_key, by_rest, of_grade)
+    with depot.sessions.begin() as session:
+        session.get_one(Made, 1).number = 3
+    check()
+    with depot.sessions.begin() as session:
+        session.add(cls(id=9, number=7))
+    check()
+    with depot.sessions.begin() as session:
+        session.delete(session.get_one(Made, 1))
+    check()
+
+
+def test_of_two_columns_a_foreign_key_is_followed_rather(depot: Depot) -> None:
+    with depot.sessions.begin() as session:
+        session.add_all(Assigned(id=number, tenant=1, parcel_id=number) for number in (1, 2))
+    statement = select(Assigned.id).where(Assigned.tenant == 1, Assigned.parcel_id == 1)
+    depot.fill(statement)
+    with depot.sessions.begin() as session:
+        session.add(Assigned(id=3, tenant=1, parcel_id=2))
+    assert depot.ask(statement)[1] == "hit"
+
+
+def test_a_declared_foreign_key_to_what_is_not_declared_yet(sqlite_engine: Engine) -> None:
+    """It has no type until then, and is written nevertheless."""
+    metadata = MetaData()
+    key = Column("owner_id", ForeignKey("owner.id"), info={"cache_tracked": True})
+    odd = Table("odd", metadata, Column("id", Integer, primary_key=True), key)
+    with sqlite_engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE odd (id INTEGER PRIMARY KEY, owner_id INTEGER)")
+    QueryCache("memory://").attach(sqlite_engine)
+    with sqlite_engine.begin() as connection:
+        connection.execute(insert(odd).values(id=1, owner_id=2))
+        assert connection.execute(select(odd)).all() == [(1, 2)]
+    assert tables.tracked_columns(odd) == (odd.c.id,)
+    Table("owner", metadata, Column("id", Integer, primary_key=True))
+    assert tables.tracked_columns(odd) == (odd.c.id, odd.c.owner_id)
+
+
 @pytest.mark.parametrize(
     ("column", "names"),
     [
         (Column("state", String(5), info={"cache_tracked": True}), ["state", "String", "integers and UUIDs"]),
         (Column("state", Integer, info={"cache_tracked": "yes"}), ["state", "'yes'", "give True"]),
+        (
+            Column("state", Integer().with_variant(String(), "mysql"), info={"cache_tracked": True}),
+            ["state", "Integer()", "without variants"],
+        ),
     ],
 )
 def test_what_cannot_be_tracked_is_refused(sqlite_engine: Engine, column: Any, names: list[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import psycopg.sql
@@ -42,7 +43,7 @@ from sqlalchemy.sql.expression import ClauseElement, Executable, UpdateBase
 
 from querycache import statement_text
 from querycache.temporary import temporary_tables
-from querycache.textual import read_text
+from querycache.textual import TextStatement, read_text
 from querycache.wording import commits, locks_rows, only_reads
 from tests.writes.library import Author, Book, Employee, Loan
 from tests.writes.test_pitfalls_e import LOANS, PRICES, RAISE_PRICE, Library, point, sa_column
@@ -678,6 +679,69 @@ def test_E2_an_insert_rendered_from_beginning_to_end(
     if "CTE" not in copy:  # without the parser, what is in it may be anything
         assert library.outcome(others) == "hit"
     read_text.cache_clear()
+
+
+class Spelled(Executable, ClauseElement):
+    """An INSERT as the application spells it, of which only its text tells."""
+
+    inherit_cache = False
+
+    def __init__(self, sql: str) -> None:
+        self.sql = sql
+
+
+@compiles(Spelled)
+def _spelled(element: Spelled, compiler: Any, **kwargs: Any) -> str:
+    return element.sql
+
+
+@pytest.mark.parametrize(
+    ("sql", "table"),
+    [
+        ('INSERT INTO "a""b" (id) VALUES (7)', 'a"b'),
+        ("INSERT INTO main /* the archive */ . plain (id) VALUES (7)", "plain"),
+        ("INSERT INTO main -- archive\n . plain (id) VALUES (7)", "plain"),
+        ("INSERT INTO main.plain (id) VALUES (7)", "plain"),
+        ('INSERT INTO "plain" VALUES (7)', "plain"),
+        ("INSERT OR IGNORE INTO [plain](id) VALUES (7)", "plain"),
+        ("INSERT INTO plain SELECT 7", "plain"),
+    ],
+)
+def test_E2_how_an_insert_names_its_table(
+    sqlite_engine: Engine, monkeypatch: pytest.MonkeyPatch, sql: str, table: str
+) -> None:
+    """Without the parser."""
+    monkeypatch.setitem(sys.modules, "sqlglot", None)
+    read_text.cache_clear()
+    library = Library(sqlite_engine)
+    written = Table(table, MetaData(), sa_column("id"))
+    written.create(sqlite_engine)
+    others = select(Employee.id)
+    library.fill(select(written), others)
+    library.write(Spelled(sql))
+    assert library.ask(select(written)) == library.database(select(written)) == [(7,)]
+    # where it cannot be told, anything may have been written
+    assert (library.outcome(others) == "hit") == ('""' not in sql and "archive" not in sql)
+    read_text.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT ALL INTO a VALUES (1) INTO b VALUES (2) SELECT 1",
+        "INSERT INTO a OUTPUT inserted.id INTO log VALUES (1)",
+        "INSERT INTO a EXEC fill",
+        "INSERT INTO a.b.c VALUES (1)",
+        'INSERT INTO U&"d\\0061t" (id) VALUES (1)',
+        "INSERT INTO a (id) WITH x AS (SELECT 1) SELECT * FROM x",
+        "INSERT INTO a VALUES (1); DELETE FROM b",
+        "INSERT INTO a /*! SELECT 1 */",
+    ],
+)
+def test_an_insert_that_may_write_more_than_its_table(sql: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statement_text, "read_sent", lambda *_: TextStatement(False))
+    context = SimpleNamespace(statement=sql)
+    assert not statement_text.read_rendered(context).understood
 
 
 @pytest.mark.parametrize("kind", ["select", "join", "update", "insert"])

@@ -14,6 +14,7 @@ import pytest
 from dogpile.cache import make_region
 from sqlalchemy import (
     Column,
+    Computed,
     Engine,
     ForeignKey,
     ForeignKeyConstraint,
@@ -306,7 +307,7 @@ def test_set_null_of_some_columns_is_an_action() -> None:
 
     parent, child = Parent.__table__, Child.__table__
     assert isinstance(parent, Table)
-    assert cascades(parent, delete=True) == {child}
+    assert cascades(parent, delete=True).tables == {child}
 
 
 @pytest.mark.parametrize(
@@ -655,3 +656,193 @@ def test_what_a_listener_gives_in_the_place_of_parameters(
         now = list(map(tuple, session.execute(row)))
     assert now != [(title,) for title in before[1:2]]
     assert reader.ask(row)[1] == now
+
+
+# --- tables that are declared several times, in part, or later ------------------------------------------------
+
+
+class Firm(Base):
+    __tablename__ = "mapped_firm"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Clerk(Base):
+    __tablename__ = "mapped_clerk"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    firm_id: Mapped[int] = mapped_column(ForeignKey(Firm.id, ondelete="CASCADE"))
+
+
+Table("mapped_clerk", OtherBase.metadata, Column("id", Integer, primary_key=True))
+
+
+class Bill(OtherBase):
+    """Refers to a stub of a table that refers to others elsewhere."""
+
+    __tablename__ = "mapped_bill"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    clerk_id: Mapped[int] = mapped_column(ForeignKey("mapped_clerk.id", ondelete="CASCADE"))
+
+
+class Badge(OtherBase):
+    """Refers to a table that is not declared in its MetaData at all."""
+
+    __tablename__ = "mapped_badge"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    firm_id: Mapped[int] = mapped_column(ForeignKey("mapped_firm.id", ondelete="CASCADE"))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda session: session.delete(session.get_one(Firm, 1)),
+        lambda session: session.execute(delete(Firm).where(Firm.id == 1)),
+        lambda session: session.execute(Firm.__table__.delete()),
+        lambda session: session.execute(text("DELETE FROM mapped_firm WHERE id = 1")),
+    ],
+    ids=["unit of work", "bulk", "Core", "text"],
+)
+@pytest.mark.parametrize(
+    "statement",
+    [select(Bill.id), select(Bill.id).where(Bill.clerk_id == 1), select(Badge.id)],
+    ids=["whole", "pinned", "undeclared target"],
+)
+def test_foreign_keys_that_go_from_one_metadata_to_another(
+    both: tuple[Process, Process], write: Callable[[Session], object], statement: Any
+) -> None:
+    writer, reader = both
+    with writer.engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE mapped_bill (id INTEGER PRIMARY KEY, clerk_id REFERENCES mapped_clerk ON DELETE CASCADE)"
+        )
+        connection.exec_driver_sql(
+            "CREATE TABLE mapped_badge (id INTEGER PRIMARY KEY, firm_id REFERENCES mapped_firm ON DELETE CASCADE)"
+        )
+    with writer.sessions.begin() as session:
+        for each in (Firm(id=1), Clerk(id=1, firm_id=1), Bill(id=1, clerk_id=1)):
+            session.add(each)
+            session.flush()
+        session.execute(text("INSERT INTO mapped_badge VALUES (1, 1)"))
+    assert warm(reader, statement) == [(1,)]
+    with writer.sessions.begin() as session:
+        write(session)
+    assert reader.ask(statement)[1] == []
+
+
+def test_a_class_that_does_not_know_that_the_database_makes_a_value(both: tuple[Process, Process]) -> None:
+    """With an object that is older than its row."""
+
+    class One(DeclarativeBase):
+        pass
+
+    class Another(DeclarativeBase):
+        pass
+
+    class Told(One):
+        __tablename__ = "mapped_load"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        weight: Mapped[int]
+        bucket: Mapped[int] = mapped_column(Computed("weight % 10"), info={"cache_tracked": True})
+
+    class Untold(Another):
+        __tablename__ = "mapped_load"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        weight: Mapped[int]
+        bucket: Mapped[int] = mapped_column(info={"cache_tracked": True})
+
+    writer, reader = both
+    One.metadata.create_all(writer.engine)
+    with writer.sessions.begin() as session:
+        session.add(Told(id=1, weight=1))
+    with writer.sessions(expire_on_commit=False) as old:
+        load = old.get_one(Untold, 1)
+        old.commit()
+        with writer.sessions.begin() as session:
+            session.get_one(Untold, 1).weight = 3
+        statement = select(Told.id, Told.weight).where(Told.bucket == 3)
+        assert warm(reader, statement) == [(1, 3)]
+        load.weight = 7
+        old.commit()
+    assert reader.ask(statement)[1] == []
+
+
+def test_a_schema_that_is_translated_to_that_of_another_class(tmp_path: Path) -> None:
+    class One(DeclarativeBase):
+        pass
+
+    class Another(DeclarativeBase):
+        pass
+
+    class Wide(One):
+        __tablename__ = "mapped_lot"
+        __table_args__ = {"schema": "tenant"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        number: Mapped[int] = mapped_column(info={"cache_tracked": True})
+
+    class Narrow(Another):
+        __tablename__ = "mapped_lot"
+        __table_args__ = {"schema": "other"}
+        id: Mapped[int] = mapped_column(primary_key=True)
+        number: Mapped[int]
+
+    engine = create_engine(f"sqlite:///{tmp_path}/mapped.db")
+    event.listen(engine, "connect", lambda raw, record: raw.execute(f"ATTACH '{tmp_path}/other.db' AS other"))
+    one = Process(
+        engine.execution_options(schema_translate_map={"tenant": "other"}),
+        make_region().configure("querycache.memory"),
+    )
+    Wide.__table__.create(one.engine)  # type: ignore[attr-defined]
+    with one.sessions.begin() as session:
+        session.add(Wide(id=1, number=1))
+    statement = select(Wide.id).where(Wide.number == 1).order_by(Wide.id)
+    assert warm(one, statement) == [(1,)]
+    with one.sessions.begin() as session:
+        session.add(Narrow(id=2, number=1))
+    assert one.ask(statement)[1] == [(1,), (2,)]
+    engine.dispose()
+
+
+def test_a_class_is_mapped_after_a_statement_of_its_table_was_answered(both: tuple[Process, Process]) -> None:
+    writer, reader = both
+    metadata = MetaData()
+    Table("mapped_writer", metadata, Column("id", Integer, primary_key=True))
+    letters = Table(
+        "mapped_letter",
+        metadata,
+        Column("id", Integer, primary_key=True),
+        Column("writer_id", ForeignKey("mapped_writer.id")),
+    )
+    metadata.create_all(writer.engine)
+    with writer.engine.begin() as connection:
+        connection.execute(insert(metadata.tables["mapped_writer"]).values(id=1))
+
+    def statement() -> Any:
+        return select(letters.c.id).where(letters.c.writer_id == 1)
+
+    assert warm(reader, statement()) == []
+
+    class Another(DeclarativeBase):
+        pass
+
+    class Letter(Another):
+        __tablename__ = "mapped_letter"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        writer_id: Mapped[int]
+
+    with writer.sessions.begin() as session:
+        session.add(Letter(id=1, writer_id=1))
+    assert reader.ask(statement())[1] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("hint", "outcome", "rows"),
+    [("OR mapped_person.id > 5", "stale", [1, 6]), ("/*+ SeqScan(x) */", "hit", [1])],
+)
+def test_what_a_hint_adds_to_a_statement(
+    both: tuple[Process, Process], hint: str, outcome: str, rows: list[int]
+) -> None:
+    writer, reader = both
+    statement = select(Person.id).where(Person.id == 1).with_statement_hint(hint)
+    warm(reader, statement)
+    with writer.sessions.begin() as session:
+        session.add(Person(id=6))
+    assert reader.ask(statement) == (outcome, [(each,) for each in rows])
