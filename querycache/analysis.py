@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
@@ -47,7 +48,7 @@ from querycache.fragments import (
 )
 from querycache.keys import structure_digest
 from querycache.pins import Pin, base_table, is_text, pins
-from querycache.tables import TableName, is_name
+from querycache.tables import TableName, is_name, tracked_everywhere
 from querycache.textual import read_text
 from querycache.wording import is_query, locks_rows, only_reads
 
@@ -72,6 +73,7 @@ class Analysis:
         writes: True where a CTE of it writes, or where it is text that is no query.
         key_place: the place of the key among the columns, where each row is there for its key alone.
         declared: what was declared when this was found.
+        followed: what could be pinned of the tables then.
     """
 
     structure: bytes
@@ -87,6 +89,16 @@ class Analysis:
     writes: bool = False
     key_place: int | None = None
     declared: object = None
+    followed: list[tuple[Table, Mapping[str, bool]]] = field(default_factory=list)
+
+    def stands(self) -> bool:
+        """True as long as nothing has been declared that makes it another one."""
+        now = sa_internals.declared()
+        if self.declared is not now:
+            if any(tracked_everywhere(table) != before for table, before in self.followed):
+                return False
+            self.declared = now
+        return True
 
     def reads_any(self, names: set[str]) -> bool:
         """True if one of the tables has one of these names, in lower case, whatever its schema."""
@@ -97,12 +109,12 @@ _MEMO = "_querycache_analysis"
 
 
 def analyse(compiled: SQLCompiler) -> Analysis:
-    """The analysis of a statement, made once for its structure, and anew when tables are declared."""
+    """The analysis of a statement, made once for its structure, and anew where tables are declared meanwhile that matter."""
     memo: Analysis | None = compiled.__dict__.get(_MEMO)
-    declared = sa_internals.declared()
-    if memo is None or memo.declared is not declared:
+    if memo is None or not memo.stands():
         cache_key = compiled.cache_key
-        memo = Analysis(structure_digest(cache_key.key if cache_key is not None else None), declared=declared)
+        structure = structure_digest(cache_key.key if cache_key is not None else None)
+        memo = Analysis(structure, declared=sa_internals.declared())
         collector = _collector(cast("Any", type(compiled)))
         # The second compilation renders other statement objects than the first where the ORM makes them anew, so
         # parameters are found by name.
@@ -153,6 +165,8 @@ def _collector(compiler: type[SQLCompiler]) -> type[Any]:
             if asfrom:
                 schema = getattr(table, "schema", None)
                 self.analysis.tables[schema, table.name] += 1
+                if isinstance(table, Table):
+                    self.analysis.followed.append((table, tracked_everywhere(table)))
                 self.analysis.opaque |= not is_name(schema, table.name)
             return super().visit_table(table, asfrom=asfrom, **kwargs)
 

@@ -53,7 +53,7 @@ class Pin:
         table: the table, as declared.
         column: name of the column.
         parameters: names of the parameters, of which one may hold a list.
-        key: True for a column of the primary key.
+        key: True for a column of the primary key, in whichever declaration of the table.
         number: True for a column of integers.
         declared: True for one that the application has declared to be tracked.
     """
@@ -136,8 +136,9 @@ def _compare_alike(one: TypeEngine[Any], other: TypeEngine[Any]) -> bool:
 
 
 def _pin(column: Column[Any], parameters: tuple[str, ...]) -> Pin:
+    is_key = tracked_everywhere(column.table)[column.name]
     number = isinstance(column.type, Integer)
-    return Pin(*_place(column), parameters, column.primary_key, number, is_merely_declared(column))
+    return Pin(*_place(column), parameters, is_key, number, is_merely_declared(column))
 
 
 def _follow_joins(found: dict[_Place, Pin], equal: Sequence[tuple[Column[Any], Column[Any]]]) -> None:

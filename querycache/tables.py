@@ -139,12 +139,7 @@ def follows_all(table: Table) -> bool:
     """True if no other declaration of the table, as another class may have one, has further tracked columns, or says of one
     that the database makes its values; as far as this process knows, and by the table's name: what a schema is called in the
     database, statements and connections may be told otherwise."""
-    memo = _memo(sa_internals.known_metadata())
-    key = "follows all", table.metadata, table.key
-    found: bool | None = memo.get(key)
-    if found is None:
-        found = memo[key] = _follows_all(table)
-    return found
+    return sa_internals.remembered(table, _follows_all)
 
 
 def _follows_all(table: Table) -> bool:
@@ -156,12 +151,18 @@ def _follows_all(table: Table) -> bool:
     )
 
 
-def tracked_everywhere(table: Table) -> set[str]:
-    """The names of tracked columns that whoever writes rows of the table follows, as for :func:`follows_all`."""
-    names = {column.name for column in tracked_columns(table)}
+def tracked_everywhere(table: Table) -> Mapping[str, bool]:
+    """The names of tracked columns that whoever writes rows of the table follows, as for :func:`follows_all`; and whether it
+    has them in its primary key, too."""
+    return sa_internals.remembered(table, _tracked_everywhere)
+
+
+def _tracked_everywhere(table: Table) -> Mapping[str, bool]:
+    found = {column.name: column.primary_key for column in tracked_columns(table)}
     for other in sa_internals.known_tables(table.name):
-        names &= {column.name for column in tracked_columns(other)}
-    return names
+        keys = {column.name: column.primary_key for column in tracked_columns(other)}
+        found = {name: is_key and keys[name] for name, is_key in found.items() if name in keys}
+    return found
 
 
 def slot_of(value: object, slots: int) -> int | None:
@@ -376,13 +377,14 @@ def _referring(known: Iterable[MetaData]) -> _Referring:
             for key in list(table.foreign_keys):
                 if key.ondelete or key.onupdate:
                     name, place = _target(key)
-                    found.setdefault(name.lower(), []).append((table, key, place))
+                    if name is not None:
+                        found.setdefault(name.lower(), []).append((table, key, place))
     return found
 
 
-def _target(key: ForeignKey) -> tuple[str, _Place | None]:
+def _target(key: ForeignKey) -> tuple[str | None, _Place | None]:
     try:
         table = key.column.table
     except InvalidRequestError:  # it is declared elsewhere, or nowhere
         return sa_internals.name_of_target(key), None
-    return table.name, _place(table)
+    return (None, None) if table is None else (table.name, _place(table))  # of a column that has none yet

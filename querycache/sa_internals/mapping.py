@@ -144,7 +144,9 @@ def _known_metadata(now: object) -> frozenset[MetaData]:
         table.metadata
         for registry in _all_registries()
         for mapper in mappers_of(registry)
-        for table in mapper.tables
+        for table in mapper.__dict__.get(
+            "tables", ()
+        )  # another thread may be just making it, and will be told of
         if isinstance(table, Table)
     )
     for metadata in found:
@@ -159,12 +161,16 @@ def tables_in(metadata: MetaData) -> list[Table]:
 
 def known_tables(name: str) -> list[Table]:
     """The tables of a name that are declared where the mapped ones are, in any schema; textual SQL knows only names."""
-    return [
-        table
-        for metadata in known_metadata()
-        for table in tables_in(metadata)
-        if table.name.lower() == name.lower()
-    ]
+    return _known_tables(declared()).get(name.lower(), [])
+
+
+@lru_cache(maxsize=1)
+def _known_tables(now: object) -> dict[str, list[Table]]:
+    found: dict[str, list[Table]] = {}
+    for metadata in _known_metadata(now):
+        for table in tables_in(metadata):
+            found.setdefault(table.name.lower(), []).append(table)
+    return found
 
 
 def name_of_target(key: ForeignKey) -> str:

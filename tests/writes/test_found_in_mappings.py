@@ -16,6 +16,7 @@ from sqlalchemy import (
     Column,
     Computed,
     Engine,
+    FetchedValue,
     ForeignKey,
     ForeignKeyConstraint,
     Integer,
@@ -831,6 +832,70 @@ def test_a_class_is_mapped_after_a_statement_of_its_table_was_answered(both: tup
     with writer.sessions.begin() as session:
         session.add(Letter(id=1, writer_id=1))
     assert reader.ask(statement())[1] == [(1,)]
+
+
+class Item(Base):
+    __tablename__ = "mapped_item"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    code: Mapped[int] = mapped_column(unique=True)
+    title: Mapped[str | None] = mapped_column(String(20))
+
+
+class ByCode(OtherBase):
+    """Another key of the same rows; of the first it is not told unless it asks."""
+
+    __table__ = Table(
+        "mapped_item",
+        OtherBase.metadata,
+        Column("id", Integer, FetchedValue(), unique=True),
+        Column("code", Integer, primary_key=True, autoincrement=False),
+        Column("title", String(20)),
+    )
+    __mapper_args__ = {"eager_defaults": False, "exclude_properties": ["id"]}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda session: session.add(ByCode(code=20)),
+        lambda session: setattr(session.get_one(ByCode, 10), "title", "new"),
+        lambda session: session.delete(session.get_one(ByCode, 10)),
+    ],
+    ids=["insert", "update", "delete"],
+)
+def test_a_class_with_another_primary_key(
+    both: tuple[Process, Process], write: Callable[[Session], object]
+) -> None:
+    writer, reader = both
+    with writer.sessions.begin() as session:
+        session.add(Item(id=1, code=10))
+    statements = [select(Item.id, Item.title).where(Item.id == number) for number in (1, 2)]
+    before = [warm(reader, statement) for statement in statements]
+    with writer.sessions.begin() as session:
+        write(session)
+    with Session(reader.engine) as session:
+        rows = [list(map(tuple, session.execute(statement))) for statement in statements]
+    assert rows != before
+    assert [reader.ask(statement)[1] for statement in statements] == rows
+
+
+def test_a_foreign_key_to_a_column_whose_table_is_declared_later(both: tuple[Process, Process]) -> None:
+    class One(DeclarativeBase):
+        pass
+
+    target = Column("id", Integer, primary_key=True)
+
+    class Early(One):
+        __tablename__ = "mapped_early"
+        id: Mapped[int] = mapped_column(primary_key=True)
+        later: Mapped[int | None] = mapped_column(ForeignKey(target, ondelete="CASCADE"))
+
+    writer, reader = both
+    with writer.sessions.begin() as session:
+        session.add(Person(id=7))
+    assert reader.ask(select(Person.id).where(Person.id == 7))[1] == [(7,)]
+    later, table = Table("mapped_later", One.metadata, target), Early.__table__
+    assert cascades(later, delete=True).tables == {table}
 
 
 @pytest.mark.parametrize(
