@@ -683,7 +683,9 @@ def test_E13_strings_do_not_pin(members: Library) -> None:
         mock.patch.object(pins, "is_exact", lambda kind: True),
         naive(pins, "tracked_columns", every_column),
     ):
+        forget_declarations()  # and what was found out about the tables
         check_collation(members_again(members))
+    forget_declarations()
 
 
 def members_again(library: Library) -> Library:
