@@ -144,9 +144,8 @@ def _known_metadata(now: object) -> frozenset[MetaData]:
         table.metadata
         for registry in _all_registries()
         for mapper in mappers_of(registry)
-        for table in mapper.__dict__.get(
-            "tables", ()
-        )  # another thread may be just making it, and will be told of
+        # another thread may be just making a mapper, which will be told of
+        for table in mapper.__dict__.get("tables", ())
         if isinstance(table, Table)
     )
     for metadata in found:
